@@ -1,0 +1,13 @@
+"""Packed formats: how a pruned weight is stored, one file each, registered by name."""
+
+from alphaprune import registry
+from alphaprune.formats.packed import Format, Packed
+
+MEMBERS = ("sbt",)
+
+__all__ = ["MEMBERS", "Format", "Packed", "get"]
+
+
+def get(name: str) -> Format:
+    """The format called `name`; ValueError naming the known ones if there is none."""
+    return registry.member(__name__, MEMBERS, name, "FORMAT")

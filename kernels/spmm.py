@@ -1,0 +1,174 @@
+"""The one op, y = x Wᵀ + b with a packed W: checks, dispatch, gradients, torch.compile."""
+
+import weakref
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from alphaprune.formats import Packed, native, sbt
+from alphaprune.kernels import base, expansion
+from alphaprune.kernels.base import Bound, Kernel
+from alphaprune.kernels.expansion import expand
+
+__all__ = ["Prepared", "back_ends", "expand", "native_status", "prepare", "spmm"]
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Prepared:
+    """A packed weight that was checked once; called with x and bias it gives y. It keeps the packed tensors alive."""
+
+    def __init__(self, packed: Packed, name: str, kernel: str | None = None) -> None:
+        sbt.validate(packed, name)
+        self.packed, self.name = packed, name
+        self.rows, self.cols = packed.shape
+        self.kernel = None if kernel is None else base.named(kernel)
+        self._few = min((k.most_tokens for k in base.kernels().values() if k.most_tokens), default=0)
+        self._bound: dict[tuple[torch.dtype, bool], Bound] = {}
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """y [..., N] in x's dtype. x: [..., K]; bias: [N], in float32 or any dtype of x.
+
+        ValueError naming the layer if shapes, dtypes or devices do not fit, or the kernel asked for cannot run.
+        """
+        if torch.compiler.is_compiling() or _needs_op(x, bias):
+            return _call_op(x, self.packed, bias)
+        return self.run(x, bias)
+
+    def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """y without gradients: the direct call of the kernel."""
+        if x.dim() == 0 or x.shape[-1] != self.cols or (bias is not None and bias.numel() != self.rows):
+            raise ValueError(_misfit(self.name, (self.rows, self.cols), x, bias))
+        tokens = x.numel() // self.cols
+        bound = self._bound.get((x.dtype, tokens <= self._few)) or self._bind(x, tokens)
+        if bias is not None and (bias.dtype not in FLOATS or bias.device != x.device):
+            raise ValueError(f"{self.name}: bias is {bias.dtype} on {bias.device}, wanted a float on {x.device}")
+        return bound(x.contiguous(), None if bias is None else bias.contiguous())
+
+    def choice(self, tokens: int, x_dtype: torch.dtype) -> tuple[Kernel, str]:
+        """The kernel for so many tokens, and why those before it in preference were passed over."""
+        shape, dtype = self.packed.shape, self.packed.dtype
+        if self.kernel is None:
+            return base.choose(shape, tokens, dtype, x_dtype, self.packed.device.type)
+        if reason := self.kernel.supports(shape, tokens, dtype, x_dtype):
+            raise ValueError(f"{self.name}: kernel {self.kernel.name} cannot run: {reason}")
+        return self.kernel, "asked for"
+
+    def _bind(self, x: Tensor, tokens: int) -> Bound:
+        if x.device != self.packed.device:
+            raise ValueError(f"{self.name}: x is on {x.device}, the packed weight on {self.packed.device}")
+        kernel, why = self.choice(tokens, x.dtype)
+        base.log.debug("%s: kernel %s for %d tokens in %s (%s)", self.name, kernel.name, tokens, x.dtype, why)
+        bound = self._bound[x.dtype, tokens <= self._few] = kernel.bind(self.packed)
+        return bound
+
+
+def prepare(packed: Packed, name: str = "packed weight", kernel: str | None = None) -> Prepared:
+    """The packed weight, checked and bound to its kernels; ValueError naming the layer if it is malformed."""
+    return Prepared(packed, name, kernel)
+
+
+_prepared: "weakref.WeakKeyDictionary[Packed, dict[str | None, Prepared]]" = weakref.WeakKeyDictionary()
+
+
+def spmm(x: Tensor, packed: Packed, bias: Tensor | None = None, kernel: str | None = None) -> Tensor:
+    """y [..., N] = x Wᵀ + bias in x's dtype, accumulated in float32; differentiable in x and bias.
+
+    x: [..., K], float32, float16 or bfloat16. packed: W [N, K], checked at its first use. bias: [N] or None.
+    kernel: a name of `back_ends()`; one that cannot run raises ValueError with the reason and never falls back.
+    """
+    if torch.compiler.is_compiling():
+        return _call_op(x, packed, bias)
+    known = _prepared.setdefault(packed, {})
+    if kernel not in known:
+        # The key must not be reachable from its value, or neither would ever be freed.
+        known[kernel] = Prepared(Packed(packed.weight, packed.mask, packed.offsets, packed.shape), "spmm", kernel)
+    return known[kernel](x, bias)
+
+
+def back_ends() -> list[tuple[str, str | None]]:
+    """(kernel, None or the reason it does not run here), in order of preference."""
+    return [(kernel.name, kernel.available()) for kernel in base.kernels().values()]
+
+
+def native_status() -> str:
+    """`built: …` or `not built: ` and the reason."""
+    return native.status()
+
+
+def _needs_op(x: Tensor, bias: Tensor | None) -> bool:
+    """Gradients, fake tensors and subclasses go through the dispatcher; plain tensors call the kernel directly."""
+    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+        return True
+    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+
+
+def _misfit(name: str, shape: tuple[int, int], x: Tensor, bias: Tensor | None) -> str:
+    bias_shape = "" if bias is None else f" and bias {tuple(bias.shape)}"
+    return (
+        f"{name}: a weight {shape} needs x [..., {shape[1]}] and bias [{shape[0]}], got x {tuple(x.shape)}{bias_shape}"
+    )
+
+
+# The op for torch.compile and autograd. Its packed tensors come through the dispatcher, so what was checked is
+# remembered by the identity of `weight`; an alias of it is held, because the key itself would then live for ever.
+_by_weight: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _lookup(weight: Tensor, mask: Tensor, offsets: Tensor, n: int, k: int) -> Prepared:
+    address = (weight.data_ptr(), mask.data_ptr(), offsets.data_ptr(), n, k)
+    known = _by_weight.get(weight)
+    if known is None or known[0] != address:
+        packed = Packed(weight.detach(), mask.detach(), offsets.detach(), (n, k))
+        known = _by_weight[weight] = (address, Prepared(packed, "alphaprune::spmm"))
+    return known[1]
+
+
+def _call_op(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    n, k = packed.shape
+    return torch.ops.alphaprune.spmm(x, packed.weight, packed.mask, packed.offsets, n, k, bias)
+
+
+def _spmm(x: Tensor, weight: Tensor, mask: Tensor, offsets: Tensor, n: int, k: int, bias: Tensor | None) -> Tensor:
+    return _lookup(weight, mask, offsets, n, k).run(x, bias)
+
+
+def _spmm_fake(x: Tensor, weight: Tensor, mask: Tensor, offsets: Tensor, n: int, k: int, bias: Tensor | None) -> Tensor:
+    torch._check(x.shape[-1] == k, lambda: _misfit("alphaprune::spmm", (n, k), x, bias))
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _grad(grad: Tensor, weight: Tensor, mask: Tensor, offsets: Tensor, n: int, k: int) -> Tensor:
+    return expansion.multiply_transposed(grad, _lookup(weight, mask, offsets, n, k).packed)
+
+
+def _grad_fake(grad: Tensor, weight: Tensor, mask: Tensor, offsets: Tensor, n: int, k: int) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], k))
+
+
+def _remember(ctx, inputs, output) -> None:
+    _, weight, mask, offsets, ctx.n, ctx.k, bias = inputs
+    ctx.save_for_backward(weight, mask, offsets)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, grad: Tensor):
+    weight, mask, offsets = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.alphaprune.spmm_grad(grad.contiguous(), weight, mask, offsets, ctx.n, ctx.k)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[6]:
+        grad_bias = grad.float().flatten(0, -2).sum(0).to(ctx.bias_dtype)
+    return grad_x, None, None, None, None, None, grad_bias
+
+
+_library = torch.library.Library("alphaprune", "DEF")
+_library.define(
+    "spmm(Tensor x, Tensor weight, Tensor mask, Tensor offsets, SymInt n, SymInt k, Tensor? bias) -> Tensor"
+)
+_library.define("spmm_grad(Tensor grad, Tensor weight, Tensor mask, Tensor offsets, SymInt n, SymInt k) -> Tensor")
+for _name, _impl, _fake in (("spmm", _spmm, _spmm_fake), ("spmm_grad", _grad, _grad_fake)):
+    _library.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"alphaprune::{_name}", _fake, lib=_library)
+torch.library.register_autograd("alphaprune::spmm", _backward, setup_context=_remember, lib=_library)
