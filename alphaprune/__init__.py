@@ -1,0 +1,67 @@
+"""Heavy-tailed layerwise pruning of language models, and the sparse kernels that make the result fast.
+
+Importing this package is cheap: public names are imported on first use, and transformers learns of our packed
+directories when it is imported itself, before or after this package.
+"""
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "analyze": "analysis",
+    "Analysis": "analysis",
+    "plan": "planning",
+    "Plan": "planning",
+    "prune": "pruning",
+    "sparsify": "layer",
+    "SparseLinear": "layer",
+    "save": "checkpoint",
+    "load": "hf",
+    "AlphaPruneConfig": "hf",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
+
+
+_REGISTRY = "transformers.quantizers.auto"
+
+
+class _RegisterAfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Lets the import of transformers' quantizer registry run as usual, then adds our quantizer to it."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != _REGISTRY:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None:
+            self._loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: Any) -> Any:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: Any) -> None:
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        importlib.import_module("alphaprune.hf")
+
+
+if _REGISTRY in sys.modules:
+    importlib.import_module("alphaprune.hf")
+else:
+    sys.meta_path.insert(0, _RegisterAfterImport())

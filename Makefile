@@ -1,0 +1,48 @@
+# make demo    set-up, then the whole flow on the embedded model
+# make test    set-up, then what everybody should run: lint, formatting, all quick tests
+# make check   adds the slow and the strict: sanitizers, kill tests, clean installs
+# Set TORCH_INDEX to PyTorch's CPU index on a machine without an NVIDIA GPU: it saves several GB of CUDA packages.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+       $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+NATIVE := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt setup.py
+
+.PHONY: demo test check lint format clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/alphaprune demo
+
+test: $(VENV)/test.stamp lint
+	$(BIN)/python -m pytest --durations=20 -m "not slow"
+
+check: $(VENV)/test.stamp
+	$(BIN)/python tests/native/sanitize.py
+	$(BIN)/python -m pytest --durations=20 -m slow
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/native/*.cpp)
+
+format: $(VENV)/test.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/native/*.cpp)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.stamp: $(BIN)/python constraints.txt pyproject.toml $(NATIVE)
+	$(PIP) -e ".[demo]"
+	touch $@
+
+$(VENV)/test.stamp: $(BIN)/python constraints.txt pyproject.toml $(NATIVE)
+	$(PIP) -e ".[demo,test]"
+	touch $@ $(VENV)/demo.stamp
+
+clean:
+	rm -rf $(VENV) build dist alphaprune.egg-info alphaprune/_native*

@@ -1,0 +1,7 @@
+"""`python -m alphaprune`."""
+
+import sys
+
+from alphaprune.cli import main
+
+sys.exit(main())

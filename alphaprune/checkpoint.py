@@ -1,0 +1,263 @@
+"""Packed directories: finished blocks in, a Hugging Face folder out, whole or not at all.
+
+While a run is under way everything lies in `OUT.part` beside the goal: one safetensors file per finished block and a
+journal that names the run. Only a complete folder is renamed to OUT. A run that was interrupted finds its journal,
+refuses to go on if it is not the same run, and skips the blocks that are done.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alphaprune import formats, shards
+from alphaprune.files import atomic_write_text, fsync_folder
+from alphaprune.formats import Packed
+from alphaprune.layer import PACKED_SUFFIXES, SparseLinear, worth_packing
+from alphaprune.model import Block, LiveSource, Source
+from alphaprune.pruning import PrunedBlock
+
+RECIPE = "alphaprune.json"  # how the directory was made
+JOURNAL = "journal.json"
+SETTINGS = {"quant_method": "alphaprune", "format": "sbt", "format_version": 1}
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "tokenizer*")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a directory holds: bytes of the prunable layers, dense and as stored; how many of them are packed."""
+
+    folder: Path
+    dense_bytes: int
+    stored_bytes: int
+    packed_layers: int
+    layers: int
+
+
+class Writer:
+    """Builds one output directory, block by block."""
+
+    def __init__(self, out: "str | Path", identity: dict[str, Any], blocks: int) -> None:
+        """identity: what makes this run this run; a started OUT.part with another identity is refused."""
+        self.out, self.identity, self.total = Path(out), identity, blocks + 1
+        self.work = self.out.with_name(self.out.name + ".part")
+        self.done: dict[str, dict[str, int]] = {}  # file → {tensor: bytes}
+        self.stored: dict[str, Any] = {"dense": 0, "stored": 0, "packed": 0, "layers": 0}
+        check_free(self.out)
+        with explained(self.out):
+            self.work.mkdir(parents=True, exist_ok=True)
+            journal = self.work / JOURNAL
+            if journal.exists():
+                self._continue(json.loads(journal.read_text(encoding="utf-8")))
+            else:
+                self._remember()
+
+    def file(self, index: int) -> str:
+        return f"model-{index + 1:05d}-of-{self.total:05d}.safetensors"
+
+    def has(self, index: int) -> bool:
+        return self.file(index) in self.done
+
+    def write(self, index: int, tensors: dict[str, Tensor]) -> None:
+        """Stores the tensors of block `index` (block count: what is outside the blocks), durably."""
+        with explained(self.out):
+            self.done[self.file(index)] = shards.write(self.work / self.file(index), tensors.items())
+            self._remember()
+
+    def finish(self, config: dict[str, Any], recipe: dict[str, Any], companions: Callable[[Path], None]) -> None:
+        """Index, config and recipe; then the folder gets its name."""
+        sizes = {name: size for tensors in self.done.values() for name, size in tensors.items()}
+        weight_map = {name: file for file in sorted(self.done) for name in self.done[file]}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        with explained(self.out):
+            companions(self.work)
+            atomic_write_text(self.work / shards.INDEX, json.dumps(index, indent=2) + "\n")
+            atomic_write_text(self.work / "config.json", json.dumps(config, indent=2) + "\n")
+            atomic_write_text(self.work / RECIPE, json.dumps(recipe, indent=2) + "\n")
+            (self.work / JOURNAL).unlink()
+            for file in self.work.iterdir():
+                _fsync(file)
+            fsync_folder(self.work)
+            check_free(self.out)
+            os.replace(self.work, self.out)
+            fsync_folder(self.out.parent)
+
+    def _continue(self, journal: dict[str, Any]) -> None:
+        for key in {**journal["identity"], **self.identity}:
+            before, now = journal["identity"].get(key), self.identity.get(key)
+            if before != now:
+                raise ValueError(
+                    f"{self.work}: an interrupted run with another {key} lies here ({_short(before)}, now {_short(now)}); "
+                    f"repeat it as it was to finish it, or delete the folder to start anew"
+                )
+        self.done = {f: t for f, t in journal["done"].items() if (self.work / f).is_file()}
+
+    def _remember(self) -> None:
+        journal = {"identity": self.identity, "done": self.done}
+        atomic_write_text(self.work / JOURNAL, json.dumps(journal, indent=1) + "\n")
+
+
+def write_pruned(
+    source: Source,
+    out: "str | Path",
+    identity: dict[str, Any],
+    recipe: dict[str, Any],
+    prune: Callable[[Callable[[Block], "dict[str, Tensor] | None"]], Iterator[PrunedBlock]],
+    packed: bool = True,
+) -> Written:
+    """Writes the directory OUT from the blocks that `prune` yields; continues an interrupted run of the same identity.
+
+    prune: given `restore` (see pruning.prune_blocks), yields finished blocks.
+    packed: SBT where it is smaller than dense; otherwise everything dense, with its zeros.
+    """
+    writer = Writer(out, identity, source.block_count())
+
+    def restore(block: Block) -> "dict[str, Tensor] | None":
+        if not writer.has(block.index):
+            return None
+        return restore_block(block, writer.work / writer.file(block.index))
+
+    for pruned in prune(restore):
+        if not pruned.restored:
+            writer.write(pruned.block.index, block_tensors(pruned.block, pruned.masks if packed else {}))
+    if not writer.has(source.block_count()):
+        writer.write(source.block_count(), dict(source.outside_tensors()))
+    written = _summary(writer, source)
+    writer.finish(output_config(source, packed), recipe, lambda folder: copy_companions(source, folder))
+    return written
+
+
+def block_tensors(block: Block, masks: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors of a block by full name; layers with a mask packed where that is smaller."""
+    tensors = {f"{block.name}.{n}": t for n, t in block.module.state_dict().items()}
+    for name, mask in masks.items():
+        weight = block.linears[name].weight.detach()
+        if worth_packing(weight, mask):
+            packed = formats.get("sbt").pack(weight, mask)
+            tensors.update(packed_tensors(name, packed))
+    return tensors
+
+
+def packed_tensors(name: str, packed: Packed) -> dict[str, Tensor]:
+    values = (packed.weight, packed.mask, packed.offsets)
+    return {f"{name}.{suffix}": tensor for suffix, tensor in zip(PACKED_SUFFIXES, values, strict=True)}
+
+
+def restore_block(block: Block, file: Path) -> dict[str, Tensor]:
+    """Puts the weights of a finished block back and returns its masks."""
+    masks = {}
+    with shards.open_file(file) as stored:
+        names = set(stored.keys())
+        for name, layer in block.linears.items():
+            values = stored.get_tensor(f"{name}.weight")
+            if f"{name}.weight_mask" in names:
+                mask, offsets = (stored.get_tensor(f"{name}.{s}") for s in PACKED_SUFFIXES[1:])
+                packed = Packed(values, mask, offsets, tuple(layer.weight.shape))
+                formats.get("sbt").validate(packed, name)
+                layer.weight.data, masks[name] = formats.get("sbt").unpack(packed)
+            else:
+                layer.weight.data, masks[name] = values, values != 0
+    return masks
+
+
+def save(model: nn.Module, path: "str | Path", tokenizer: Any = None) -> Written:
+    """Writes a live model, SparseLinear layers packed, as a Hugging Face directory; returns its sizes.
+
+    The directory appears whole or not at all; it must not exist yet, or be empty.
+    """
+    source = LiveSource(model)
+    writer = Writer(path, {"saved": source.name}, source.block_count())
+    for file in list(writer.done):  # nothing ties an earlier, interrupted save to this model: write all again
+        del writer.done[file]
+    prefix, state = source.prefix, model.state_dict()
+    for index, (child, _) in enumerate(model.get_submodule(prefix).named_children()):
+        writer.write(index, {n: t for n, t in state.items() if n.startswith(f"{prefix}.{child}.")})
+    writer.write(source.block_count(), dict(source.outside_tensors()))
+    written = _summary(writer, source)
+
+    def companions(folder: Path) -> None:
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        elif source.name and Path(source.name).is_dir():
+            copy_companions(source, folder)
+
+    packed = any(isinstance(m, SparseLinear) for m in model.modules())
+    writer.finish(output_config(source, packed), {"saved_from": source.name}, companions)
+    return written
+
+
+def output_config(source: Source, packed: bool) -> dict[str, Any]:
+    """config.json of the new directory: the source's own, with or without our `quantization_config`."""
+    config = json.loads(source.config.to_json_string(use_diff=False))
+    config.pop("_name_or_path", None)
+    config.pop("quantization_config", None)
+    return {**config, "quantization_config": SETTINGS} if packed else config
+
+
+def copy_companions(source: Source, folder: Path) -> None:
+    """Tokenizer, generation settings and chat template travel with the weights."""
+    origin = Path(getattr(source, "folder", source.name))
+    if not origin.is_dir():
+        return
+    for pattern in COMPANIONS:
+        for file in sorted(origin.glob(pattern)):
+            if file.name not in ("config.json", shards.INDEX, RECIPE) and file.is_file():
+                shutil.copyfile(file, folder / file.name)
+
+
+def check_free(out: Path) -> None:
+    """ValueError if there is something at `out` that writing there would overwrite."""
+    if out.is_file():
+        raise ValueError(f"{out}: is a file; name a folder that does not exist yet")
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out}: this folder exists and is not empty; name another, or delete it")
+
+
+@contextmanager
+def explained(out: Path) -> Iterator[None]:
+    """Turns a full or read-only disk into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = "the disk is full; free some space and repeat the command: finished blocks are kept"
+            raise ValueError(f"{out}: not written, {free}") from error
+        raise ValueError(f"{out}: cannot be written: {error.strerror or error}") from error
+
+
+def _summary(writer: Writer, source: Source) -> Written:
+    shapes = {}
+    sizes = {name: size for tensors in writer.done.values() for name, size in tensors.items()}
+    prefix = source.prefix
+    modules = source.skeleton.get_submodule(prefix)
+    for inner, layer in modules.named_modules():
+        if isinstance(layer, nn.Linear | SparseLinear):
+            shapes[f"{prefix}.{inner}"] = (layer.in_features * layer.out_features, layer.weight.dtype)
+    dense = sum(count * _itemsize(dtype) for count, dtype in shapes.values())
+    stored = sum(sizes.get(f"{name}.{suffix}", 0) for name in shapes for suffix in PACKED_SUFFIXES)
+    packed = sum(f"{name}.weight_mask" in sizes for name in shapes)
+    return Written(writer.out, dense, stored, packed, len(shapes))
+
+
+def _itemsize(dtype: torch.dtype) -> int:
+    return torch.empty(0, dtype=dtype).element_size()
+
+
+def _fsync(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else text[:21] + "…"

@@ -1,0 +1,133 @@
+"""The command line: builds the parser before anything heavy is imported, and turns bad input into one line."""
+
+import argparse
+import os
+import sys
+
+from alphaprune import __version__
+
+SHAPES = "NxK[,NxK…] or llama2-7b, llama3-8b, mistral-7b"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets `command` to the name of a function in commands.py."""
+    top = argparse.ArgumentParser(
+        prog="alphaprune",
+        description="Prune language models by the heavy tails of their layers, and run the result sparse.",
+    )
+    top.add_argument("--version", action="version", version=f"alphaprune {__version__}")
+    sub = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _analysis_commands(sub)
+    _prune_command(sub)
+    _use_commands(sub)
+    _measure_commands(sub)
+    return top
+
+
+def _analysis_commands(sub) -> None:
+    analyze = sub.add_parser("analyze", help="spectrum and alpha of every prunable layer")
+    analyze.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a hub id")
+    analyze.add_argument("-o", "--output", metavar="FILE", default="analysis.json")
+    analyze.add_argument("--fit", choices=("robust", "reference", "mid"), default="robust")
+    analyze.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    analyze.add_argument("--solver", default="auto", choices=("auto", "float64"), help="float64: exact and slower")
+    analyze.add_argument("--json", action="store_true", help="print the analysis as JSON, too")
+
+    plan = sub.add_parser("plan", help="how much to prune in which layer")
+    plan.add_argument("analysis", metavar="ANALYSIS", help="what `alphaprune analyze` wrote")
+    plan.add_argument("--sparsity", type=float, help="zeros / weights of the prunable layers; N:M patterns imply it")
+    _plan_options(plan)
+    plan.add_argument("-o", "--output", metavar="FILE", default="plan.json")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON, too")
+
+
+def _plan_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--allocator", default="alpha", help="alpha, uniform or ramp")
+    command.add_argument("--epsilon", default="auto", help="spread of the sparsities, 0…1, or auto")
+    command.add_argument("--pattern", default="unstructured", help="unstructured, 2:4 (any N:M), or N:8: N per layer")
+    command.add_argument("--per", choices=("block", "matrix"), default="block", help="what gets a sparsity of its own")
+    command.add_argument("--min-sparsity", type=float, help="no layer is pruned less")
+    command.add_argument("--max-sparsity", type=float, help="no layer is pruned more")
+
+
+def _prune_command(sub) -> None:
+    prune = sub.add_parser("prune", help="write a pruned checkpoint, packed")
+    prune.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a hub id")
+    prune.add_argument("-o", "--output", metavar="OUT", required=True, help="folder that does not exist yet")
+    prune.add_argument("--sparsity", type=float, help="zeros / weights of the prunable layers")
+    prune.add_argument("--plan", metavar="FILE", help="what `alphaprune plan` wrote; instead of --sparsity")
+    prune.add_argument("--analysis", metavar="FILE", help="what `alphaprune analyze` wrote; else it is made first")
+    _plan_options(prune)
+    prune.add_argument("--method", help="wanda (default with --calibration) or magnitude")
+    prune.add_argument("--select", choices=("row", "matrix"), help="compare weights within a row or the whole matrix")
+    prune.add_argument("--calibration", metavar="FILE", help="text that the model should stay good at")
+    prune.add_argument("--samples", type=int, default=128, help="calibration windows")
+    prune.add_argument("--length", type=int, help="tokens per window (default 2048, or the context if shorter)")
+    prune.add_argument("--seed", type=int, default=0, help="which windows of the text")
+    prune.add_argument("--format", choices=("sbt", "dense"), default="sbt", help="packed, or dense with zeros")
+    prune.add_argument("--json", action="store_true")
+
+
+def _use_commands(sub) -> None:
+    evaluate = sub.add_parser("eval", help="perplexity and bits per byte on a text")
+    evaluate.add_argument("model", metavar="MODEL")
+    text = evaluate.add_mutually_exclusive_group(required=True)
+    text.add_argument("--text", metavar="FILE", help="text, tokenised as it is")
+    text.add_argument("--wikitext", metavar="FILE", help="WikiText raw, read in rows as Wanda's evaluation does")
+    evaluate.add_argument("--length", type=int, help="tokens per window (default 2048, or the context if shorter)")
+    evaluate.add_argument("--windows", type=int, help="only the first so many")
+    evaluate.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    evaluate.add_argument("--json", action="store_true")
+
+    generate = sub.add_parser("generate", help="continue a prompt")
+    generate.add_argument("model", metavar="MODEL")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--max-new", type=int, default=64, help="tokens")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token each time")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--json", action="store_true")
+
+
+def _measure_commands(sub) -> None:
+    bench = sub.add_parser("bench", help="time sparse against dense layers on this machine")
+    bench.add_argument("model", metavar="MODEL", nargs="?", help="its layers and its decoding; or give --shape")
+    bench.add_argument("--shape", help=SHAPES)
+    bench.add_argument("--sparsity", default="0.5,0.6,0.7,0.8,0.9")
+    bench.add_argument("--pattern", default="unstructured", help="unstructured or N:M")
+    bench.add_argument("--tokens", default="1", help="rows of x, such as 1,4,16")
+    bench.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
+    bench.add_argument("--kernel", help="time this kernel only; see `alphaprune info`")
+    bench.add_argument("--json", action="store_true")
+
+    info = sub.add_parser("info", help="what is in a checkpoint; without MODEL, what runs on this machine")
+    info.add_argument("model", metavar="MODEL", nargs="?")
+    info.add_argument("--json", action="store_true")
+
+    demo = sub.add_parser("demo", help="the whole flow on the embedded model, in about a minute")
+    demo.add_argument("-o", "--output", metavar="DIR", default="alphaprune-demo", help="for picture and results")
+    demo.add_argument("--json", action="store_true")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; 0 if all went well, 2 with one line on stderr for bad input."""
+    options = vars(parser().parse_args(arguments))
+    command = options.pop("command")
+    try:
+        from alphaprune import commands
+
+        getattr(commands, {"eval": "evaluate"}.get(command, command))(**options)
+    except ValueError as error:
+        sys.stdout.flush()
+        print(f"alphaprune {command}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `alphaprune info | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print(f"alphaprune {command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Text → tokens: whole files for evaluation, sampled windows for calibration."""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text as a model sees it.
+
+    tokens: [n] int64.   ends: [n] int64, bytes of the UTF-8 text that tokens up to and including this one cover.
+    """
+
+    name: str
+    sha256: str
+    bytes: int
+    tokens: Tensor
+    ends: Tensor
+
+
+def read_text(file: "str | os.PathLike", wikitext: bool = False) -> str:
+    """A text file as it is; with `wikitext`, WikiText raw rows joined as Wanda's evaluation joins them.
+
+    There a blank row counts as empty, other rows keep their line end, and rows are joined by two line ends.
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ValueError(f"{file}: there is no such text file") from error
+    except (UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{file}: cannot be read as UTF-8 text ({error})") from error
+    if wikitext:
+        return "\n\n".join(line if line.strip() else "" for line in text.splitlines(keepends=True))
+    return text
+
+
+def load_tokenizer(folder: "str | os.PathLike") -> Any:
+    """The tokenizer of a model folder; ValueError if it has none."""
+    from transformers import AutoTokenizer
+
+    if not (Path(folder) / "tokenizer.json").is_file() and not any(Path(folder).glob("tokenizer*")):
+        raise ValueError(f"{folder}: no tokenizer in it; put the tokenizer files of the model beside its weights")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+
+
+def encode(tokenizer: Any, text: str, name: str = "text") -> Text:
+    """The whole text in one go, with the tokenizer's own special tokens, as the published protocols do it."""
+    found = tokenizer(text, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+    tokens = torch.tensor(found["input_ids"], dtype=torch.int64)
+    if tokenizer.is_fast:
+        # Characters to bytes, and a running maximum: several tokens may share the bytes of one character.
+        width = torch.tensor([len(c.encode()) for c in text] or [0]).cumsum(0)
+        stops = torch.tensor([stop for _, stop in found["offset_mapping"]], dtype=torch.int64)
+        ends = torch.where(stops > 0, width[(stops - 1).clamp(min=0)], 0).cummax(0).values
+    else:
+        ends = torch.full_like(tokens, -1)
+    data = text.encode()
+    return Text(name, hashlib.sha256(data).hexdigest(), len(data), tokens, ends)
+
+
+def sample_windows(text: Text, samples: int, length: int, seed: int) -> Tensor:
+    """`samples` random windows of `length` tokens, [samples, length] int64, determined by `seed`.
+
+    Raises ValueError if the text is shorter than one window.
+    """
+    count = text.tokens.numel()
+    if samples < 1 or length < 1:
+        raise ValueError(f"calibration: wanted at least one sample of one token, got {samples} × {length}")
+    if count < length:
+        raise ValueError(
+            f"{text.name}: {count} tokens, shorter than one window of {length}; give more text or a smaller --length"
+        )
+    starts = torch.randint(0, count - length + 1, (samples,), generator=torch.Generator().manual_seed(seed))
+    return torch.stack([text.tokens[s : s + length] for s in starts.tolist()])
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,35 @@
+"""Files that appear whole or not at all."""
+
+import errno
+import os
+from pathlib import Path
+
+
+def atomic_write_text(path: "str | Path", text: str) -> None:
+    """Writes `text` as UTF-8 beside `path`, flushes it to the disk, and renames it into place.
+
+    Raises ValueError in one sentence if the disk is full or the place is not writable; `path` is then as it was.
+    """
+    path = Path(path)
+    beside = path.with_name(path.name + ".part")
+    try:
+        with beside.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        beside.replace(path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the disk is full; free some space and repeat" if full else error.strerror or str(error)
+        raise ValueError(f"{path}: not written: {reason}") from error
+
+
+def fsync_folder(folder: "str | Path") -> None:
+    """Makes renames in `folder` survive a power loss."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

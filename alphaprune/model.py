@@ -1,0 +1,280 @@
+"""A model as decoder blocks, one at a time: from a live module, or lazily from the shards of a directory.
+
+`blocks(source)` is the only way in which analysis and pruning see weights. A directory is never whole in memory:
+the skeleton has no weights, and a block's weights are read when its turn comes and dropped after it.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alphaprune.shards import Shards, dtype_name
+
+# Where the decoder blocks are, by `model_type` of the config. Nothing is guessed: what is not here is refused.
+FAMILIES = {"llama": "model.layers", "mistral": "model.layers", "qwen2": "model.layers", "qwen3": "model.layers"}
+SAMPLED_ROWS = 3  # per matrix, for the fingerprint
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder block with its weights loaded; `linears` are its prunable layers by full name, in order."""
+
+    index: int
+    name: str
+    module: nn.Module
+    linears: dict[str, nn.Linear]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What identifies a model: sizes, and a fingerprint over a sample of every prunable weight."""
+
+    name: str
+    fingerprint: str
+    dtype: str
+    shapes: dict[str, tuple[int, int]]
+    block_of: dict[str, int]
+
+
+class Source(ABC):
+    """A causal language model whose blocks can be had one at a time. Made by `open_source`."""
+
+    name: str
+    config: Any
+    skeleton: nn.Module  # the model; without weights where it is read from a directory
+
+    def blocks(self) -> Iterator[Block]:
+        """Decoder blocks in order, each with its weights loaded, until the next one is asked for."""
+        for index, (name, module) in enumerate(self._decoder().named_children()):
+            full = f"{self.prefix}.{name}"
+            self._load(full, module)
+            linears = {f"{full}.{n}": m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
+            yield Block(index, full, module, linears)
+            self._unload(module)
+
+    def block_count(self) -> int:
+        return len(self._decoder())
+
+    @abstractmethod
+    def outside_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and values of all that is stored outside the blocks: embeddings, final norm, untied head."""
+
+    def _load(self, name: str, module: nn.Module) -> None:  # noqa: B027 - a live model has nothing to load
+        ...
+
+    def _unload(self, module: nn.Module) -> None:  # noqa: B027
+        ...
+
+    @abstractmethod
+    def _row_sample(self, name: str, rows: list[int]) -> Tensor: ...
+
+    @abstractmethod
+    def _dtype(self, name: str) -> str: ...
+
+    @property
+    def prefix(self) -> str:
+        """Path of the decoder blocks inside the model."""
+        return family_of(self.config, self.name)
+
+    def _decoder(self) -> nn.ModuleList:
+        return self.skeleton.get_submodule(self.prefix)
+
+    def description(self) -> Description:
+        """Names, shapes and fingerprint of the prunable weights; reads three rows of each and no more.
+
+        The fingerprint is a sha256 over name, shape and the first, middle and last row of every prunable weight
+        as float32, so it does not depend on how the checkpoint is cut into files.
+        """
+        shapes, block_of, digest = {}, {}, hashlib.sha256()
+        dtypes: dict[str, int] = {}
+        for index, (child, module) in enumerate(self._decoder().named_children()):
+            for inner, layer in module.named_modules():
+                if not isinstance(layer, nn.Linear):
+                    continue
+                name = f"{self.prefix}.{child}.{inner}"
+                n, k = layer.weight.shape
+                shapes[name], block_of[name] = (n, k), index
+                sample = self._row_sample(f"{name}.weight", sorted({0, n // 2, n - 1})[:SAMPLED_ROWS])
+                digest.update(f"{name} {n} {k}\n".encode())
+                digest.update(sample.to("cpu", torch.float32).contiguous().numpy().tobytes())
+                dtype = self._dtype(f"{name}.weight")
+                dtypes[dtype] = dtypes.get(dtype, 0) + n * k
+        if not shapes:
+            raise ValueError(f"{self.name}: no prunable linear layer (dense, with a weight matrix) in any block")
+        return Description(self.name, digest.hexdigest(), max(dtypes, key=dtypes.__getitem__), shapes, block_of)
+
+
+class LiveSource(Source):
+    """A model that is already in memory; pruning it changes it in place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.skeleton, self.config = model, model.config
+        self.name = getattr(model.config, "name_or_path", "") or type(model).__name__
+
+    def outside_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        inside = self.prefix + "."
+        tied = set(getattr(self.skeleton, "all_tied_weights_keys", None) or ())
+        for name, tensor in self.skeleton.state_dict().items():
+            if not name.startswith(inside) and name not in tied:
+                yield name, tensor
+
+    def _row_sample(self, name: str, rows: list[int]) -> Tensor:
+        return self.skeleton.get_parameter(name).detach()[rows]
+
+    def _dtype(self, name: str) -> str:
+        return dtype_name(self.skeleton.get_parameter(name).dtype)
+
+
+class DirectorySource(Source):
+    """A Hugging Face directory with safetensors; at most one block of it is in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+
+        self.name, self.folder = str(folder), folder
+        self.config = read_config(folder)
+        family_of(self.config, self.name)
+        self.shards = Shards(folder)
+        with init_empty_weights():  # parameters without memory; the rotary tables are real
+            self.skeleton = AutoModelForCausalLM.from_config(self.config)
+        self.skeleton.eval()
+        self._check_shapes()
+
+    def outside_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        inside = self.prefix + "."
+        for name in self.shards.names():
+            if not name.startswith(inside):
+                yield name, self.shards.tensor(name)
+
+    def load_outside(self) -> None:
+        """Gives the skeleton its embeddings and final norm, to run tokens into the first block."""
+        tensors = dict(self.outside_tensors())
+        self.skeleton.load_state_dict(tensors, strict=False, assign=True)
+
+    def unload_outside(self) -> None:
+        decoder = self._decoder()
+        inside = {id(p) for p in decoder.parameters()}
+        for module in self.skeleton.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if id(parameter) not in inside and not parameter.is_meta:
+                    setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+    def _check_shapes(self) -> None:
+        prefix = self.prefix + "."
+        for name, parameter in self.skeleton.named_parameters():
+            if name.startswith(prefix):
+                found = self.shards.shape(name)
+                if found != tuple(parameter.shape):
+                    raise ValueError(
+                        f"{self.name}: {name} has shape {found} in the file, "
+                        f"but config.json describes {tuple(parameter.shape)}"
+                    )
+
+    def _load(self, name: str, module: nn.Module) -> None:
+        state = {n: self.shards.tensor(f"{name}.{n}") for n, _ in module.named_parameters()}
+        module.load_state_dict(state, strict=False, assign=True)
+        module.requires_grad_(False)
+
+    def _unload(self, module: nn.Module) -> None:
+        for inner in module.modules():
+            for name, parameter in list(inner.named_parameters(recurse=False)):
+                setattr(inner, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+    def _row_sample(self, name: str, rows: list[int]) -> Tensor:
+        return self.shards.rows(name, rows)
+
+    def _dtype(self, name: str) -> str:
+        return self.shards.dtype(name)
+
+
+def open_source(source: "Source | nn.Module | str | Path") -> Source:
+    """`source` as a `Source`: a live model, a directory of ours or of Hugging Face, or a hub id.
+
+    A directory with packed weights is loaded and expanded to dense, since spectra and scores need the matrices.
+    """
+    if isinstance(source, Source):
+        return source
+    if isinstance(source, nn.Module):
+        return LiveSource(source)
+    folder = resolve(source)
+    if is_packed(folder):
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dequantize()
+        opened = LiveSource(model)
+        opened.name = str(folder)
+        return opened
+    return DirectorySource(folder)
+
+
+def blocks(source: "Source | nn.Module | str | Path") -> Iterator[Block]:
+    """Decoder blocks of a live model, a directory or a hub id, in order, one in memory at a time."""
+    return open_source(source).blocks()
+
+
+def describe(source: "Source | nn.Module | str | Path") -> Description:
+    """Names, shapes, dtype and fingerprint of the prunable weights of `source`."""
+    return open_source(source).description()
+
+
+def resolve(model: "str | Path") -> Path:
+    """The local folder of a checkpoint; a hub id (`owner/name`) is fetched, as the user asked by naming it.
+
+    Raises ValueError if it is neither.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{model}: this folder holds no model: there is no config.json in it")
+        return folder
+    if folder.exists():
+        raise ValueError(f"{model}: this is a file; give the folder that holds config.json and the safetensors files")
+    parts = str(model).split("/")
+    if len(parts) != 2 or not all(parts) or str(model).startswith((".", "~", "/")):
+        raise ValueError(f"{model}: there is no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+    except Exception as error:  # the hub client has a dozen error types, for network, rights and names
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{model}: no such folder here, and the hub did not give it: {reason}") from error
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers config of a folder; ValueError in one sentence if it is unreadable."""
+    from transformers import AutoConfig
+
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{folder}: config.json cannot be used: {reason}") from error
+
+
+def family_of(config: Any, name: str) -> str:
+    """Path of the decoder blocks for this kind of model."""
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"{name}: model type {config.model_type!r} is not known here; known: {', '.join(FAMILIES)} (model.FAMILIES)"
+        )
+    return FAMILIES[config.model_type]
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder holds our packed weights."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    settings = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(settings, dict) and settings.get("quant_method") == "alphaprune"

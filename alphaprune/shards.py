@@ -1,0 +1,160 @@
+"""Safetensors files of a folder: checked headers, lazy tensors, and a writer that aligns every tensor.
+
+Layout of a file (https://github.com/huggingface/safetensors#format): u64 length of the header, JSON header, data.
+safetensors aligns only to 8 bytes; this writer pads the header with spaces and orders tensors so that each starts on
+64 bytes, which the format allows and kernels that run on the mapped file like.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from alphaprune.files import fsync_folder
+
+ALIGNMENT = 64  # bytes: one cache line, one AVX-512 register
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+BY_CODE = {code: name for name, code in DTYPES.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def read_header(file: Path) -> dict[str, dict]:
+    """Tensor name → {dtype, shape, data_offsets}, after checking that the file is as long as its header says.
+
+    Raises ValueError in one sentence if the file is missing, truncated or no safetensors file.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise ValueError(f"{file}: truncated, or no safetensors file ({size} bytes); copy it again")
+            header = json.loads(handle.read(length))
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except FileNotFoundError as error:
+        raise ValueError(f"{file}: missing, although the index or config names it") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{file}: its safetensors header cannot be read; copy the file again") from error
+    if size != 8 + length + end:
+        raise ValueError(f"{file}: has {size} bytes, its header describes {8 + length + end}; copy it again")
+    return header
+
+
+class Shards:
+    """All tensors of a folder, by name; nothing is read until it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._headers: dict[str, dict[str, dict]] = {}
+        self._file_of: dict[str, str] = {}
+        for file in checkpoint_files(folder):
+            self._headers[file.name] = read_header(file)
+            for name in self._headers[file.name]:
+                if name in self._file_of:
+                    raise ValueError(f"{folder}: {name} is in both {self._file_of[name]} and {file.name}")
+                self._file_of[name] = file.name
+
+    def names(self) -> list[str]:
+        return list(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._entry(name)["shape"])
+
+    def dtype(self, name: str) -> str:
+        code = self._entry(name)["dtype"]
+        return BY_CODE.get(code, code)
+
+    def tensor(self, name: str) -> Tensor:
+        """The values, mapped from the file."""
+        with self._open(name) as file:
+            return file.get_tensor(name)
+
+    def rows(self, name: str, rows: list[int]) -> Tensor:
+        """Some rows of a matrix; the rest is not read."""
+        with self._open(name) as file:
+            view = file.get_slice(name)
+            return torch.stack([view[row : row + 1][0] for row in rows])
+
+    def _entry(self, name: str) -> dict:
+        if name not in self._file_of:
+            raise ValueError(f"{self.folder}: no tensor {name} in its safetensors files, though config.json needs it")
+        return self._headers[self._file_of[name]][name]
+
+    def _open(self, name: str):
+        self._entry(name)
+        return open_file(self.folder / self._file_of[name])
+
+
+def open_file(file: Path):
+    """A safetensors file opened for lazy reading; ValueError naming it if that fails."""
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: cannot be read as safetensors ({error}); copy it again") from error
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in the order of the index; ValueError if there is none."""
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            files = [folder / name for name in dict.fromkeys(names)]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index}: is no index of safetensors files; copy it again") from error
+        return files
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if any(folder.glob("*.bin")):
+        raise ValueError(f"{folder}: only pickled weights (*.bin) here; save the model with safe_serialization=True")
+    raise ValueError(f"{folder}: no safetensors file in it (wanted {SINGLE} or {INDEX})")
+
+
+def write(file: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+    """Writes one safetensors file whose tensors start on 64 bytes; returns the bytes of each.
+
+    The file appears whole or not at all: written beside, flushed to the disk, renamed.
+    """
+    # largest alignment need first is not enough: a tensor whose size is no multiple of 64 would shift all after it,
+    # and the format allows no holes, so those go to the end.
+    ordered = sorted(tensors, key=lambda item: item[1].nbytes % ALIGNMENT != 0)
+    header, place = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in ordered:
+        end = place + tensor.nbytes
+        header[name] = {"dtype": DTYPES[dtype_name(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    beside = file.with_name(file.name + ".part")
+    with beside.open("wb") as handle:
+        handle.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+            handle.write(memoryview(flat.view(torch.uint8).numpy()))
+        handle.flush()
+        os.fsync(handle.fileno())
+    beside.replace(file)
+    fsync_folder(file.parent)
+    return {name: tensor.nbytes for name, tensor in ordered}

@@ -1,0 +1,85 @@
+"""Blocks of a live model and of its directory are the same, and only one is in memory."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model
+from torch import nn
+
+from alphaprune import model as models
+
+
+def test_live_and_lazy_blocks_agree(directory: Path) -> None:
+    live = make_model(seed=1)
+    lazy = models.open_source(directory)
+    for a, b in zip(models.blocks(live), lazy.blocks(), strict=True):
+        assert (a.index, a.name) == (b.index, b.name)
+        assert list(a.linears) == list(b.linears) and len(a.linears) == 7
+        for name, layer in a.linears.items():
+            assert name == f"{a.name}.{name.removeprefix(a.name + '.')}"
+            assert torch.equal(layer.weight, b.linears[name].weight)
+
+
+def test_a_block_is_dropped_when_the_next_comes(directory: Path) -> None:
+    seen = []
+    for block in models.blocks(directory):
+        assert all(not p.is_meta for p in block.module.parameters())
+        assert all(p.is_meta for earlier in seen for p in earlier.module.parameters())
+        seen.append(block)
+
+
+def test_description_is_the_same_live_and_lazy_and_changes_with_the_weights(directory: Path, tmp_path: Path) -> None:
+    live, lazy = models.describe(make_model(seed=1)), models.describe(directory)
+    assert live.fingerprint == lazy.fingerprint and live.shapes == lazy.shapes and live.block_of == lazy.block_of
+    assert lazy.dtype == "float32" and lazy.shapes["model.layers.2.mlp.down_proj"] == (96, 200)
+    changed = make_model(seed=1)
+    changed.model.layers[2].mlp.down_proj.weight.data[-1, -1] += 1
+    assert models.describe(changed).fingerprint != live.fingerprint
+    changed.save_pretrained(tmp_path / "one")  # a single file this time
+    assert models.describe(tmp_path / "one").fingerprint == models.describe(changed).fingerprint
+
+
+def test_bfloat16_checkpoint_keeps_its_dtype(tmp_path: Path) -> None:
+    make_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "m")
+    assert models.describe(tmp_path / "m").dtype == "bfloat16"
+    block = next(models.blocks(tmp_path / "m"))
+    assert all(layer.weight.dtype == torch.bfloat16 for layer in block.linears.values())
+
+
+def test_what_is_no_model_gets_a_sentence(tmp_path: Path, directory: Path) -> None:
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        models.open_source(tmp_path)
+    with pytest.raises(ValueError, match="no such folder"):
+        models.open_source(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="is a file"):
+        models.open_source(directory / "config.json")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json cannot be used"):
+        models.open_source(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(ValueError, match="'gpt2' is not known"):
+        models.open_source(tmp_path)
+    with pytest.raises(ValueError, match="hub did not give it"):
+        models.open_source("no-such-owner/no-such-model")
+
+
+def test_config_and_shards_that_disagree_are_named(directory: Path, tmp_path: Path) -> None:
+    shutil.copytree(directory, tmp_path / "m")
+    config = json.loads((directory / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "intermediate_size": 208}))
+    with pytest.raises(ValueError, match=r"mlp\.gate_proj\.weight has shape \(200, 96\)"):
+        models.open_source(tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    with pytest.raises(ValueError, match=r"no tensor model\.layers\.3"):
+        models.open_source(tmp_path / "m")
+
+
+def test_a_model_without_linears_is_refused() -> None:
+    live = make_model()
+    for layer in live.model.layers:
+        layer.mlp, layer.self_attn = nn.Identity(), nn.Identity()
+    with pytest.raises(ValueError, match="no prunable linear layer"):
+        models.describe(live)

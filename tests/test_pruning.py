@@ -1,0 +1,167 @@
+"""Masks against the published rules, exact counts, the pruned prefix, patterns, and refusals."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model
+from torch import Tensor, nn
+
+import alphaprune
+from alphaprune import calibrate, pruners
+from alphaprune.model import open_source
+from alphaprune.pattern import NM
+from alphaprune.pruning import prune_blocks
+
+TOKENS = torch.randint(0, 257, (5, 32), generator=torch.Generator().manual_seed(3))
+
+
+def make_plan(model, sparsity: float, **options):
+    return alphaprune.plan(alphaprune.analyze(model, fit=None), sparsity, allocator="uniform", **options)
+
+
+def published_wanda(model: nn.Module, tokens: Tensor, sparsity: float) -> dict[str, Tensor]:
+    """Masks by the published rule, written down directly: hooks on whole-model passes, one sample at a time.
+
+    Statistics of a block come from its dense weights behind the pruned prefix; per row, the int(K·s) smallest
+    |W|·sqrt(running mean of squared norms) by a stable sort go (locuslab/wanda, lib/prune.py and layerwrapper.py).
+    """
+    masks = {}
+    for index, block in enumerate(model.model.layers):
+        layers = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+        scaler = {n: torch.zeros(m.in_features) for n, m in layers.items()}
+        seen = dict.fromkeys(layers, 0)
+
+        def observe(name: str, scaler=scaler, seen=seen):
+            def hook(module: nn.Module, arguments: tuple) -> None:
+                x = arguments[0].reshape(-1, arguments[0].shape[-1]).t().float()  # [K, tokens]
+                scaler[name] *= seen[name] / (seen[name] + 1)
+                seen[name] += 1
+                scaler[name] += torch.norm(x, p=2, dim=1) ** 2 / seen[name]
+
+            return hook
+
+        hooks = [m.register_forward_pre_hook(observe(n)) for n, m in layers.items()]
+        with torch.no_grad():
+            for sample in tokens:
+                model(sample[None], use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        for name, layer in layers.items():
+            metric = layer.weight.data.abs() * torch.sqrt(scaler[name].reshape(1, -1))
+            order = torch.sort(metric, dim=-1, stable=True)[1]
+            gone = order[:, : int(metric.shape[1] * sparsity)]
+            keep = torch.ones_like(metric, dtype=torch.bool).scatter_(1, gone, False)
+            layer.weight.data[~keep] = 0
+            masks[f"model.layers.{index}.{name}"] = keep
+    return masks
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.75])
+def test_wanda_masks_equal_the_published_rule(sparsity: float) -> None:
+    changes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # K·s is an integer everywhere
+    wanted = published_wanda(make_model(7, **changes), TOKENS, sparsity)
+    live = make_model(7, **changes)
+    masks = alphaprune.prune(live, make_plan(live, sparsity), method="wanda", tokens=TOKENS)
+    assert list(masks) == list(wanted)
+    assert [n for n in wanted if not torch.equal(masks[n], wanted[n])] == []
+
+
+def test_the_prefix_is_pruned_when_a_block_is_calibrated() -> None:
+    """With dense prefixes the masks of later blocks would differ: the test above can fail."""
+    live = make_model(7)
+    masks = alphaprune.prune(live, make_plan(live, 0.75), method="wanda", tokens=TOKENS)
+    dense = open_source(make_model(7))
+    activations = calibrate.first_inputs(dense, TOKENS)
+    differ = False
+    for block in dense.blocks():
+        norms = calibrate.input_norms(block, activations)
+        for name, layer in block.linears.items():
+            scores = pruners.get("wanda").scores(layer.weight.data, norms[name])
+            kept = scores[masks[name]].min() if block.index == 0 else None
+            assert kept is None or kept > 0
+            differ |= block.index > 0 and not torch.equal(_row_mask(scores, masks[name]), masks[name])
+        calibrate.run(block, activations)
+    assert differ
+
+
+def _row_mask(scores: Tensor, like: Tensor) -> Tensor:
+    order = scores.sort(1, stable=True).indices
+    places = torch.arange(scores.shape[1]).expand_as(scores)
+    rank = torch.empty_like(order).scatter_(1, order, places)
+    return rank >= (~like).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("method", pruners.MEMBERS)
+@pytest.mark.parametrize("sparsity", [0.0, 0.37, 0.7, 0.95])
+def test_every_pruner_hits_its_counts_and_keeps_the_other_weights(method: str, sparsity: float) -> None:
+    live, before = make_model(2), make_model(2)
+    chosen = make_plan(live, sparsity)
+    masks = alphaprune.prune(live, chosen, method=method, tokens=TOKENS)
+    for name, mask in masks.items():
+        assert int((~mask).sum()) == chosen.layers[name].zeros
+        was, now = before.get_submodule(name).weight, live.get_submodule(name).weight
+        assert torch.equal(now[mask], was[mask]) and not now[~mask].any()
+    total = sum(m.numel() for m in masks.values())
+    assert sum(int((~m).sum()) for m in masks.values()) == round(sparsity * total)
+
+
+@pytest.mark.parametrize("method", pruners.MEMBERS)
+def test_patterns_along_k(method: str) -> None:
+    live = make_model(2)
+    chosen = make_plan(live, None, pattern="2:4")
+    masks = alphaprune.prune(live, chosen, method=method, tokens=TOKENS)
+    assert all(p.pattern == NM(2, 4) for p in chosen.layers.values())
+    assert all((m.reshape(m.shape[0], -1, 4).sum(-1) == 2).all() for m in masks.values())
+
+
+def test_live_and_lazy_pruning_agree_and_repeat(directory: Path) -> None:
+    live = make_model(1)
+    chosen = make_plan(live, 0.6)
+    masks = alphaprune.prune(live, chosen, method="wanda", tokens=TOKENS)
+    for _ in range(2):
+        lazy = {n: m for b in prune_blocks(directory, chosen, "wanda", TOKENS) for n, m in b.masks.items()}
+        assert list(lazy) == list(masks) and all(torch.equal(lazy[n], masks[n]) for n in masks)
+
+
+def test_selection_by_row_or_matrix() -> None:
+    chosen = make_plan(make_model(2), 0.5)
+    rows = alphaprune.prune(make_model(2), chosen, method="magnitude", selection="row")
+    whole = alphaprune.prune(make_model(2), chosen, method="magnitude")
+    for name, mask in rows.items():
+        assert len(set((~mask).sum(1).tolist())) <= 2
+        assert len(set((~whole[name]).sum(1).tolist())) > 2
+    with pytest.raises(ValueError, match="wanted 'row' or 'matrix'"):
+        alphaprune.prune(make_model(2), chosen, method="magnitude", selection="column")
+
+
+def test_refusals() -> None:
+    live = make_model(2)
+    chosen = make_plan(live, 0.5)
+    with pytest.raises(ValueError, match="needs calibration text"):
+        alphaprune.prune(live, chosen, method="wanda")
+    with pytest.raises(ValueError, match="no pruner is called 'magic'"):
+        alphaprune.prune(live, chosen, method="magic")
+    with pytest.raises(ValueError, match="another model"):
+        alphaprune.prune(make_model(3), chosen, method="magnitude")
+    live.model.layers[1].self_attn.k_proj.weight.data[3, 5] = float("inf")
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.k_proj: the weights hold NaN or infinity"):
+        alphaprune.prune(live, chosen, method="magnitude")
+    with pytest.raises(ValueError, match=r"wanted \[samples, length\]"):
+        alphaprune.prune(make_model(2), chosen, method="wanda", tokens=TOKENS[0])
+
+
+def test_norms_are_those_of_the_inputs(directory: Path) -> None:
+    """Against float64 sums over whole-model passes; the batch of samples must not matter."""
+    live = make_model(1)
+    caught: list[Tensor] = []
+    hook = live.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda m, a: caught.append(a[0].double()))
+    with torch.no_grad():
+        live(TOKENS, use_cache=False)
+    hook.remove()
+    wanted = (caught[0].square().sum((0, 1)) / len(TOKENS)).sqrt()
+    source = open_source(directory)
+    activations = calibrate.first_inputs(source, TOKENS)
+    assert all(p.is_meta for p in source.skeleton.parameters())  # embeddings were dropped again
+    found = calibrate.input_norms(next(source.blocks()), activations)
+    torch.testing.assert_close(found["model.layers.0.mlp.down_proj"].double(), wanted, rtol=1e-5, atol=0)

@@ -1,0 +1,86 @@
+"""Headers are checked, tensors are aligned, and stock safetensors reads what is written."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from alphaprune import shards
+
+TENSORS = {
+    "a.weight": torch.randn(33, dtype=torch.bfloat16),  # 66 bytes: shifts what comes after it
+    "b.weight": torch.randn(16, 4),
+    "c.mask": torch.arange(64, dtype=torch.int32).reshape(2, 32),
+    "d.bias": torch.randn(7, dtype=torch.float16),
+    "e.empty": torch.empty(0),
+}
+
+
+def test_round_trip_with_stock_reader_and_alignment(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    shards.write(file, TENSORS.items())
+    read = load_file(file)
+    assert set(read) == set(TENSORS)
+    assert all(torch.equal(read[n].view(torch.uint8), t.view(torch.uint8)) for n, t in TENSORS.items() if t.numel())
+    header = shards.read_header(file)
+    data = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    assert data % 64 == 0
+    for name in ("b.weight", "c.mask"):  # sizes in multiples of 64 bytes come first and stay aligned
+        assert header[name]["data_offsets"][0] % 64 == 0
+    assert not list(tmp_path.glob("*.part"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(cut=st.integers(1, 5000))
+def test_a_truncated_file_is_named(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+    file = tmp_path_factory.mktemp("cut") / "x.safetensors"
+    shards.write(file, TENSORS.items())
+    data = file.read_bytes()
+    file.write_bytes(data[: max(0, len(data) - cut)])
+    with pytest.raises(ValueError, match=r"x\.safetensors.*copy"):
+        shards.read_header(file)
+
+
+@settings(max_examples=60, deadline=None)
+@given(junk=st.binary(max_size=200))
+def test_junk_is_no_header(tmp_path_factory: pytest.TempPathFactory, junk: bytes) -> None:
+    file = tmp_path_factory.mktemp("junk") / "x.safetensors"
+    file.write_bytes(junk)
+    try:
+        assert shards.read_header(file) == {}  # a legal empty file, should chance make one
+    except ValueError as error:
+        assert "x.safetensors" in str(error)
+
+
+def test_rows_and_tensors_of_a_sharded_folder(directory: Path) -> None:
+    found = shards.Shards(directory)
+    assert len(shards.checkpoint_files(directory)) > 1
+    name = "model.layers.1.mlp.up_proj.weight"
+    whole = found.tensor(name)
+    assert found.shape(name) == tuple(whole.shape) == (200, 96) and found.dtype(name) == "float32"
+    assert torch.equal(found.rows(name, [0, 7, 199]), whole[[0, 7, 199]])
+    with pytest.raises(ValueError, match="no tensor nothing"):
+        found.tensor("nothing")
+
+
+def test_missing_shard_twice_named_tensor_bad_index_and_pickles(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no safetensors file"):
+        shards.Shards(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ValueError, match="pickled"):
+        shards.Shards(tmp_path)
+    index = tmp_path / shards.INDEX
+    index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
+    save_file({"a": torch.ones(2)}, tmp_path / "1.safetensors")
+    with pytest.raises(ValueError, match=r"2\.safetensors: missing"):
+        shards.Shards(tmp_path)
+    save_file({"a": torch.ones(2)}, tmp_path / "2.safetensors")
+    with pytest.raises(ValueError, match="a is in both"):
+        shards.Shards(tmp_path)
+    index.write_text("{")
+    with pytest.raises(ValueError, match="no index"):
+        shards.Shards(tmp_path)
