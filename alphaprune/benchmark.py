@@ -1,0 +1,135 @@
+"""`alphaprune bench`: linear layers by shape, or the layers and the decoding of a model, dense always beside."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alphaprune import formats, generate, hf, timing
+from alphaprune import model as models
+from alphaprune.layer import SparseLinear
+from alphaprune.pattern import NM, parse
+
+# The linears of one block by model, [N, K], and how many of each there are.
+MODELS = {
+    "llama2-7b": {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1},
+    "llama3-8b": {(4096, 4096): 2, (1024, 4096): 2, (14336, 4096): 2, (4096, 14336): 1},
+    "mistral-7b": {(4096, 4096): 2, (1024, 4096): 2, (14336, 4096): 2, (4096, 14336): 1},
+}
+DERIVED = ("ratio", "weights_per_second", "bytes_per_second", "of_bandwidth")
+COLUMNS = ["shape", "tokens", "sparsity", "kernel", "seconds", "dense seconds", "speed-up", "GB/s", "% of memory"]
+
+
+def bench_shapes(
+    shape: str,
+    sparsity: str,
+    pattern: str,
+    tokens: str,
+    dtype: str,
+    kernel: str | None,
+    progress: Callable[[int], Any] | None = None,
+) -> dict[str, Any]:
+    """Rows for every shape × tokens × sparsity with random weights read from memory (see timing.time_linear).
+
+    ValueError if an argument is no list of what it should be, or the kernel cannot run here.
+    """
+    shapes, chosen = parse_shapes(shape), parse(pattern)
+    sparsities = [chosen.sparsity] if isinstance(chosen, NM) else parse_sparsities(sparsity)
+    counts = parse_numbers(tokens, int, "--tokens")
+    if any(count < 1 for count in counts):
+        raise ValueError(f"--tokens {tokens}: wanted whole numbers from 1")
+    bandwidth = timing.read_bandwidth()
+    rows = []
+    for one in shapes:
+        for count in counts:
+            for share in sparsities:
+                found = timing.time_linear(
+                    one, share, count, getattr(torch, dtype), kernel=kernel, bandwidth=bandwidth, pattern=chosen
+                )
+                rows.append(asdict(found) | {name: getattr(found, name) for name in DERIVED})
+                if progress:
+                    progress(len(rows))
+    return {"machine": timing.machine(), "threads": torch.get_num_threads(), "bandwidth": bandwidth, "rows": rows}
+
+
+def bench_model(
+    model: str, sparsity: str, pattern: str, tokens: str, dtype: str, kernel: str | None
+) -> dict[str, Any]:
+    """Decoding of a packed model beside its dense twin, tokens per second, and rows for the shapes of its layers.
+
+    The layers are timed at the model's own sparsity; where nothing is packed, at those asked for.
+    """
+    folder = models.resolve(model)
+    loaded = hf.load(folder)
+    packed = {n: m for n, m in loaded.named_modules() if isinstance(m, SparseLinear)}
+    prefix = models.family_of(loaded.config, str(folder))
+    shapes = {(m.out_features, m.in_features) for n, m in loaded.named_modules() if n.startswith(prefix) and _linear(m)}
+    result: dict[str, Any] = {"model": str(Path(folder)), "packed_layers": len(packed)}
+    if packed:
+        kept = sum(formats.get("sbt").kept(m.packed) for m in packed.values())
+        sparsity = f"{1 - kept / sum(m.out_features * m.in_features for m in packed.values()):.4f}"
+        result["tokens_per_second"] = generate.decode_rate(loaded)
+        result["dense_tokens_per_second"] = generate.decode_rate(loaded.dequantize())
+    else:
+        result["dense_tokens_per_second"] = generate.decode_rate(loaded)
+    named = ",".join(f"{n}x{k}" for n, k in sorted(shapes))
+    return result | bench_shapes(named, sparsity, pattern, tokens, dtype, kernel)
+
+
+def _linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, SparseLinear | torch.nn.Linear)
+
+
+def tables(result: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Heading, columns and cells of what `bench` prints."""
+    if "model" in result:
+        rows = [["dense", f"{result['dense_tokens_per_second']:.1f}"]]
+        if "tokens_per_second" in result:
+            rows.append([f"packed ({result['packed_layers']} layers)", f"{result['tokens_per_second']:.1f}"])
+        yield f"{result['model']}: greedy decoding, 1 sequence", ["weights", "tokens/s"], rows
+    heading = f"{result['machine']}, {result['threads']} threads, reads {result['bandwidth'] / 1e9:.1f} GB/s; medians"
+    rows = [
+        [
+            f"{row['shape'][0]}×{row['shape'][1]}",
+            str(row["tokens"]),
+            f"{row['sparsity']:.2f}",
+            row["kernel"],
+            f"{row['seconds']:.3e}",
+            f"{row['dense_seconds']:.3e}",
+            f"{row['ratio']:.2f}×",
+            f"{row['bytes_per_second'] / 1e9:.1f}",
+            f"{row['of_bandwidth']:.0%}",
+        ]
+        for row in result["rows"]
+    ]
+    yield heading, COLUMNS, rows
+
+
+def parse_shapes(text: str) -> list[tuple[int, int]]:
+    """`11008x4096,4096x4096` or the name of a model → [(N, K), …]."""
+    if text in MODELS:
+        return list(MODELS[text])
+    found = []
+    for part in text.lower().split(","):
+        sizes = part.split("x")
+        if len(sizes) != 2 or not all(s.strip().isdigit() and int(s) > 0 for s in sizes):
+            raise ValueError(f"--shape {text}: wanted NxK[,NxK…] such as 11008x4096, or one of {', '.join(MODELS)}")
+        found.append((int(sizes[0]), int(sizes[1])))
+    return found
+
+
+def parse_sparsities(text: str) -> list[float]:
+    values = parse_numbers(text, float, "--sparsity")
+    if not all(0 <= value < 1 for value in values):
+        raise ValueError(f"--sparsity {text}: wanted numbers in [0, 1)")
+    return values
+
+
+def parse_numbers(text: str, kind: type, option: str) -> list:
+    """`1,4,16` → [1, 4, 16]."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} {text}: wanted {'whole numbers' if kind is int else 'numbers'} with commas") from None

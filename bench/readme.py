@@ -1,0 +1,110 @@
+"""Writes the figures of README.md from the committed rows: `python bench/readme.py [--check]`.
+
+Between `<!-- NAME -->` and `<!-- /NAME -->` stands what this script makes of bench/results; --check fails if it is stale.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+def rows(name: str) -> list[dict]:
+    return [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
+
+
+def table(columns: list[str], cells: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(columns)} |", f"| --- |{' ---: |' * (len(columns) - 1)}"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in cells])
+
+
+def demo() -> str:
+    found = json.loads((RESULTS / "demo.json").read_text())
+    cells = []
+    for row in found["rows"]:
+        name = "dense" if row["allocator"] == "dense" else f"{row['sparsity']:.0%}, {row['allocator']}"
+        cells.append(
+            [
+                name + (f" (the same plan as {row['same_as']})" if "same_as" in row else ""),
+                f"{row['bits_per_byte']:.3f}",
+                f"{row['linears_bytes'] / 1e6:.2f}",
+                f"{row['tokens_per_second']:.0f}",
+                f"{row['block_bytes'] / row['block_seconds'] / 1e9:.1f}",
+                f"{row['block_speedup']:.2f}×",
+            ]
+        )
+    columns = ["model", "bits per byte", "MB of linears", "tokens/s", "7B block, GB/s", "7B block, speed-up"]
+    note = (
+        f"`alphaprune demo`, {found['machine']}: the embedded 11 M-parameter LLaMA, Wanda masks, judged on the held-out "
+        f"standard library of Python {found['python']} (corpus sha256 {found['corpus_sha256'][:12]}, "
+        f"{found['bytes']:,} bytes in {found['tokens']:,} tokens). 7B block: the seven linears of one LLaMA-2-7B-shaped "
+        f"block, random bf16 weights read from memory, one token, against torch's dense bf16."
+    )
+    return f"{table(columns, cells)}\n\n{note}"
+
+
+def linear() -> str:
+    found = rows("linear.jsonl")
+    cells = [
+        [
+            f"{r['shape'][0]}×{r['shape'][1]}",
+            str(r["tokens"]),
+            f"{r['sparsity']:.0%}",
+            r["kernel"],
+            f"{r['seconds']:.2e}",
+            f"{r['dense_seconds']:.2e}",
+            f"{r['of_bandwidth']:.0%}",
+            f"{r['ratio']:.2f}×",
+        ]
+        for r in found
+    ]
+    columns = ["layer", "tokens", "sparsity", "kernel", "seconds", "dense bf16, seconds", "of read bandwidth", "speed-up"]
+    first = found[0]
+    note = (
+        f"`python bench/linear.py`, {first['machine']}, {first['threads']} threads, which read "
+        f"{first['bandwidth'] / 1e9:.1f} GB/s; medians of interleaved calls, weights from memory."
+    )
+    return f"{table(columns, cells)}\n\n{note}"
+
+
+def model() -> str:
+    found = json.loads((RESULTS / "demo_model.json").read_text())
+    return (
+        f"Held-out bits per byte {found['bits_per_byte']:.3f}; `xz -9` on the same {found['bytes']:,} bytes "
+        f"{found['xz_bits_per_byte']:.3f}, and {found['xz_after_train_bits_per_byte']:.3f} after it has seen the "
+        f"training text (Python {found['python']}, {found['tokens']:,} tokens, held-out sha256 "
+        f"{found['held_out_sha256'][:12]}; `python bench/demo_model.py`)."
+    )
+
+
+def analyze() -> str:
+    found = rows("analyze.jsonl")
+    cells = [[f"{r['shape'][0]}×{r['shape'][1]}", r["fit"], f"{r['seconds']:.2f}", f"{r['ratio']:.2f}×"] for r in found]
+    return table(["matrix", "fit", "seconds", "of fp32 `svdvals`"], cells)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if README.md is stale")
+    options = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = before = readme.read_text()
+    for part in (demo, linear, model, analyze):
+        name = part.__name__
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.S)
+        if not pattern.search(text):
+            print(f"README.md has no place for {name}", file=sys.stderr)
+            return 1
+        text = pattern.sub(lambda found, part=part: found[1] + part() + found[2], text)
+    if options.check:
+        return int(text != before)
+    readme.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
