@@ -1,0 +1,111 @@
+"""Real shares → integers: the arithmetic of budgets, on plain numbers."""
+
+import math
+from collections.abc import Sequence
+
+SLACK = 1e-6  # counts this close above or below a bound are at it: 0.55 · 100 is not 55 in binary
+
+
+def water_fill(
+    sizes: Sequence[int], ratios: Sequence[float], sparsity: float, low: float = 0.0, high: float = math.inf
+) -> list[float]:
+    """s_k = clip(η·r_k, low, high) with the one η ≥ 0 for which Σ N_k·s_k = sparsity·ΣN_k.
+
+    The sum is piecewise linear and rising in η, so η is found by walking its sorted breakpoints low/r_k and high/r_k,
+    then solved for exactly from the layers that are not clipped. Independent of the order of the layers.
+    Raises ValueError for ratios that are not positive, or a sparsity outside [low, high].
+    """
+    if not all(math.isfinite(r) and r > 0 for r in ratios):
+        raise ValueError("ratios: wanted finite numbers above 0")
+    if not low <= sparsity <= high:
+        raise ValueError(f"sparsity {sparsity} cannot be reached with layers between {low} and {high}")
+    target = sparsity * sum(sizes)
+    events = [(low / r, n * r) for n, r in zip(sizes, ratios, strict=True)]
+    if math.isfinite(high):
+        events += [(high / r, -n * r) for n, r in zip(sizes, ratios, strict=True)]
+    events.sort()
+    eta, slope, filled = 0.0, 0.0, low * sum(sizes)
+    for place, change in events:
+        if slope > 0 and filled + slope * (place - eta) >= target:
+            break
+        filled, eta, slope = filled + slope * (place - eta), place, slope + change
+    if slope > 0 and filled < target:
+        eta += (target - filled) / slope
+    free = [(n, r) for n, r in zip(sizes, ratios, strict=True) if low < eta * r < high]
+    if free:
+        clipped = [
+            n * (low if eta * r <= low else high)
+            for n, r in zip(sizes, ratios, strict=True)
+            if not low < eta * r < high
+        ]
+        eta = (target - math.fsum(clipped)) / math.fsum(n * r for n, r in free)
+    return [min(max(eta * r, low), high) for r in ratios]
+
+
+def share_counts(sizes: Sequence[int], sparsities: Sequence[float], budget: int, low: float, high: float) -> list[int]:
+    """Integers near N_k·s_k that sum to `budget`, each within [low, high]·N_k: the method of largest remainders.
+
+    Raises ValueError if the bounds, as integers, do not hold the budget.
+    """
+    wanted = [n * s for n, s in zip(sizes, sparsities, strict=True)]
+    least = [math.ceil(low * n - SLACK) for n in sizes]
+    most = [math.floor(high * n + SLACK) for n in sizes]
+    if not sum(least) <= budget <= sum(most):
+        raise ValueError(f"{budget} zeros cannot be had with layers between {low} and {high} of their weights")
+    return _largest_remainders(wanted, budget, least, most)
+
+
+def share_steps(units: Sequence[int], wanted: Sequence[float], budget: int, low: float, high: float) -> list[int]:
+    """Integers j_k near `wanted` in [low, high] with |Σ units_k·j_k − budget| ≤ min(units).
+
+    From the largest unit to the smallest, all layers of one unit together: each group takes what its layers want, and
+    what rounding elsewhere left over, spread evenly over its layers. Where the layers of small units are all at a
+    bound, a group of larger ones takes one step too many and the small ones give it back.
+    Raises ValueError if the bounds leave the budget out of reach.
+    """
+    least, most = math.ceil(low - SLACK), math.floor(high + SLACK)
+    sizes = sorted(set(units), reverse=True)
+    for overshooting in (None, *reversed(sizes)):
+        steps = [min(max(round(w), least), most) for w in wanted]
+        for unit in (*sizes, *sizes) if overshooting else sizes:
+            missing = budget - sum(u * j for u, j in zip(units, steps, strict=True))
+            if abs(missing) <= sizes[-1] / 2:
+                return steps
+            more = math.copysign(math.ceil(abs(missing) / unit), missing) if unit == overshooting else missing / unit
+            members = [k for k, u in enumerate(units) if u == unit]
+            total = sum(steps[k] for k in members) + round(more)
+            total = min(max(total, least * len(members)), most * len(members))
+            for k, step in zip(members, _shifted([wanted[k] for k in members], total, least, most), strict=True):
+                steps[k] = step
+        missing = budget - sum(u * j for u, j in zip(units, steps, strict=True))
+        if abs(missing) <= sizes[-1]:
+            return steps
+    raise ValueError(f"with N between its bounds in every layer, {budget} zeros cannot be met within one step")
+
+
+def _shifted(wanted: Sequence[float], total: int, least: int, most: int) -> list[int]:
+    """Integers in [least, most] that sum to `total`, next to wanted + one common shift."""
+    low, high = least - max(wanted), most - min(wanted)  # the shift that puts all at the least, and all at the most
+    for _ in range(80):
+        shift = (low + high) / 2
+        under = math.fsum(min(max(w + shift, least), most) for w in wanted) < total
+        low, high = (shift, high) if under else (low, shift)
+    moved = [min(max(w + high, least), most) for w in wanted]
+    return _largest_remainders(moved, total, [least] * len(moved), [most] * len(moved))
+
+
+def _largest_remainders(wanted: Sequence[float], total: int, least: Sequence[int], most: Sequence[int]) -> list[int]:
+    """Every value rounded down, and one more for the largest remainders, ties by order, until the sum is `total`.
+
+    `least` and `most` bound each integer and must allow the total.
+    """
+    found = [min(max(math.floor(w), lo), hi) for w, lo, hi in zip(wanted, least, most, strict=True)]
+    missing = total - sum(found)
+    while missing:
+        one = 1 if missing > 0 else -1
+        order = sorted(range(len(found)), key=lambda k: one * (found[k] - wanted[k]))
+        for k in order:
+            if missing and least[k] <= found[k] + one <= most[k]:
+                found[k] += one
+                missing -= one
+    return found

@@ -1,0 +1,147 @@
+"""Weight → eigenvalues of WᵀW, in the cheapest way that is exact enough for what reads them.
+
+λ = σ(W)² are had from the Gram matrix of the smaller side or from singular values. A float32 Gram matrix has an
+absolute error of some 1e-7·λ_max: nothing to a fit of the upper tail, everything to one that reads the logarithm of
+the smallest eigenvalue of a square matrix, where λ_min/λ_max is about 1/n².
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Need = Literal["tail", "all"]  # what must be exact: the eigenvalues around and above the median, or the smallest, too
+
+SOLVERS = ("auto", "float64")
+# CUDA devices whose float64 units are half as many as their float32 ones: P100, V100, A100, H100/H200, B200.
+CHEAP_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
+BATCHED_UP_TO = 256  # smaller side; above, one call per matrix is as fast and needs the memory of one
+WORST_RATIO = 1e-3  # median λ / λ_max below which a float32 Gram matrix is not exact enough for a tail
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How eigenvalues are had: from the "gram" matrix or by "svd", in which precision."""
+
+    route: Literal["gram", "svd"]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.route} {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def noise(self) -> float:
+        """λ/λ_max below which an eigenvalue is round-off: 16 ε of a Gram matrix, the square of that of σ."""
+        error = 16 * torch.finfo(self.dtype).eps
+        return error if self.route == "gram" else error**2
+
+
+def choose(shape: tuple[int, int], need: Need, device: torch.device, solver: str = "auto") -> Solver:
+    """The cheapest solver that is exact enough for `need`.
+
+    Where only the tail counts, a float32 Gram matrix. Where the smallest eigenvalue counts, float32 singular values of
+    square matrices (what the published estimator has) and the float64 Gram matrix of the others, which is exact for
+    them and faster. On devices where float64 is cheap, and on request, always the float64 Gram matrix.
+    """
+    cheap = device.type == "cuda" and torch.cuda.get_device_capability(device) in CHEAP_FLOAT64
+    if solver == "float64" or cheap:
+        return Solver("gram", torch.float64)
+    if need == "tail":
+        return Solver("gram", torch.float32)
+    return Solver("svd", torch.float32) if shape[0] == shape[1] else Solver("gram", torch.float64)
+
+
+def eigenvalues(
+    weights: Tensor | Sequence[Tensor], solver: str = "auto", device: str = "auto", need: Need = "tail"
+) -> Tensor:
+    """λ of WᵀW, ascending, float64 on the CPU: [min(N, K)] of one weight [N, K], [B, min(N, K)] of B equal shapes."""
+    if isinstance(weights, Tensor):
+        return solve([weights], need, device, solver)[0][0]
+    return torch.stack([found for found, _ in solve(weights, need, device, solver)])
+
+
+def solve(
+    weights: Sequence[Tensor], need: Need = "tail", device: str = "auto", solver: str = "auto"
+) -> list[tuple[Tensor, Solver]]:
+    """For every weight [N, K] of one shape, its eigenvalues [min(N, K)] float64 ascending, and what solved it.
+
+    Only the eigenvalues of min(N, K) dimensions are returned; the other |N − K| are zero by construction.
+    Raises ValueError for weights that are no matrices of one shape, or an unknown solver or device.
+    """
+    target = check(solver, device)
+    shapes = {tuple(weight.shape) for weight in weights}
+    if len(shapes) != 1 or any(len(s) != 2 or 0 in s for s in shapes):
+        raise ValueError(f"weights: wanted matrices of one shape [N, K], got {sorted(shapes)}")
+    shape = shapes.pop()
+    chosen = choose(shape, need, target, solver)
+    step = len(weights) if min(shape) <= BATCHED_UP_TO else 1
+    found: list[tuple[Tensor, Solver]] = []
+    for start in range(0, len(weights), step):
+        part = torch.stack([weight.detach().to(target) for weight in weights[start : start + step]])  # [b, N, K]
+        part, scale = _scaled(part)
+        for row, values in enumerate(_solve(part, chosen)):
+            used = chosen
+            if need == "tail" and chosen == Solver("gram", torch.float32) and _too_steep(values):
+                used = Solver("gram", torch.float64)
+                values = _solve(part[row : row + 1], used)[0]
+            found.append((values * scale[row] ** 2, used))
+    return found
+
+
+def check(solver: str, device: str) -> torch.device:
+    """The device meant by a name; ValueError if it, or the solver, is not there."""
+    if solver not in SOLVERS:
+        raise ValueError(f"solver {solver!r}: wanted one of {', '.join(SOLVERS)}")
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        meant = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {device!r}: wanted auto, cpu, cuda or cuda:N") from None
+    if meant.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r}: spectra are computed on cpu or cuda")
+    if meant.type == "cuda" and (meant.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {device!r}: this machine has {torch.cuda.device_count()} CUDA devices that torch can use"
+        )
+    return meant
+
+
+def _scaled(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [b, N, K] divided by a power of two near their largest entry, so that no square leaves the range of the
+    dtype and no bit is lost; and that power, [b] float64 on the CPU."""
+    largest = weights.abs().amax(dim=(1, 2)).double()
+    scale = torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(largest))), 1.0)  # [b]
+    if weights.dtype in (torch.float16, torch.bfloat16):
+        weights = weights.float()
+    return torch.ldexp(weights, -torch.log2(scale).to(weights.dtype)[:, None, None]), scale.cpu()
+
+
+def _solve(weights: Tensor, solver: Solver) -> Tensor:
+    """[b, min(N, K)] float64 ascending, on the CPU, of weights [b, N, K]."""
+    weights = weights.to(solver.dtype)
+    if solver.route == "svd":
+        return torch.linalg.svdvals(weights).double().square().flip(-1).cpu()
+    side = weights if weights.shape[1] <= weights.shape[2] else weights.mT  # [b, small, large]
+    with _full_float32():
+        gram = side @ side.mT  # [b, small, small]
+    return torch.linalg.eigvalsh(gram).double().clamp_min(0).cpu()
+
+
+def _too_steep(values: Tensor) -> bool:
+    """Whether round-off, some 1e-7·λ_max, is felt around the median of ascending `values`."""
+    return bool(values[values.numel() // 2] < WORST_RATIO * values[-1])
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """float32 products in float32 (no TF32, no bfloat16), whatever the user has set for the model."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
