@@ -50,7 +50,7 @@ class Format:
     unpack(packed) -> (weight [N, K] with the packed bits and +0 elsewhere, mask bool [N, K]).
     nbytes(shape, kept, dtype) -> bytes that packing never exceeds.
     kept(packed) -> weights kept.
-    validate(packed, name): ValueError naming the layer if the tensors disagree with each other; a kernel trusts the rest.
+    validate(packed, name): ValueError naming the layer if the tensors disagree; kernels trust the rest.
     """
 
     name: str

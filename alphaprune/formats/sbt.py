@@ -47,9 +47,12 @@ def _unsigned(offsets: Tensor) -> Tensor:
 
 
 def _length(units: int, dtype: torch.dtype) -> int:
-    """Values to allocate: the units, a tail that may be read, and rounding to 64 bytes."""
+    """Values to allocate: the units, a tail that may be read, and rounding to 64 bytes.
+
+    The tail is TAIL bytes even after the values were cast to a dtype of half the size.
+    """
     size = dtype.itemsize
-    return (units * UNIT * size + 2 * TAIL - 1) // TAIL * TAIL // size
+    return (units * UNIT * size + max(TAIL, TAIL // 2 * size) + TAIL - 1) // TAIL * TAIL // size
 
 
 def _chunks(shape: tuple[int, int]) -> list[tuple[int, int]]:

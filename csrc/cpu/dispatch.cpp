@@ -5,7 +5,6 @@
 
 #include <atomic>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <new>
 
@@ -18,7 +17,7 @@ namespace {
 
 #if defined(__x86_64__)
 struct Cpu {
-  bool avx2 = false, avx512 = false, bf16 = false;
+  bool avx2 = false, avx512 = false;
   bool os_ymm = false, os_zmm = false;
 
   Cpu() {
@@ -35,8 +34,6 @@ struct Cpu {
     const bool has_avx2 = b >> 5 & 1, bmi = (b >> 3 & 1) && (b >> 8 & 1);
     avx2 = has_avx2 && bmi && fma && f16c && popcnt;
     avx512 = avx2 && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1) && (c >> 6 & 1);
-    unsigned leaf1 = 0;
-    if (a >= 1 && __get_cpuid_count(7, 1, &leaf1, &b, &c, &d)) bf16 = leaf1 >> 5 & 1;
   }
 };
 
@@ -71,36 +68,21 @@ class Buffer {
   size_t size_ = 0;
 };
 
-bool dots_bf16(const Isa& isa) {
-#if defined(__x86_64__)
-  return isa.dot_bf16 && cpu().bf16;
-#else
-  return isa.dot_bf16;
-#endif
-}
-
-// Activations as Product wants them: the caller's memory where it already fits, else a copy with zeros past K.
-void prepare(const Isa& isa, const Activations& x, int64_t cols, Product& p) {
-  const int64_t padded = p.weight.padded_cols();
-  p.dot_bf16 = dots_bf16(isa) && x.dtype == Dtype::bfloat16 && p.weight.dtype == Dtype::bfloat16;
-  if (padded == cols && (p.dot_bf16 || x.dtype == Dtype::float32)) {
-    p.x = x.data;
+// Activations as Product wants them: the caller's memory where it serves, else a copy.
+void prepare(const Isa& isa, const Activations& x, Product& p) {
+  const int64_t cols = p.weight.cols, padded = p.weight.padded_cols();
+  if (padded == cols && x.dtype == Dtype::float32 && isa.as_they_are(p.weight.dtype)) {
+    p.x = static_cast<const float*>(x.data);
     p.x_stride = x.stride;
     return;
   }
-  const int64_t size = p.dot_bf16 ? 2 : 4;
   thread_local Buffer buffer;
-  auto* to = static_cast<char*>(buffer.at_least(static_cast<size_t>(x.tokens * padded * size)));
+  auto* to = static_cast<float*>(buffer.at_least(static_cast<size_t>(x.tokens * padded) * sizeof(float)));
   p.x = to;
   p.x_stride = padded;
-  for (int64_t t = 0; t < x.tokens; ++t, to += padded * size) {
+  for (int64_t t = 0; t < x.tokens; ++t) {
     const char* from = static_cast<const char*>(x.data) + t * x.stride * size_of(x.dtype);
-    if (p.dot_bf16) {
-      std::memcpy(to, from, static_cast<size_t>(cols * size));
-    } else {
-      isa.widen(from, x.dtype, cols, reinterpret_cast<float*>(to));
-    }
-    std::memset(to + cols * size, 0, static_cast<size_t>((padded - cols) * size));
+    isa.prepare(from, x.dtype, cols, padded, p.weight.dtype, to + t * padded);
   }
 }
 
@@ -202,7 +184,7 @@ void multiply(const Isa& isa, const sbt::View& weight, const Activations& x, con
   p.y = y;
   p.y_stride = y_stride;
   p.y_dtype = x.dtype;
-  prepare(isa, x, weight.cols, p);
+  prepare(isa, x, p);
   const int64_t threads = threads_for(weight.rows * weight.cols * x.tokens);
   const Parts parts(weight, x.tokens, threads);
   parallel_for(parts.count(), threads, [&](int64_t i) {

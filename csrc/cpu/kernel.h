@@ -8,10 +8,9 @@ namespace alphaprune {
 // y[tokens, N] = x Wᵀ + bias with the activations already laid out for the ISA.
 struct Product {
   sbt::View weight;
-  const void* x;     // [tokens, padded K], zeros past K: bfloat16 where `dot_bf16`, else float32
+  const float* x;    // [tokens, padded K], zeros past K, in the order that the ISA's `prepare` gives
   int64_t x_stride;  // elements between tokens
   int64_t tokens;
-  bool dot_bf16;     // multiply bfloat16 pairs (VDPBF16PS) instead of float32
   const void* bias;  // [N] or null
   Dtype bias_dtype;
   void* y;  // [tokens, N]
@@ -25,13 +24,14 @@ constexpr int64_t kScratchBytes = (16 + kTokensPerPass) * 1024;
 
 struct Isa {
   const char* name;
-  bool dot_bf16;  // has a bfloat16 x bfloat16 product; the CPU is asked as well
   // Computes row tiles [begin, end); `scratch` is kScratchBytes, 64-byte aligned.
   void (*product)(const Product&, int64_t begin, int64_t end, void* scratch);
   // Writes rows [16 * begin, min(16 * end, N)) densely from `out` on, K values per row, exact bits.
   void (*expand)(const sbt::View&, int64_t begin, int64_t end, void* out);
-  // float32 from any dtype.
-  void (*widen)(const void* from, Dtype dtype, int64_t count, float* to);
+  // One token's `count` activations as `padded` float32 for weights of dtype `weight`, zeros past `count`.
+  void (*prepare)(const void* from, Dtype dtype, int64_t count, int64_t padded, Dtype weight, float* to);
+  // Whether float32 activations serve as they are, so that no copy is needed where K fits the tiles.
+  bool (*as_they_are)(Dtype weight);
 };
 
 extern const Isa kScalar;

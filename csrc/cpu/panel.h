@@ -12,15 +12,15 @@ namespace alphaprune {
 namespace {
 
 // `Math` describes one vector width and one kind of multiplication:
-//   Vector, zero, load, store, and Element, the type of expanded weights and activations;
+//   Vector, load, store of accumulators;
 //   kLanes float lanes per accumulator, kVectors vectors of weights per step, kStep columns per step,
 //   kPanelTiles macro tiles per panel, kBlock tokens that fit the registers beside kGroup vectors of weights;
-//   weights(p), activations(p), multiply(w, x, sum);
+//   weights(p), activations(p), multiply(w, x, sum) -> sum;
 //   expand(values, mask, panel) -> values past the macro tile;
 //   rows(accumulators, out): the 16 sums of one token.
 template <class Math>
 struct Panel {
-  using Element = typename Math::Element;
+  using Element = float;
   static constexpr int64_t kTileElements = sbt::kTileRows * sbt::kTileCols;
   static constexpr int64_t kPanelBytes = Math::kPanelTiles * kTileElements * static_cast<int64_t>(sizeof(Element));
   static constexpr int64_t kSums = Math::kVectors * Math::kLanes;  // floats per token
@@ -93,7 +93,6 @@ struct Panel {
   static void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
     auto* panel = static_cast<Element*>(scratch);
     auto* sums = reinterpret_cast<float*>(static_cast<char*>(scratch) + kPanelBytes);
-    const auto* x = static_cast<const Element*>(p.x);
     const int64_t tiles = p.weight.col_tiles();
     for (int64_t row_tile = begin; row_tile < end; ++row_tile) {
       for (int64_t token = 0; token < p.tokens; token += kTokensPerPass) {
@@ -105,7 +104,7 @@ struct Panel {
           const int64_t width = rest < Math::kPanelTiles ? rest : Math::kPanelTiles;
           for (int64_t c = 0; c < width; ++c)
             Math::expand(p.weight, row_tile * tiles + first + c, panel + c * kTileElements);
-          blocks(panel, width * (sbt::kTileCols / Math::kStep), x + token * p.x_stride + first * sbt::kTileCols,
+          blocks(panel, width * (sbt::kTileCols / Math::kStep), p.x + token * p.x_stride + first * sbt::kTileCols,
                  p.x_stride, pass, sums);
         }
         for (int64_t t = 0; t < pass; ++t) finish(p, row_tile, token + t, sums + t * kSums);

@@ -68,7 +68,6 @@ inline float sum8(__m256 v) {
 // A step is 8 columns here, so the panel is [step of 8][16 rows][8]; an accumulator is a row.
 struct Float32 {
   using Vector = __m256;
-  using Element = float;
   static constexpr int64_t kLanes = 8, kVectors = 16, kStep = 8, kPanelTiles = 4, kGroup = 4, kBlock = 3;
   static constexpr int64_t kStepElements = sbt::kTileRows * kStep;
 
@@ -124,7 +123,7 @@ void expand(const sbt::View& weight, int64_t begin, int64_t end, void* out) {
   expand_rows<uint16_t, Words>(weight, begin, end, static_cast<uint16_t*>(out));
 }
 
-void widen(const void* from, Dtype dtype, int64_t count, float* to) {
+void prepare(const void* from, Dtype dtype, int64_t count, int64_t padded, Dtype, float* to) {
   int64_t i = 0;
   if (dtype != Dtype::float32) {
     const auto* halves = static_cast<const uint16_t*>(from);
@@ -134,10 +133,13 @@ void widen(const void* from, Dtype dtype, int64_t count, float* to) {
     }
   }
   for (; i < count; ++i) to[i] = load_float(from, i, dtype);
+  for (; i < padded; ++i) to[i] = 0;
 }
+
+bool as_they_are(Dtype) { return true; }
 
 }  // namespace
 
-const Isa kAvx2 = {"avx2", false, Panel<Float32>::product, expand, widen};
+const Isa kAvx2 = {"avx2", Panel<Float32>::product, expand, prepare, as_they_are};
 
 }  // namespace alphaprune

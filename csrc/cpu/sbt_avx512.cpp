@@ -1,5 +1,4 @@
-// SBT on AVX-512 with VBMI2: one vpexpandw per mask word of 16-bit values, two vpexpandd of float32; VDPBF16PS where
-// weights and activations are bfloat16 and the CPU has it (dispatch.cpp asks; nothing else here needs AVX512_BF16).
+// SBT on AVX-512 with VBMI2: one vpexpandw per mask word of 16-bit values, two vpexpandd of float32, then FMA.
 #include <immintrin.h>
 
 #include "panel.h"
@@ -25,6 +24,10 @@ inline __m512i expand32(const uint32_t*& value, uint32_t mask) {
   value += __builtin_popcount(mask & 0xffffu);
   return dense;
 }
+
+// Asks for what lies `kAhead` bytes on, one cache line per two words: at half density exactly the lines to come.
+constexpr int64_t kAhead = 4096;
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p) + kAhead, _MM_HINT_T0); }
 
 struct Bfloat16 {
   static __m512 widen(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
@@ -56,7 +59,6 @@ inline float sum8(__m256 v) {
 // Activations and weights as float32; an accumulator is a row.
 struct Float32 {
   using Vector = __m512;
-  using Element = float;
   static constexpr int64_t kLanes = 16, kVectors = 16, kStep = 16, kPanelTiles = 4, kGroup = 4, kBlock = 6;
 
   static Vector load(const float* p) { return _mm512_load_ps(p); }
@@ -69,7 +71,10 @@ struct Float32 {
   static void expand_tile(const sbt::View& weight, int64_t tile, float* panel) {
     const T* value = tile_values<T>(weight, tile);
     const uint32_t* mask = weight.mask + tile * sbt::kWords;
+    prefetch(mask);
+    prefetch(mask + 16);
     for (int64_t word = 0; word < sbt::kWords; ++word, panel += 32) {
+      if (word % 2 == 0 || sizeof(T) == 4) prefetch(value);
       __m512 even, odd;
       expand_pair<Value>(value, mask[word], even, odd);
       _mm512_store_ps(panel, even);
@@ -78,7 +83,6 @@ struct Float32 {
   }
   static void expand(const sbt::View& weight, int64_t tile, float* panel) {
     if (weight.dtype == Dtype::float32) return expand_tile<Float32Value, uint32_t>(weight, tile, panel);
-    if (weight.dtype == Dtype::bfloat16) return expand_tile<Bfloat16, uint16_t>(weight, tile, panel);
     expand_tile<Float16, uint16_t>(weight, tile, panel);
   }
   static void rows(const float* sums, float* out) {
@@ -87,74 +91,99 @@ struct Float32 {
   }
 };
 
-// bfloat16 pairs; an accumulator is a word: 8 lanes of the even row, 8 of the odd one, each lane two columns.
-struct DotBfloat16 {
+// bfloat16 weights: the even columns of a word become float32 by a shift, the odd ones by clearing the low half, so an
+// accumulator is a word, 8 lanes of the even row and 8 of the odd one. Activations lie in steps of [8 even][8 odd].
+// VDPBF16PS would be one instruction, but on Sapphire Rapids it runs at a third of the FMA rate, and it flushes
+// subnormals.
+struct SplitBfloat16 {
   using Vector = __m512;
-  using Element = uint16_t;
-  static constexpr int64_t kLanes = 16, kVectors = 8, kStep = 16, kPanelTiles = 8, kGroup = 4, kBlock = 6;
+  struct Both {
+    __m512 even, odd;
+  };
+  static constexpr int64_t kLanes = 16, kVectors = 8, kStep = 16, kPanelTiles = 4, kGroup = 4, kBlock = 4;
 
   static Vector load(const float* p) { return _mm512_load_ps(p); }
   static void store(float* p, Vector v) { _mm512_store_ps(p, v); }
-  static __m512i weights(const uint16_t* p) { return _mm512_load_si512(p); }
-  static __m512i activations(const uint16_t* p) {
-    return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  static Both split(__m512i w) {
+    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), _mm512_castsi512_ps(_mm512_and_si512(w, high))};
   }
-  static Vector multiply(__m512i w, __m512i x, Vector sum) {
-    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
+  static Both weights(const float* p) { return {_mm512_load_ps(p), _mm512_load_ps(p + 16)}; }
+  static Both activations(const float* p) {
+    return {_mm512_broadcast_f32x8(_mm256_loadu_ps(p)), _mm512_broadcast_f32x8(_mm256_loadu_ps(p + 8))};
   }
-  static void expand(const sbt::View& weight, int64_t tile, uint16_t* panel) {
+  static Vector multiply(const Both& w, const Both& x, Vector sum) {
+    return _mm512_fmadd_ps(w.odd, x.odd, _mm512_fmadd_ps(w.even, x.even, sum));
+  }
+  static void expand(const sbt::View& weight, int64_t tile, float* panel) {
     const uint16_t* value = tile_values<uint16_t>(weight, tile);
     const uint32_t* mask = weight.mask + tile * sbt::kWords;
-    for (int64_t word = 0; word < sbt::kWords; ++word)
-      _mm512_store_si512(panel + word * 32, expand16(value, mask[word]));
+    prefetch(mask);
+    prefetch(mask + 16);
+    for (int64_t word = 0; word < sbt::kWords; ++word, panel += 32) {
+      if (word % 2 == 0) prefetch(value);
+      const Both w = split(expand16(value, mask[word]));
+      _mm512_store_ps(panel, w.even);
+      _mm512_store_ps(panel + 16, w.odd);
+    }
   }
   static void rows(const float* sums, float* out) {
     for (int64_t r = 0; r < sbt::kTileRows; ++r) out[r] = sum8(_mm256_load_ps(sums + r * 8));
   }
 };
 
-// Asks for what lies `kAhead` bytes on, one cache line per two words: at half density exactly the lines to come.
-constexpr int64_t kAhead = 4096;
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p) + kAhead, _MM_HINT_T0); }
-
 // A few tokens straight from the expanded registers, without a panel; the sums are those of the panel, bit for bit.
-template <int T>
-void fused_dot(const Product& p, int64_t begin, int64_t end, void* scratch) {
-  auto* sums = static_cast<float*>(scratch);
-  const auto* x = static_cast<const uint16_t*>(p.x);
+// The registers hold the sums of 8 words x 2 tokens or of 4 x 4: then the tile's rows 0-7 (half 0) and 8-15 take turns
+// along K, and the second turn finds the values in L2.
+template <int T, int Words>
+inline void fused_half(const Product& p, int64_t row_tile, int first, float* sums) {
   const int64_t tiles = p.weight.col_tiles();
-  for (int64_t row_tile = begin; row_tile < end; ++row_tile) {
-    __m512 sum[8][T];
-    for (auto& pair : sum)
-      for (auto& v : pair) v = _mm512_setzero_ps();
-    const uint32_t* mask = p.weight.mask + row_tile * tiles * sbt::kWords;
-    for (int64_t c = 0; c < tiles; ++c, mask += sbt::kWords) {
-      const uint16_t* value = tile_values<uint16_t>(p.weight, row_tile * tiles + c);
-      prefetch(mask);
-      prefetch(mask + 16);
+  __m512 sum[Words][T];
+  for (auto& pair : sum)
+    for (auto& v : pair) v = _mm512_setzero_ps();
+  const uint32_t* mask = p.weight.mask + row_tile * tiles * sbt::kWords;
+  for (int64_t c = 0; c < tiles; ++c, mask += sbt::kWords) {
+    const uint16_t* value = tile_values<uint16_t>(p.weight, row_tile * tiles + c);
+    prefetch(mask);
+    prefetch(mask + 16);
 #pragma GCC unroll 4
-      for (int s = 0; s < 4; ++s) {
-        __m512i a[T];
-        for (int t = 0; t < T; ++t) a[t] = DotBfloat16::activations(x + t * p.x_stride + c * sbt::kTileCols + s * 16);
+    for (int s = 0; s < 4; ++s) {
+      const auto skip = [&](int from, int to) {
+        for (int q = from; q < to; ++q) value += __builtin_popcount(mask[s * 8 + q]);
+      };
+      SplitBfloat16::Both a[T];
+      for (int t = 0; t < T; ++t) a[t] = SplitBfloat16::activations(p.x + t * p.x_stride + c * sbt::kTileCols + s * 16);
+      if (Words < 8 && first) skip(0, Words);
 #pragma GCC unroll 8
-        for (int q = 0; q < 8; ++q) {
-          if (q % 2 == 0) prefetch(value);
-          const __m512i w = expand16(value, mask[s * 8 + q]);
-          for (int t = 0; t < T; ++t) sum[q][t] = DotBfloat16::multiply(w, a[t], sum[q][t]);
-        }
+      for (int q = 0; q < Words; ++q) {
+        if (Words < 8 || q % 2 == 0) prefetch(value);
+        const SplitBfloat16::Both w = SplitBfloat16::split(expand16(value, mask[s * 8 + first + q]));
+        for (int t = 0; t < T; ++t) sum[q][t] = SplitBfloat16::multiply(w, a[t], sum[q][t]);
       }
+      if (Words < 8 && !first) skip(Words, 8);
     }
-    for (int t = 0; t < T; ++t) {
-      for (int q = 0; q < 8; ++q) _mm512_store_ps(sums + q * 16, sum[q][t]);
-      Panel<DotBfloat16>::finish(p, row_tile, t, sums);
+  }
+  for (int t = 0; t < T; ++t)
+    for (int q = 0; q < Words; ++q) _mm512_store_ps(sums + t * 128 + (first + q) * 16, sum[q][t]);
+}
+
+template <int T>
+void fused_bfloat16(const Product& p, int64_t begin, int64_t end, void* scratch) {
+  auto* sums = static_cast<float*>(scratch);
+  for (int64_t row_tile = begin; row_tile < end; ++row_tile) {
+    if constexpr (T <= 2) {
+      fused_half<T, 8>(p, row_tile, 0, sums);
+    } else {
+      fused_half<T, 4>(p, row_tile, 0, sums);
+      fused_half<T, 4>(p, row_tile, 4, sums);
     }
+    for (int t = 0; t < T; ++t) Panel<SplitBfloat16>::finish(p, row_tile, t, sums + t * 128);
   }
 }
 
 template <class Value, class T>
 void fused_float32(const Product& p, int64_t begin, int64_t end, void* scratch) {
   auto* sums = static_cast<float*>(scratch);
-  const auto* x = static_cast<const float*>(p.x);
   const int64_t tiles = p.weight.col_tiles();
   for (int64_t row_tile = begin; row_tile < end; ++row_tile) {
     __m512 sum[16];
@@ -165,7 +194,7 @@ void fused_float32(const Product& p, int64_t begin, int64_t end, void* scratch) 
       prefetch(mask);
       prefetch(mask + 16);
       for (int s = 0; s < 4; ++s) {
-        const __m512 a = _mm512_loadu_ps(x + c * sbt::kTileCols + s * 16);
+        const __m512 a = _mm512_loadu_ps(p.x + c * sbt::kTileCols + s * 16);
 #pragma GCC unroll 8
         for (int q = 0; q < 8; ++q) {
           if (q % 2 == 0 || sizeof(T) == 4) prefetch(value);
@@ -182,19 +211,24 @@ void fused_float32(const Product& p, int64_t begin, int64_t end, void* scratch) 
 }
 
 void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
-  if (p.dot_bf16) {
-    if (p.tokens == 1) return fused_dot<1>(p, begin, end, scratch);
-    if (p.tokens == 2) return fused_dot<2>(p, begin, end, scratch);
-    return Panel<DotBfloat16>::product(p, begin, end, scratch);
+  if (p.weight.dtype == Dtype::bfloat16) {
+    if (p.tokens == 1) return fused_bfloat16<1>(p, begin, end, scratch);
+    if (p.tokens == 2) return fused_bfloat16<2>(p, begin, end, scratch);
+    if (p.tokens == 3) return fused_bfloat16<3>(p, begin, end, scratch);
+    if (p.tokens == 4) return fused_bfloat16<4>(p, begin, end, scratch);
+    return Panel<SplitBfloat16>::product(p, begin, end, scratch);
   }
   if (p.tokens > 1) return Panel<Float32>::product(p, begin, end, scratch);
   if (p.weight.dtype == Dtype::float32) return fused_float32<Float32Value, uint32_t>(p, begin, end, scratch);
-  if (p.weight.dtype == Dtype::bfloat16) return fused_float32<Bfloat16, uint16_t>(p, begin, end, scratch);
   fused_float32<Float16, uint16_t>(p, begin, end, scratch);
 }
 
 struct Words {
-  static void expand(const sbt::View& weight, int64_t tile, uint16_t* to) { DotBfloat16::expand(weight, tile, to); }
+  static void expand(const sbt::View& weight, int64_t tile, uint16_t* to) {
+    const uint16_t* value = tile_values<uint16_t>(weight, tile);
+    const uint32_t* mask = weight.mask + tile * sbt::kWords;
+    for (int64_t word = 0; word < sbt::kWords; ++word, to += 32) _mm512_store_si512(to, expand16(value, mask[word]));
+  }
   static void expand(const sbt::View& weight, int64_t tile, uint32_t* to) {
     const uint32_t* value = tile_values<uint32_t>(weight, tile);
     const uint32_t* mask = weight.mask + tile * sbt::kWords;
@@ -211,20 +245,32 @@ void expand(const sbt::View& weight, int64_t begin, int64_t end, void* out) {
   expand_rows<uint16_t, Words>(weight, begin, end, static_cast<uint16_t*>(out));
 }
 
-void widen(const void* from, Dtype dtype, int64_t count, float* to) {
-  int64_t i = 0;
-  if (dtype != Dtype::float32) {
-    const auto* halves = static_cast<const uint16_t*>(from);
-    for (; i + 16 <= count; i += 16) {
-      const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves + i));
-      _mm512_storeu_ps(to + i, dtype == Dtype::bfloat16 ? Bfloat16::widen(v) : Float16::widen(v));
-    }
-  }
-  for (; i < count; ++i) to[i] = load_float(from, i, dtype);
+inline __m512 widen16(const void* from, int64_t at, Dtype dtype) {
+  if (dtype == Dtype::float32) return _mm512_loadu_ps(static_cast<const float*>(from) + at);
+  const auto* halves = static_cast<const uint16_t*>(from) + at;
+  const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves));
+  return dtype == Dtype::bfloat16 ? Bfloat16::widen(v) : Float16::widen(v);
 }
+
+void prepare(const void* from, Dtype dtype, int64_t count, int64_t padded, Dtype weight, float* to) {
+  const __m512i split = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+  for (int64_t i = 0; i < padded; i += 16) {
+    __m512 v;
+    if (i + 16 <= count) {
+      v = widen16(from, i, dtype);
+    } else {
+      alignas(64) float rest[16] = {};
+      for (int64_t j = i; j < count; ++j) rest[j - i] = load_float(from, j, dtype);
+      v = _mm512_load_ps(rest);
+    }
+    _mm512_storeu_ps(to + i, weight == Dtype::bfloat16 ? _mm512_permutexvar_ps(split, v) : v);
+  }
+}
+
+bool as_they_are(Dtype weight) { return weight != Dtype::bfloat16; }
 
 }  // namespace
 
-const Isa kAvx512 = {"avx512", true, product, expand, widen};
+const Isa kAvx512 = {"avx512", product, expand, prepare, as_they_are};
 
 }  // namespace alphaprune

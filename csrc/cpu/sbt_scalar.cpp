@@ -30,7 +30,6 @@ struct Float32 {
   struct Vector {
     float lane[16];
   };
-  using Element = float;
   static constexpr int64_t kLanes = 16, kVectors = 16, kStep = 16, kPanelTiles = 4, kGroup = 2, kBlock = 3;
 
   static Vector load(const float* p) {
@@ -69,12 +68,15 @@ void expand(const sbt::View& weight, int64_t begin, int64_t end, void* out) {
   expand_rows<uint16_t, Words>(weight, begin, end, static_cast<uint16_t*>(out));
 }
 
-void widen(const void* from, Dtype dtype, int64_t count, float* to) {
+void prepare(const void* from, Dtype dtype, int64_t count, int64_t padded, Dtype, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = load_float(from, i, dtype);
+  for (int64_t i = count; i < padded; ++i) to[i] = 0;
 }
+
+bool as_they_are(Dtype) { return true; }
 
 }  // namespace
 
-const Isa kScalar = {"scalar", false, Panel<Float32>::product, expand, widen};
+const Isa kScalar = {"scalar", Panel<Float32>::product, expand, prepare, as_they_are};
 
 }  // namespace alphaprune
