@@ -23,7 +23,7 @@ class Row:
     """What one packed linear layer takes beside torch's dense one: medians of calls made by turns.
 
     seconds, dense_seconds: of one call. nbytes, dense_nbytes: of the weight. rotated: bytes of copies of the packed
-    weight that the calls went round, so that none is found in a cache. bandwidth: read bytes/s of this machine, measured.
+    weight that the calls went round, so that none is found in a cache. bandwidth: measured read bytes/s of the machine.
     """
 
     machine: str

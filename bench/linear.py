@@ -12,18 +12,18 @@ import torch
 
 from alphaprune import timing
 
-COLUMNS = [
+COLUMNS = (
     "shape",
     "sparsity",
     "tokens",
     "kernel",
     "seconds",
-    "dense_seconds",
+    "dense seconds",
     "Gweights/s",
     "GB/s",
-    "bandwidth%",
+    "bandwidth %",
     "ratio",
-]
+)
 
 
 def row_dict(row: timing.Row) -> dict:

@@ -62,7 +62,16 @@ def linear() -> str:
         ]
         for r in found
     ]
-    columns = ["layer", "tokens", "sparsity", "kernel", "seconds", "dense bf16, seconds", "of read bandwidth", "speed-up"]
+    columns = [
+        "layer",
+        "tokens",
+        "sparsity",
+        "kernel",
+        "seconds",
+        "dense bf16, seconds",
+        "of read bandwidth",
+        "speed-up",
+    ]
     first = found[0]
     note = (
         f"`python bench/linear.py`, {first['machine']}, {first['threads']} threads, which read "

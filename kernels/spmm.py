@@ -58,6 +58,8 @@ class Prepared:
     def _bind(self, x: Tensor, tokens: int) -> Bound:
         if x.device != self.packed.device:
             raise ValueError(f"{self.name}: x is on {x.device}, the packed weight on {self.packed.device}")
+        if x.dtype not in FLOATS:
+            raise ValueError(f"{self.name}: x is {x.dtype}, wanted float32, float16 or bfloat16")
         kernel, why = self.choice(tokens, x.dtype)
         base.log.debug("%s: kernel %s for %d tokens in %s (%s)", self.name, kernel.name, tokens, x.dtype, why)
         bound = self._bound[x.dtype, tokens <= self._few] = kernel.bind(self.packed)

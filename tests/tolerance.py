@@ -36,7 +36,7 @@ def bound(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def assert_product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Fails unless y is x Wᵀ + bias: dtype, shape, NaN and infinities where the dense product has them, error in bound."""
+    """Fails unless y is x Wᵀ + bias: dtype, shape, NaN and infinities in the same places, error within the bound."""
     truth = exact(x, weight, bias)
     assert y.dtype == x.dtype and y.shape == truth.shape, (y.dtype, y.shape)
     finite = truth.isfinite()

@@ -1,0 +1,294 @@
+"""Every kernel against float64 on every kind of problem, and what the op around them promises."""
+
+import gc
+import itertools
+import os
+import signal
+import threading
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_product, exact
+from torch import Tensor
+from torch.nn import functional
+
+from alphaprune.formats import Packed, native, sbt
+from alphaprune.kernels import base, cpu, spmm
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NATIVE = ("avx512", "avx2", "scalar", "expand")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_new_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs hold NaN before a kernel writes them."""
+    original = Tensor.new_empty
+
+    def poisoned(self: Tensor, *sizes, **keywords) -> Tensor:
+        return original(self, *sizes, **keywords).fill_(float("nan"))
+
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+
+
+@pytest.fixture(params=base.MEMBERS)
+def kernel(request: pytest.FixtureRequest) -> str:
+    """A kernel that runs here; the others skip with their reason."""
+    if reason := base.kernels()[request.param].available():
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+def problem(
+    n: int, k: int, tokens: int, density: float, weight: torch.dtype, x: torch.dtype, seed: int = 0
+) -> tuple[Tensor, Packed, Tensor]:
+    """(dense weight with zeros, the same packed, activations)."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(n, k, generator=generator) < density
+    mask[n // 2] = False  # an empty row
+    dense = torch.randn(n, k, generator=generator).to(weight) * mask
+    return dense, sbt.pack(dense, mask), torch.randn(tokens, k, generator=generator).to(x)
+
+
+@pytest.mark.parametrize(("weight", "x"), list(itertools.product(DTYPES, repeat=2)))
+def test_product_is_within_the_bound(kernel: str, weight: torch.dtype, x: torch.dtype) -> None:
+    shapes = [(1, 1, 1), (16, 64, 0.4), (17, 65, 0), (17, 65, 1), (5, 300, 0.4), (50, 130, 0.6)]
+    for (n, k, density), tokens in itertools.product(shapes, (1, 2, 3, 4, 5, 16, 67)):
+        dense, packed, activations = problem(n, k, tokens, density, weight, x)
+        bias = (None, torch.randn(n).to(x), torch.randn(n))[tokens % 3]
+        assert_product(spmm.prepare(packed, "layer", kernel)(activations, bias), activations, dense, bias)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    n=st.integers(1, 70),
+    k=st.integers(1, 400),
+    tokens=st.integers(0, 40),
+    density=st.floats(0, 1),
+    weight=st.sampled_from(DTYPES),
+    x=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_with_the_kernel_chosen(n, k, tokens, density, weight, x, seed) -> None:
+    dense, packed, activations = problem(n, k, tokens, density, weight, x, seed)
+    assert_product(spmm.spmm(activations, packed), activations, dense)
+
+
+@pytest.mark.parametrize("weight", DTYPES)
+def test_a_row_has_the_same_bits_in_every_batch_and_on_any_threads(weight: torch.dtype) -> None:
+    _, packed, x = problem(1040, 333, 70, 0.5, weight, torch.bfloat16)
+    before = torch.get_num_threads()
+    for name in ("avx512", "avx2", "scalar"):
+        if cpu.missing(name):
+            continue
+        prepared = spmm.prepare(packed, "layer", name)
+        whole = prepared(x)
+        try:
+            for threads in (1, 2, 3, 7):
+                torch.set_num_threads(threads)
+                assert torch.equal(prepared(x), whole)
+                for tokens in (1, 2, 3, 4, 5, 16):
+                    assert torch.equal(prepared(x[:tokens]), whole[:tokens]), (name, tokens, threads)
+        finally:
+            torch.set_num_threads(before)
+
+
+def test_leading_dimensions_strides_and_no_tokens(kernel: str) -> None:
+    dense, packed, x = problem(40, 70, 6, 0.5, torch.float32, torch.float32)
+    prepared = spmm.prepare(packed, "layer", kernel)
+    assert_product(prepared(x.view(2, 3, 70)).view(6, 40), x, dense)
+    assert_product(prepared(x[0]), x[0], dense)
+    for view in (x[::2], x.t().contiguous().t(), torch.stack([x, x], -1)[..., 0], x[:1].expand(5, 70)):
+        assert_product(prepared(view), view.contiguous(), dense)
+    assert prepared(x[:0]).shape == (0, 40) and prepared(x.new_zeros(2, 0, 70)).shape == (2, 0, 40)
+    bias = torch.randn(80)[::2]
+    assert_product(prepared(x, bias), x, dense, bias)
+
+
+def test_memory_beside_the_activations_does_not_leak_in(kernel: str) -> None:
+    for weight, x in itertools.product(DTYPES, repeat=2):
+        dense, packed, rows = problem(33, 75, 3, 0.5, weight, x)
+        around = torch.full((5 * 75,), float("nan"), dtype=x)
+        around[75 : 4 * 75] = rows.flatten()
+        assert_product(spmm.prepare(packed, "layer", kernel)(around[75 : 4 * 75].view(3, 75)), rows, dense)
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_non_finite_activations_meet_zeros_as_in_the_dense_layer(kernel: str, value: float) -> None:
+    for weight, x in itertools.product(DTYPES, repeat=2):
+        for tokens in (1, 2, 3, 6):
+            dense, packed, activations = problem(33, 130, tokens, 0.3, weight, x)
+            activations[0, 128] = value
+            y = spmm.prepare(packed, "layer", kernel)(activations)
+            assert y[0].isnan().any() and (tokens == 1 or y[1:].isfinite().all())
+            assert_product(y, activations, dense)
+
+
+def test_non_finite_weights_are_kept(kernel: str) -> None:
+    for dtype in DTYPES:
+        dense, _, x = problem(20, 70, 2, 0.5, dtype, dtype)
+        dense[3, 5], dense[4, 6], dense[5, 69] = float("nan"), float("inf"), -float("inf")
+        y = spmm.prepare(sbt.pack(dense, dense != 0), "layer", kernel)(x)
+        assert y[:, 3].isnan().all() and y[:, 4].isinf().all() and y[:, 5].isinf().all()
+        assert_product(y, x, dense)
+
+
+def test_the_choice_and_its_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALPHAPRUNE_ISA", "scalar")
+    assert dict(spmm.back_ends())["avx2"] == (
+        "ALPHAPRUNE_ISA=scalar rules it out" if native.load() else native.status()
+    )
+    _, packed, x = problem(16, 64, 1, 0.5, torch.float32, torch.float32)
+    with pytest.raises(ValueError, match="kernel avx512 cannot run: "):
+        spmm.spmm(x, packed, kernel="avx512")
+    with pytest.raises(ValueError, match="no kernel is called 'amx'; there are: avx512"):
+        spmm.spmm(x, packed, kernel="amx")
+    if native.load():
+        chosen, why = spmm.prepare(packed).choice(1, torch.float32)
+        assert chosen.name == "scalar" and "avx512: ALPHAPRUNE_ISA=scalar rules it out" in why
+        assert spmm.prepare(packed).choice(10_000, torch.float32)[0].name == "expand"
+        assert spmm.prepare(packed, kernel="scalar").choice(10_000, torch.float32)[0].name == "scalar"
+    monkeypatch.setenv("ALPHAPRUNE_ISA", "neon")
+    if native.load():
+        with pytest.raises(ValueError, match="ALPHAPRUNE_ISA=neon: wanted one of avx512, avx2, scalar"):
+            spmm.back_ends()
+
+
+def test_without_the_native_module_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_find", lambda: (None, "no C++ compiler was found"))
+    assert spmm.native_status() == "not built: no C++ compiler was found"
+    assert dict(spmm.back_ends())["scalar"] == spmm.native_status() and dict(spmm.back_ends())["reference"] is None
+    for weight, x in itertools.product(DTYPES, repeat=2):
+        dense, packed, activations = problem(33, 75, 3, 0.5, weight, x)
+        assert_product(spmm.spmm(activations, packed), activations, dense)
+        assert torch.equal(spmm.expand(packed, 16, 33), dense[16:])
+
+
+def test_expand_gives_rows_into_scratch() -> None:
+    for dtype in DTYPES:
+        dense, packed, _ = problem(50, 130, 1, 0.4, dtype, dtype)
+        out = torch.full((18, 130), float("nan"), dtype=dtype)
+        assert spmm.expand(packed, 32, 50, out) is out and torch.equal(out, dense[32:])
+        assert spmm.expand(packed, 48, 48).shape == (0, 130)
+        with pytest.raises(ValueError, match="start that 16 divides"):
+            spmm.expand(packed, 8)
+        with pytest.raises(ValueError, match="contiguous out"):
+            spmm.expand(packed, 0, 16, out)
+
+
+def test_misfits_are_named() -> None:
+    _, packed, x = problem(16, 64, 1, 0.5, torch.float32, torch.float32)
+    prepared = spmm.prepare(packed, "model.layers.3.mlp.up_proj")
+    cases = [
+        ((x[:, :63], None), r"^model\.layers\.3\.mlp\.up_proj: .* got x \(1, 63\)"),
+        ((x, torch.ones(15)), r"got x \(1, 64\) and bias \(15,\)"),
+        ((x[0, 0], None), r"got x \(\)"),
+        ((x.double(), None), "x is torch.float64, wanted float32"),
+        ((x, torch.ones(16, dtype=torch.int32)), "bias is torch.int32"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message), torch.no_grad():
+            prepared(*arguments)
+    broken = Packed(packed.weight[:-32], packed.mask, packed.offsets, packed.shape)
+    with pytest.raises(ValueError, match=r"^layer: .*cut short"):
+        spmm.prepare(broken, "layer")
+    with pytest.raises(ValueError, match="cut short"):
+        spmm.spmm(x, broken)
+    with pytest.raises(ValueError, match="cut short"):
+        torch.ops.alphaprune.spmm(x, broken.weight, broken.mask, broken.offsets, 16, 64, None)
+
+
+@pytest.mark.parametrize("weight", DTYPES)
+@pytest.mark.parametrize("x_dtype", DTYPES)
+def test_gradients_are_those_of_the_dense_layer(weight: torch.dtype, x_dtype: torch.dtype) -> None:
+    dense, packed, x = problem(50, 130, 4, 0.5, weight, x_dtype)
+    bias = torch.randn(50).to(x_dtype).requires_grad_()
+    x = x.view(2, 2, 130).requires_grad_()
+    grad = torch.randn(2, 2, 50).to(x_dtype)
+    spmm.spmm(x, packed, bias).backward(grad)
+    assert_product(x.grad.view(4, 130), grad.view(4, 50), dense.t())
+    assert_product(bias.grad.view(50, 1), grad.view(4, 50).t().contiguous(), torch.ones(1, 4))
+
+
+def test_the_op_is_registered_soundly() -> None:
+    _, packed, x = problem(32, 70, 2, 0.5, torch.float32, torch.float32)
+    tensors = packed.weight, packed.mask, packed.offsets, 32, 70
+    for bias in (None, torch.randn(32, requires_grad=True)):
+        torch.library.opcheck(torch.ops.alphaprune.spmm.default, (x.clone().requires_grad_(), *tensors, bias))
+    torch.library.opcheck(torch.ops.alphaprune.spmm_grad.default, (torch.randn(2, 32), *tensors))
+
+
+def test_compiles_without_a_graph_break() -> None:
+    dense, packed, x = problem(32, 70, 3, 0.5, torch.float32, torch.float32)
+    prepared = spmm.prepare(packed)
+    for call in (prepared, lambda x, bias: spmm.spmm(x, packed, bias)):
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        bias = torch.randn(32)
+        assert_product(compiled(x, bias), x, dense, bias)
+        leaf = x.clone().requires_grad_()
+        compiled(leaf, bias).sum().backward()
+        assert_product(leaf.grad, torch.ones(3, 32), dense.t())
+
+
+def test_nothing_outlives_its_packed_weight() -> None:
+    _, packed, x = problem(32, 70, 1, 0.5, torch.float32, torch.float32)
+    alive = weakref.ref(packed.weight), weakref.ref(packed)
+    spmm.spmm(x, packed)
+    spmm.spmm(x.requires_grad_(), packed)
+    del packed
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None]
+    assert not spmm._by_weight
+
+
+def test_a_prepared_weight_keeps_its_memory() -> None:
+    dense, packed, x = problem(64, 256, 1, 0.5, torch.float32, torch.float32)
+    prepared = spmm.prepare(packed)
+    del packed
+    gc.collect()
+    _ = [torch.full((64 * 256,), float("nan")) for _ in range(20)]
+    assert_product(prepared(x), x, dense)
+
+
+def test_threads_of_python_do_not_disturb_each_other() -> None:
+    problems = [problem(512, 512, 1 + i, 0.5, torch.bfloat16, torch.bfloat16, i) for i in range(4)]
+    wanted = [spmm.spmm(x, packed) for _, packed, x in problems]
+    wrong = []
+
+    def work(index: int) -> None:
+        _, packed, x = problems[index]
+        prepared = spmm.prepare(packed)
+        wrong.extend(index for _ in range(50) if not torch.equal(prepared(x), wanted[index]))
+
+    threads = [threading.Thread(target=work, args=(i % 4,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_computes_the_same() -> None:
+    _, packed, x = problem(1024, 512, 1, 0.5, torch.bfloat16, torch.bfloat16)
+    prepared = spmm.prepare(packed)
+    wanted = prepared(x).view(torch.int16).tolist()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # a child that waits for threads it does not have is ended, and the test fails
+        try:
+            os._exit(0 if prepared(x).view(torch.int16).tolist() == wanted else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    assert prepared(x).view(torch.int16).tolist() == wanted
+
+
+def test_the_reference_is_the_dense_product() -> None:
+    """Pins the reference without any of our code: what every other kernel is measured with."""
+    dense, packed, x = problem(20, 70, 3, 0.5, torch.float32, torch.float32)
+    y = base.named("reference").bind(packed)(x, None)
+    torch.testing.assert_close(y.double(), exact(x, dense), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y, functional.linear(x, dense))
