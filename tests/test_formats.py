@@ -146,7 +146,7 @@ def test_validate_names_the_layer_and_the_fault(built: bool, monkeypatch: pytest
     for bad, message in cases:
         with pytest.raises(ValueError, match=rf"^model\.layer: .*({message})"):
             sbt.validate(bad, "model.layer")
-    with pytest.raises(ValueError, match="outside the shape|disagree"):
+    with pytest.raises(ValueError, match=r"outside the shape|disagree"):
         sbt.validate(damaged(good, mask=outside), "layer")
 
 
