@@ -17,7 +17,7 @@ METHODS = ("robust", "reference", "mid")
 NEED = {"robust": "tail", "mid": "tail", "reference": "all"}  # what a fit must have exact; see spectrum.Need
 LEAST = 8  # eigenvalues for a fit to mean anything
 BINS = 100  # of the published histogram
-GRID = 256  # points at which the density is evaluated
+WIDTH = 0.25  # bandwidth of the density of ln λ: a quarter of a factor e
 STARTS = 128  # candidates for the start of the tail
 SHARPNESS = 8  # power of the density whose centre of mass is the peak: 1 is the mean, ∞ the mode
 INTERVAL = (0.95, 1.5)  # of the peak: where the tail may start (Lu et al. 2024)
@@ -84,7 +84,7 @@ def fit(eigenvalues: Tensor, method: Method = "robust", noise: float = 2e-6) -> 
     dropped = len(values) - len(solid)
     if method == "robust":
         return _robust(solid.log(), dropped)
-    return _mid(values, dropped) if method == "mid" else _reference(values)
+    return _mid(values, dropped) if method == "mid" else _reference(values, noise)
 
 
 def _floor(values: Tensor, noise: float) -> float:
@@ -96,32 +96,31 @@ def _floor(values: Tensor, noise: float) -> float:
 def _robust(logs: Tensor, dropped: int) -> PowerLaw:
     """A peak that no single eigenvalue can move, and an average over the starts of the tail around it.
 
-    The peak is the centre of mass of the SHARPNESS-th power of a kernel density of log λ between its 5 % and 99.9 %
-    quantiles: scale-free, smooth in every eigenvalue, blind to the smallest. Starts x in INTERVAL·peak are weighted by
+    The peak is the centre of mass of the SHARPNESS-th power of a kernel density of ln λ: scale-free, smooth in every
+    eigenvalue, blind to the smallest and to how many are round-off. Starts x in INTERVAL·peak are weighted by
     exp(−2 √n (D − D_min)) with D their two-sided Kolmogorov-Smirnov distance: the best fit, without its jumps. The
     spread is that of alpha over bandwidths ÷ and × 1.25 and over windows moved by ± 10 %.
     """
-    peak = _peak(logs)
-    main = _averaged(logs, peak)
-    varied = [_averaged(logs, _peak(logs, factor)) for factor in (0.8, 1.25)]
-    varied += [_averaged(logs, peak + math.log(factor)) for factor in (0.9, 1.1)]
+    peak, size = _peak(logs, WIDTH), len(logs) + dropped
+    main = _averaged(logs, peak, size)
+    varied = [_averaged(logs, _peak(logs, WIDTH * factor), size) for factor in (0.8, 1.25)]
+    varied += [_averaged(logs, peak + math.log(factor), size) for factor in (0.9, 1.1)]
     return _law(main, [v.alpha for v in varied], dropped)
 
 
-def _peak(logs: Tensor, factor: float = 1.0) -> float:
-    """Where the density of log λ is highest, softly; `factor` scales Silverman's bandwidth."""
-    levels = torch.tensor([0.05, 0.25, 0.75, 0.999], dtype=torch.float64)
-    low, first, third, high = torch.quantile(logs, levels).tolist()
-    width = factor * max(0.9 * (third - first) / 1.34 * len(logs) ** -0.2, 0.02)
-    grid = torch.linspace(low, high, GRID, dtype=torch.float64)
-    density = torch.exp(-0.5 * ((grid[:, None] - logs) / width).square()).sum(1)  # [GRID]
+def _peak(logs: Tensor, width: float) -> float:
+    """Where the density of ln λ is highest, softly."""
+    step = width / 5  # fine enough that the sum over the grid is the integral
+    reach = math.ceil(float(logs[-1] - logs[0]) / step) + 15
+    grid = logs[-1] + step * torch.arange(-reach, 16, dtype=torch.float64)  # the smallest eigenvalue shifts no point
+    density = torch.exp(-0.5 * ((grid[:, None] - logs) / width).square()).sum(1)
     weight = (density / density.max()) ** SHARPNESS
     return float((weight * grid).sum() / weight.sum())
 
 
-def _averaged(logs: Tensor, peak: float) -> _Start:
-    """Alpha averaged over the starts in INTERVAL around exp(peak), the better fits weighing more."""
-    least = max(LEAST / 2, 0.02 * len(logs))
+def _averaged(logs: Tensor, peak: float, size: int) -> _Start:
+    """Alpha averaged over the starts in INTERVAL around exp(peak), the better fits weighing more; size: min(N, K)."""
+    least = min(max(LEAST / 2, 0.02 * size), len(logs))
     # The tail keeps so many eigenvalues and spans 5 % at least: alpha is then finite even where all are equal.
     top = float(logs[-math.ceil(least)]) - 0.05
     low, high = (min(peak + math.log(factor), top) for factor in INTERVAL)
@@ -156,7 +155,7 @@ def _at(logs: Tensor, place: int) -> _Start:
     return _Start(float(alphas[0]), float(logs[place]), len(logs) - place, float(distance[0]))
 
 
-def _reference(values: Tensor) -> PowerLaw:
+def _reference(values: Tensor, noise: float) -> PowerLaw:
     """The published estimator (AlphaPruning, lib/esd_utils.py, fix_fingers="xmin_peak"), its oddities included.
 
     The fullest of 100 equal bins of log₁₀ λ gives x₂, its left edge. Every eigenvalue from log₁₀(0.95·x₂) to 1.5·x₂ but
@@ -168,8 +167,8 @@ def _reference(values: Tensor) -> PowerLaw:
     - the distance is one-sided (i/n only), and the n of Hill's formula counts the start itself.
     Sums are float64 here, where the original adds float32 in a loop. The spread is that over 99 to 101 bins.
     """
-    if float(values[0]) <= 0:
-        raise ValueError("fit reference takes logarithms of all eigenvalues and some are zero; use robust")
+    if float(values[0]) <= 0 or float(values[1]) <= noise * float(values[-1]):
+        raise ValueError("fit reference takes the logarithm of every eigenvalue, and some are zero; use robust")
     varied = [_published(values, BINS - 1).alpha, _published(values, BINS + 1).alpha]
     return _law(_published(values, BINS), varied, 0)
 
