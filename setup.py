@@ -16,6 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
+NOTE = "_native_reason.txt"
 
 
 def run(*command: str) -> None:
@@ -35,22 +36,33 @@ def reason(error: Exception) -> str:
     return lines[0] if lines else text.strip().splitlines()[-1]
 
 
+def clear(folder: Path) -> None:
+    """Removes what an earlier build left, so that a failed one never ships its module."""
+    for stale in (*folder.glob("_native.*.so"), folder / NOTE):
+        stale.unlink(missing_ok=True)
+
+
 class Build(build_ext):
     """One CMake build in a temporary folder, so that nothing stale is ever found."""
 
     def build_extension(self, extension: Extension) -> None:
-        target = Path(self.get_ext_fullpath(extension.name)).resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        note = target.parent / "_native_reason.txt"
-        for stale in (*target.parent.glob("_native.*.so"), note):
-            stale.unlink(missing_ok=True)
+        folder = Path(self.get_ext_fullpath(extension.name)).resolve().parent
+        folder.mkdir(parents=True, exist_ok=True)
+        clear(folder)
         try:
-            self.compile(target.parent)
+            self.compile(folder)
         except Exception as error:
             if os.environ.get("ALPHAPRUNE_REQUIRE_EXT") == "1":
                 raise
-            note.write_text(reason(error) + "\n")
+            (folder / NOTE).write_text(reason(error) + "\n")
             print(f"alphaprune: installing without native kernels: {reason(error)}", file=sys.stderr, flush=True)
+
+    def copy_extensions_to_source(self) -> None:
+        """Editable installs build elsewhere and copy: the module, or the note that says why there is none."""
+        clear(HERE / "alphaprune")
+        super().copy_extensions_to_source()
+        for note in Path(self.build_lib).glob(f"alphaprune/{NOTE}"):
+            shutil.copy(note, HERE / "alphaprune")
 
     def compile(self, folder: Path) -> None:
         """The extension module in `folder`; raises if any step fails."""
@@ -71,9 +83,6 @@ class Build(build_ext):
             run(cmake, "--build", build, "--parallel")
             run(cmake, "--install", build, "--prefix", str(folder))
 
-    def get_outputs(self) -> list[str]:
-        """What was really written: an extension that could not be built is no error later."""
-        return [path for path in super().get_outputs() if Path(path).exists()]
 
-
-setup(ext_modules=[Extension("alphaprune._native", sources=[])], cmdclass={"build_ext": Build})
+# optional: setuptools then accepts that the module may be missing; errors that must stop the build still do.
+setup(ext_modules=[Extension("alphaprune._native", sources=[], optional=True)], cmdclass={"build_ext": Build})

@@ -1,0 +1,132 @@
+"""Installing: with a compiler, without one, editable, and from the source archive."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NO_COMPILER = {"CXX": "/nonexistent/c++"}
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of what a clone holds, symlinks as symlinks, without anything built."""
+    copy = tmp_path / "tree"
+    unwanted = shutil.ignore_patterns(
+        ".git", ".venv*", "__pycache__", "build", "dist", "*.so", "*_reason.txt", "*.egg-info"
+    )
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=unwanted)
+    return copy
+
+
+def pip(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """pip without a network and with this environment's build tools."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("CXX", "ALPHAPRUNE_REQUIRE_EXT")}
+    scripts = str(Path(sys.executable).parent)
+    path = scripts + os.pathsep + os.environ.get("PATH", os.defpath)
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=clean | {"PATH": path} | environment)
+
+
+def wheel(tree: Path, **environment: str) -> tuple[subprocess.CompletedProcess, dict[str, bytes]]:
+    """pip's report and the files of the wheel it built from the tree."""
+    out = tree.parent / "wheels"
+    shutil.rmtree(out, ignore_errors=True)
+    done = pip("wheel", "--no-build-isolation", "--no-deps", "-w", str(out), str(tree), **environment)
+    found = list(out.glob("*.whl"))
+    if not found:
+        return done, {}
+    with zipfile.ZipFile(found[0]) as archive:
+        names = archive.namelist()
+        assert len(names) == len(set(names))
+        return done, {name: archive.read(name) for name in names}
+
+
+def status_of(folder: Path) -> str:
+    """What the package in `folder` says of its native half."""
+    # An editable install of this checkout would offer its own _native to the package under test.
+    code = """import sys
+sys.meta_path = [finder for finder in sys.meta_path if "Editable" not in str(finder)]
+from alphaprune.kernels import spmm
+print(spmm.__file__)
+print(spmm.native_status())"""
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder.parent, env=environment, check=True
+    )
+    file, status = done.stdout.strip().splitlines()
+    assert Path(file).is_relative_to(folder)
+    return status
+
+
+def extract(files: dict[str, bytes], folder: Path) -> Path:
+    """The wheel as an installed tree."""
+    for name, content in files.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+    return folder
+
+
+def test_without_a_compiler_it_installs_and_says_why(tree: Path, tmp_path: Path) -> None:
+    stale = tree / "build" / f"lib.linux-x86_64-cpython-{sys.version_info[0]}{sys.version_info[1]}" / "alphaprune"
+    stale.mkdir(parents=True)
+    suffix = subprocess.check_output(
+        [sys.executable, "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))"], text=True
+    ).strip()
+    (stale / f"_native{suffix}").write_bytes(b"left by an earlier build")
+    done, files = wheel(tree, **NO_COMPILER)
+    assert done.returncode == 0, done.stderr
+    assert not [name for name in files if name.endswith(".so")]
+    assert status_of(extract(files, tmp_path / "installed")).startswith("not built: no C++ compiler was found; install")
+    for package in ("alphaprune", "kernels"):
+        sources = {path.relative_to(tree / package).as_posix() for path in (tree / package).glob("*.py")}
+        prefix = "alphaprune/" if package == "alphaprune" else "alphaprune/kernels/"
+        packed = {n.removeprefix(prefix) for n in files if n.startswith(prefix) and n.count("/") == prefix.count("/")}
+        assert sources == {name for name in packed if name.endswith(".py")}
+    assert "alphaprune/py.typed" in files and not [name for name in files if name.startswith("kernels/")]
+    for path in (tree / "alphaprune" / "demo" / "model").glob("*"):
+        assert files[f"alphaprune/demo/model/{path.name}"] == path.read_bytes()
+    folders = {path.parent.name for path in (tree / "alphaprune").glob("*/__init__.py")}
+    assert folders <= {name.split("/")[1] for name in files}, "a package is missing from pyproject.toml"
+
+
+def test_required_kernels_are_not_left_out(tree: Path) -> None:
+    done, files = wheel(tree, ALPHAPRUNE_REQUIRE_EXT="1", **NO_COMPILER)
+    assert done.returncode != 0 and not files
+    assert "CMAKE_CXX_COMPILER" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_wheel_and_the_source_archive_hold_the_kernels(tree: Path, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next((tree / "dist").glob("*.tar.gz"))) as archive:
+        archive.extractall(tmp_path / "source", filter="data")
+    source = next((tmp_path / "source").iterdir())
+    done, files = wheel(source, ALPHAPRUNE_REQUIRE_EXT="1")
+    assert done.returncode == 0, done.stderr
+    assert len([name for name in files if name.startswith("alphaprune/_native.")]) == 1
+    assert "alphaprune/_native_reason.txt" not in files
+    assert status_of(extract(files, tmp_path / "installed")).startswith("built: ")
+
+
+@pytest.mark.slow
+def test_an_editable_install_builds_in_place_and_forgets_failures(tree: Path, tmp_path: Path) -> None:
+    def install(**environment: str) -> None:
+        target = tmp_path / "site"
+        done = pip("install", "--no-build-isolation", "--no-deps", "-t", str(target), "-e", str(tree), **environment)
+        assert done.returncode == 0, done.stderr
+
+    install(**NO_COMPILER)
+    assert status_of(tree).startswith("not built: no C++ compiler")
+    install(ALPHAPRUNE_REQUIRE_EXT="1")
+    assert status_of(tree).startswith("built: ")
+    install(**NO_COMPILER)
+    assert status_of(tree).startswith("not built: "), "an old module outlived a failed build"
