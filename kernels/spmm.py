@@ -1,6 +1,7 @@
 """The one op, y = x Wᵀ + b with a packed W: checks, dispatch, gradients, torch.compile."""
 
 import weakref
+from bisect import bisect_left
 
 import torch
 from torch import Tensor
@@ -24,8 +25,8 @@ class Prepared:
         self.packed, self.name = packed, name
         self.rows, self.cols = packed.shape
         self.kernel = None if kernel is None else base.named(kernel)
-        self._few = min((k.most_tokens for k in base.kernels().values() if k.most_tokens), default=0)
-        self._bound: dict[tuple[torch.dtype, bool], Bound] = {}
+        self._limits = sorted({k.most_tokens for k in base.kernels().values() if k.most_tokens is not None})
+        self._bound: dict[tuple[torch.dtype, int], Bound] = {}  # by x's dtype and the limits that the tokens exceed
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y [..., N] in x's dtype. x: [..., K]; bias: [N], in float32 or any dtype of x.
@@ -41,7 +42,7 @@ class Prepared:
         if x.dim() == 0 or x.shape[-1] != self.cols or (bias is not None and bias.numel() != self.rows):
             raise ValueError(_misfit(self.name, (self.rows, self.cols), x, bias))
         tokens = x.numel() // self.cols
-        bound = self._bound.get((x.dtype, tokens <= self._few)) or self._bind(x, tokens)
+        bound = self._bound.get((x.dtype, bisect_left(self._limits, tokens))) or self._bind(x, tokens)
         if bias is not None and (bias.dtype not in FLOATS or bias.device != x.device):
             raise ValueError(f"{self.name}: bias is {bias.dtype} on {bias.device}, wanted a float on {x.device}")
         return bound(x.contiguous(), None if bias is None else bias.contiguous())
@@ -62,7 +63,7 @@ class Prepared:
             raise ValueError(f"{self.name}: x is {x.dtype}, wanted float32, float16 or bfloat16")
         kernel, why = self.choice(tokens, x.dtype)
         base.log.debug("%s: kernel %s for %d tokens in %s (%s)", self.name, kernel.name, tokens, x.dtype, why)
-        bound = self._bound[x.dtype, tokens <= self._few] = kernel.bind(self.packed)
+        bound = self._bound[x.dtype, bisect_left(self._limits, tokens)] = kernel.bind(self.packed)
         return bound
 
 

@@ -149,6 +149,11 @@ def test_the_choice_and_its_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         chosen, why = spmm.prepare(packed).choice(1, torch.float32)
         assert chosen.name == "scalar" and "avx512: ALPHAPRUNE_ISA=scalar rules it out" in why
         assert spmm.prepare(packed).choice(10_000, torch.float32)[0].name == "expand"
+        for limit in (4, 32, 128):  # a prepared weight changes over exactly where the choice does
+            prepared = spmm.prepare(packed)
+            for tokens in (limit + 1, limit):
+                x = torch.randn(tokens, 64)
+                assert torch.equal(prepared(x), spmm.spmm(x, packed, kernel=prepared.choice(tokens, x.dtype)[0].name))
         assert spmm.prepare(packed, kernel="scalar").choice(10_000, torch.float32)[0].name == "scalar"
     monkeypatch.setenv("ALPHAPRUNE_ISA", "neon")
     if native.load():
