@@ -54,9 +54,7 @@ def bench_shapes(
     return {"machine": timing.machine(), "threads": torch.get_num_threads(), "bandwidth": bandwidth, "rows": rows}
 
 
-def bench_model(
-    model: str, sparsity: str, pattern: str, tokens: str, dtype: str, kernel: str | None
-) -> dict[str, Any]:
+def bench_model(model: str, sparsity: str, pattern: str, tokens: str, dtype: str, kernel: str | None) -> dict[str, Any]:
     """Decoding of a packed model beside its dense twin, tokens per second, and rows for the shapes of its layers.
 
     The layers are timed at the model's own sparsity; where nothing is packed, at those asked for.
@@ -132,4 +130,6 @@ def parse_numbers(text: str, kind: type, option: str) -> list:
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"{option} {text}: wanted {'whole numbers' if kind is int else 'numbers'} with commas") from None
+        raise ValueError(
+            f"{option} {text}: wanted {'whole numbers' if kind is int else 'numbers'} with commas"
+        ) from None

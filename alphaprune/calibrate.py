@@ -23,7 +23,7 @@ class _Captured(Exception):
 
 @dataclass
 class Activations:
-    """Inputs of the next block: `hidden` is a list of [batch, length, D], `keywords` what the blocks are called with."""
+    """Inputs of the next block: `hidden`, a list of [batch, length, D]; `keywords`, what the blocks are called with."""
 
     hidden: list[Tensor]
     keywords: dict[str, Any] = field(default_factory=dict)
@@ -35,7 +35,9 @@ class Activations:
 def first_inputs(source: Source, tokens: Tensor) -> Activations:
     """What the first block sees for `tokens` [samples, length] int64: embeddings and the blocks' keyword arguments."""
     if tokens.ndim != 2 or tokens.shape[0] == 0:
-        raise ValueError(f"calibration tokens: wanted [samples, length] with a sample at least, got {tuple(tokens.shape)}")
+        raise ValueError(
+            f"calibration tokens: wanted [samples, length] with a sample at least, got {tuple(tokens.shape)}"
+        )
     batch = max(1, TOKENS_AT_ONCE // tokens.shape[1])
     first = next(iter(source.skeleton.get_submodule(source.prefix).children()))
     found = Activations([])

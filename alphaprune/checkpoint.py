@@ -95,7 +95,8 @@ class Writer:
             before, now = journal["identity"].get(key), self.identity.get(key)
             if before != now:
                 raise ValueError(
-                    f"{self.work}: an interrupted run with another {key} lies here ({_short(before)}, now {_short(now)}); "
+                    f"{self.work}: an interrupted run with another {key} lies here "
+                    f"({_short(before)}, now {_short(now)}); "
                     f"repeat it as it was to finish it, or delete the folder to start anew"
                 )
         self.done = {f: t for f, t in journal["done"].items() if (self.work / f).is_file()}

@@ -17,7 +17,7 @@ from alphaprune import model as models
 LONGEST = 2048  # tokens per window, unless the model's context is shorter
 
 
-def analyze(model: str, output: str, fit: str, device: str, solver: str, json: bool) -> None:  # noqa: A002
+def analyze(model: str, output: str, fit: str, device: str, solver: str, json: bool) -> None:
     from alphaprune import analysis
 
     _check_file(output)
@@ -43,7 +43,7 @@ def _alpha_cells(columns: dict[str, float]) -> list[str]:
     ]
 
 
-def plan(analysis: str, output: str, json: bool, **options: Any) -> None:  # noqa: A002
+def plan(analysis: str, output: str, json: bool, **options: Any) -> None:
     from alphaprune.analysis import Analysis
 
     _check_file(output)
@@ -79,7 +79,7 @@ def _make_plan(analysis, sparsity, allocator, epsilon, pattern, per, min_sparsit
 def prune(
     model: str,
     output: str,
-    plan: str | None,  # the parameter names are those of the options
+    plan: str | None,
     analysis: str | None,
     method: str | None,
     select: str | None,
@@ -88,10 +88,40 @@ def prune(
     length: int | None,
     seed: int,
     format: str,  # noqa: A002
-    json: bool,  # noqa: A002
+    json: bool,
     **options: Any,
 ) -> None:
-    from alphaprune import checkpoint, pruners, pruning
+    from alphaprune import __version__, checkpoint, pruning
+
+    pruner = _pruner(method, calibration)
+    _check_plan_options(plan, options)
+    checkpoint.check_free(Path(output))
+    source = models.open_source(model)
+    tokens, identity = None, {"method": pruner.name, "selection": select or pruner.selection, "format": format}
+    if pruner.needs_calibration:
+        tokens, read = _calibration(source, calibration, samples, _window(length, source.config), seed)
+        identity |= read
+    chosen = _chosen_plan(source, plan, analysis, options)
+    identity["model"] = source.description().fingerprint
+    identity["plan"] = hashlib.sha256(chosen.to_json().encode()).hexdigest()
+    recipe = {"alphaprune": __version__, "source": source.name, **identity, "plan": chosen.to_dict()}
+    with bar(source.block_count(), f"prune ({pruner.name})", "block") as tick:
+
+        def run(restore: Any) -> Iterator[Any]:
+            return pruning.prune_blocks(source, chosen, pruner.name, tokens, select, restore, tick)
+
+        written = checkpoint.write_pruned(source, output, identity, recipe, run, packed=format == "sbt")
+    if json:
+        print(_dump({**vars(written), "folder": str(written.folder), "sparsity": chosen.realized}))
+        return
+    print(
+        f"{written.folder}: sparsity {chosen.realized:.4f}, linears {size(written.dense_bytes)} → "
+        f"{size(written.stored_bytes)}, {written.packed_layers} of {written.layers} layers packed"
+    )
+
+
+def _pruner(method: str | None, calibration: str | None) -> Any:
+    from alphaprune import pruners
 
     if method is None and calibration is None:
         raise ValueError(
@@ -100,48 +130,10 @@ def prune(
         )
     pruner = pruners.get(method or "wanda")
     if pruner.needs_calibration and calibration is None:
-        raise ValueError(f"--method {pruner.name} needs --calibration FILE, the text that the model should stay good at")
-    _check_plan_options(plan, options)
-    checkpoint.check_free(Path(output))
-    source = models.open_source(model)
-    text, tokens = None, None
-    if pruner.needs_calibration:
-        length = _window(length, source.config)
-        text, tokens = _calibration(source, calibration, samples, length, seed)
-    chosen = _chosen_plan(source, plan, analysis, options)
-    identity = {
-        "model": source.description().fingerprint,
-        "plan": hashlib.sha256(chosen.to_json().encode()).hexdigest(),
-        "method": pruner.name,
-        "selection": select or pruner.selection,
-        "format": format,
-    }
-    if text is not None:
-        identity |= {"calibration": text.sha256, "samples": samples, "length": length, "seed": seed}
-    from alphaprune import __version__
-
-    recipe = {"alphaprune": __version__, "source": source.name, **identity, "plan": chosen.to_dict()}
-    with bar(source.block_count(), f"prune ({pruner.name})", "block") as tick:
-
-        def run(restore: Any) -> Iterator[Any]:
-            return pruning.prune_blocks(source, chosen, pruner.name, tokens, select, restore, tick)
-
-        written = checkpoint.write_pruned(source, output, identity, recipe, run, packed=format == "sbt")
-    figures = {
-        "folder": str(written.folder),
-        "sparsity": chosen.realized,
-        "linears_dense_bytes": written.dense_bytes,
-        "linears_bytes": written.stored_bytes,
-        "packed_layers": written.packed_layers,
-        "layers": written.layers,
-    }
-    if json:
-        print(_dump(figures))
-        return
-    print(
-        f"{written.folder}: sparsity {chosen.realized:.4f}, linears {size(written.dense_bytes)} → "
-        f"{size(written.stored_bytes)}, {written.packed_layers} of {written.layers} layers packed"
-    )
+        raise ValueError(
+            f"--method {pruner.name} needs --calibration FILE, the text that the model should stay good at"
+        )
+    return pruner
 
 
 def _check_plan_options(plan: str | None, options: dict[str, Any]) -> None:
@@ -171,12 +163,14 @@ def _chosen_plan(source: models.Source, plan: str | None, analysis: str | None, 
     return chosen
 
 
-def _calibration(source: models.Source, file: str, samples: int, length: int, seed: int) -> tuple[Any, Any]:
+def _calibration(source: models.Source, file: str, samples: int, length: int, seed: int) -> tuple[Any, dict[str, Any]]:
+    """Calibration windows, and what identifies them."""
     from alphaprune import data
 
     folder = getattr(source, "folder", source.name)
     text = data.encode(data.load_tokenizer(folder), data.read_text(file), file)
-    return text, data.sample_windows(text, samples, length, seed)
+    identity = {"calibration": text.sha256, "samples": samples, "length": length, "seed": seed}
+    return data.sample_windows(text, samples, length, seed), identity
 
 
 def evaluate(
@@ -186,7 +180,7 @@ def evaluate(
     length: int | None,
     windows: int | None,
     dtype: str,
-    json: bool,  # noqa: A002
+    json: bool,
 ) -> None:
     from alphaprune import data, hf
     from alphaprune import evaluate as evaluation
@@ -216,7 +210,7 @@ def generate(
     max_new: int,
     temperature: float,
     seed: int,
-    json: bool,  # noqa: A002
+    json: bool,
 ) -> None:
     from alphaprune import data, hf
     from alphaprune import generate as generation
@@ -240,7 +234,7 @@ def generate(
         print(f"{made.new_tokens} tokens in {made.seconds:.2f} s, {rate:.1f} tokens/s", file=sys.stderr)
 
 
-def info(model: str | None, json: bool) -> None:  # noqa: A002
+def info(model: str | None, json: bool) -> None:
     from alphaprune import inspection
 
     found = inspection.describe_model(model) if model else inspection.describe_machine()
@@ -253,7 +247,7 @@ def info(model: str | None, json: bool) -> None:  # noqa: A002
         table(["", ""], inspection.machine_rows(found), header=False)
 
 
-def bench(model: str | None, shape: str | None, json: bool, **options: Any) -> None:  # noqa: A002
+def bench(model: str | None, shape: str | None, json: bool, **options: Any) -> None:
     from alphaprune import benchmark
 
     if (model is None) == (shape is None):
@@ -267,7 +261,7 @@ def bench(model: str | None, shape: str | None, json: bool, **options: Any) -> N
             table(columns, rows)
 
 
-def demo(output: str, json: bool) -> None:  # noqa: A002
+def demo(output: str, json: bool) -> None:
     from alphaprune.demo import run
 
     result = run.run(Path(output), bar)

@@ -39,8 +39,8 @@ def generate(
     context = getattr(model.config, "max_position_embeddings", None)
     if context and tokens.shape[1] + max_new > context:
         raise ValueError(
-            f"{tokens.shape[1]} prompt tokens and {max_new} new ones do not fit into {context} positions of this model; "
-            f"shorten the prompt or give a smaller --max-new"
+            f"{tokens.shape[1]} prompt tokens and {max_new} new ones do not fit into {context} positions of this "
+            f"model; shorten the prompt or give a smaller --max-new"
         )
     settings: dict[str, Any] = {"max_new_tokens": max_new, "do_sample": temperature > 0, "use_cache": True}
     if temperature > 0:

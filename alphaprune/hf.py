@@ -40,7 +40,9 @@ class AlphaPruneQuantizer(HfQuantizer):
     def validate_environment(self, *_: Any, **__: Any) -> None:
         settings = self.quantization_config
         if settings.format != "sbt":
-            raise ValueError(f"packed format {settings.format!r} is not known to this version of alphaprune (it reads sbt)")
+            raise ValueError(
+                f"packed format {settings.format!r} is not known to this version of alphaprune (it reads sbt)"
+            )
         if settings.format_version != FORMAT_VERSION:
             raise ValueError(
                 f"the checkpoint has format_version {settings.format_version}, this version of alphaprune reads "
@@ -108,7 +110,9 @@ def check_entries(name: str, layer: nn.Linear, entries: dict[str, dict]) -> None
             )
         if suffix == "weight" and (len(entry["shape"]) != 1 or entry["dtype"] not in VALUE_TYPES):
             found = BY_CODE.get(entry["dtype"], entry["dtype"])
-            raise ValueError(f"{name}: packed values should be 1-D floating point, the file has {found} {entry['shape']}")
+            raise ValueError(
+                f"{name}: packed values should be 1-D floating point, the file has {found} {entry['shape']}"
+            )
 
 
 def load(path: "str | Path", dtype: "torch.dtype | str" = "auto", device: str = "cpu") -> nn.Module:

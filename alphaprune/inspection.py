@@ -99,7 +99,8 @@ def model_summary(found: dict[str, Any]) -> str:
     return (
         f"{found['model']}: {found['model_type']}, {found['prunable_weights']:,} prunable weights, "
         f"sparsity {found['sparsity']:.4f} ({found['whole_model_sparsity']:.4f} of the whole model), "
-        f"linears {found['linears_bytes']:,} of {found['linears_dense_bytes']:,} bytes, files {found['file_bytes']:,} bytes"
+        f"linears {found['linears_bytes']:,} of {found['linears_dense_bytes']:,} bytes, "
+        f"files {found['file_bytes']:,} bytes"
     )
 
 
@@ -109,14 +110,16 @@ def describe_machine() -> dict[str, Any]:
 
     return {
         "alphaprune": __version__,
-        "python": platform.python__version__,
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "machine": timing.machine(),
         "threads": torch.get_num_threads(),
         "native": spmm.native_status(),
         "kernels": {name: reason or "works" for name, reason in spmm.back_ends()},
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device; this version has CPU kernels",
+        "cuda": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else "no CUDA device; this version has CPU kernels",
     }
 
 

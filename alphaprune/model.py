@@ -136,16 +136,11 @@ class DirectorySource(Source):
     """A Hugging Face directory with safetensors; at most one block of it is in memory."""
 
     def __init__(self, folder: Path) -> None:
-        from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM
-
         self.name, self.folder = str(folder), folder
         self.config = read_config(folder)
         family_of(self.config, self.name)
         self.shards = Shards(folder)
-        with init_empty_weights():  # parameters without memory; the rotary tables are real
-            self.skeleton = AutoModelForCausalLM.from_config(self.config)
-        self.skeleton.eval()
+        self.skeleton = make_skeleton(self.config)
         self._check_shapes()
 
     def outside_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -259,6 +254,21 @@ def read_config(folder: Path) -> Any:
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{folder}: config.json cannot be used: {reason}") from error
+
+
+def make_skeleton(config: Any) -> nn.Module:
+    """The model that a config describes: parameters on the meta device, rotary tables real."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights():
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+def prunable(skeleton: nn.Module, prefix: str) -> dict[str, nn.Linear]:
+    """The prunable layers of a model: every nn.Linear inside its blocks, by full name, in order."""
+    decoder = skeleton.get_submodule(prefix)
+    return {f"{prefix}.{n}": m for n, m in decoder.named_modules() if isinstance(m, nn.Linear)}
 
 
 def family_of(config: Any, name: str) -> str:

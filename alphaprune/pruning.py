@@ -90,7 +90,9 @@ def _prune_blocks(
         if masks is None:
             _check_finite(block)
             norms = calibrate.input_norms(block, activations) if activations else {}
-            masks = {name: _prune_layer(name, layer, plan, pruner, norms, selection) for name, layer in block.linears.items()}
+            masks = {
+                name: _prune_layer(name, layer, plan, pruner, norms, selection) for name, layer in block.linears.items()
+            }
         if activations and block.index + 1 < source.block_count():
             calibrate.run(block, activations)
         if progress:
@@ -111,4 +113,6 @@ def _prune_layer(
 def _check_finite(block: Block) -> None:
     for name, layer in block.linears.items():
         if not torch.isfinite(layer.weight).all():
-            raise ValueError(f"{name}: the weights hold NaN or infinity, so no score of them means anything; repair the checkpoint")
+            raise ValueError(
+                f"{name}: the weights hold NaN or infinity, so no score of them means anything; repair the checkpoint"
+            )

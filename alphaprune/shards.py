@@ -143,7 +143,11 @@ def write(file: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
     header, place = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in ordered:
         end = place + tensor.nbytes
-        header[name] = {"dtype": DTYPES[dtype_name(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": [place, end]}
+        header[name] = {
+            "dtype": DTYPES[dtype_name(tensor.dtype)],
+            "shape": list(tensor.shape),
+            "data_offsets": [place, end],
+        }
         place = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)

@@ -14,8 +14,11 @@ from torch.nn import functional
 
 from alphaprune import formats
 from alphaprune.kernels import spmm
+from alphaprune.mask import keep_mask
+from alphaprune.pattern import NM, Pattern, Unstructured
 
 PROBE_BYTES = 1 << 29
+UNSTRUCTURED = Unstructured()
 
 
 @dataclass(frozen=True)
@@ -92,16 +95,18 @@ def time_linear(
     total_bytes: int = 1 << 30,
     repeats: int = 3,
     bandwidth: float | None = None,
+    pattern: Pattern = UNSTRUCTURED,
 ) -> Row:
     """The median seconds of y = x Wᵀ with a packed random W [N, K] and with the dense one, called by turns.
 
     Both go round copies of their weight in distinct memory, `total_bytes` each, `repeats` times the packed ones.
-    bandwidth: of read_bandwidth(), measured if not given. ValueError if the kernel cannot run.
+    bandwidth: of read_bandwidth(), measured if not given. pattern: N:M instead of zeros anywhere.
+    ValueError if the kernel cannot run, or K does not fit the pattern.
     """
     n, k = shape
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(n, k, generator=generator).to(dtype)
-    packed = formats.get("sbt").pack(weight, torch.rand(n, k, generator=generator) >= sparsity)
+    packed = formats.get("sbt").pack(weight, _random_mask((n, k), sparsity, pattern, generator))
     x = torch.randn(tokens, k, generator=generator).to(dtype)
     name = spmm.prepare(packed, "bench", kernel).choice(tokens, dtype)[0].name
     sparse = [spmm.prepare(copy, "bench", kernel) for copy in _copies(packed, total_bytes)]
@@ -127,6 +132,13 @@ def time_linear(
         dense_nbytes=weight.nbytes,
         bandwidth=bandwidth or read_bandwidth(),
     )
+
+
+def _random_mask(shape: tuple[int, int], sparsity: float, pattern: Pattern, generator: torch.Generator) -> Tensor:
+    scores = torch.rand(shape, generator=generator)
+    if isinstance(pattern, NM):
+        return keep_mask(scores, round(pattern.sparsity * scores.numel()), pattern)
+    return scores >= sparsity
 
 
 def _seconds(call: Callable[..., Tensor], *arguments: Tensor) -> float:

@@ -1,6 +1,6 @@
 """Writes the figures of README.md from the committed rows: `python bench/readme.py [--check]`.
 
-Between `<!-- NAME -->` and `<!-- /NAME -->` stands what this script makes of bench/results; --check fails if it is stale.
+Between `<!-- NAME -->` and `<!-- /NAME -->` stands what this script makes of bench/results; --check: fails if stale.
 """
 
 import argparse
@@ -39,10 +39,10 @@ def demo() -> str:
         )
     columns = ["model", "bits per byte", "MB of linears", "tokens/s", "7B block, GB/s", "7B block, speed-up"]
     note = (
-        f"`alphaprune demo`, {found['machine']}: the embedded 11 M-parameter LLaMA, Wanda masks, judged on the held-out "
-        f"standard library of Python {found['python']} (corpus sha256 {found['corpus_sha256'][:12]}, "
-        f"{found['bytes']:,} bytes in {found['tokens']:,} tokens). 7B block: the seven linears of one LLaMA-2-7B-shaped "
-        f"block, random bf16 weights read from memory, one token, against torch's dense bf16."
+        f"`alphaprune demo`, {found['machine']}: the embedded 11 M-parameter LLaMA, Wanda masks, judged on the held-"
+        f"out standard library of Python {found['python']} (corpus sha256 {found['corpus_sha256'][:12]}, "
+        f"{found['bytes']:,} bytes in {found['tokens']:,} tokens). 7B block: the seven linears of one LLaMA-2-7B-"
+        f"shaped block, random bf16 weights read from memory, one token, against torch's dense bf16."
     )
     return f"{table(columns, cells)}\n\n{note}"
 

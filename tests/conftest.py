@@ -73,7 +73,11 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|endoftext|>",
+        "bos_token": "<|endoftext|>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
@@ -95,7 +99,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some kB of words, with characters of two and three bytes."""
-    words = "the sparse wéight of a heävy tail → and so on\n".split(" ")
+    words = ["the", "sparse", "wéight", "of", "a", "heävy", "tail", "→", "and", "so", "on\n"]
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(0, len(words), (1500,), generator=generator).tolist()
     file = tmp_path_factory.mktemp("texts") / "text.txt"

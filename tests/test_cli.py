@@ -70,7 +70,9 @@ def test_patterns_and_dense_format(run, directory: Path) -> None:
     assert run("prune", directory, "-o", "nm", "--pattern", "2:4", *magnitude)[0] == 0
     assert json.loads(run("info", "nm", "--json")[1])["sparsity"] == 0.5
     dense = ("--format", "dense")
-    assert run("prune", directory, "-o", "dense", "--sparsity", 0.5, "--allocator", "uniform", *dense, *magnitude)[0] == 0
+    assert (
+        run("prune", directory, "-o", "dense", "--sparsity", 0.5, "--allocator", "uniform", *dense, *magnitude)[0] == 0
+    )
     found = json.loads(run("info", "dense", "--json")[1])
     assert found["sparsity"] == pytest.approx(0.5, abs=1e-6) and {r["kernel"] for r in found["layers"]} == {"torch"}
 
@@ -206,7 +208,7 @@ def test_somebody_elses_checkpoint_through_every_command(run) -> None:
     Path("calibration.txt").write_text((stories / "train.txt").read_text()[:60_000])
     Path("test.txt").write_text((stories / "test.txt").read_text()[:60_000])
     assert run("analyze", model, "-o", "a.json")[0] == 0
-    assert run("plan", "a.json", "--sparsity", 0.5, "-o", "p.json")[0] == 0
+    assert run("plan", "a.json", "--sparsity", 0.3, "-o", "p.json")[0] == 0
     arguments = ("--plan", "p.json", "--calibration", "calibration.txt", "--samples", 8, "--length", 256)
     assert run("prune", model, "-o", "out", *arguments)[0] == 0
     found = {}
@@ -214,11 +216,11 @@ def test_somebody_elses_checkpoint_through_every_command(run) -> None:
         status, out, _ = run("eval", name, "--text", "test.txt", "--length", 256, "--json")
         assert status == 0
         found[str(name)] = json.loads(out)["perplexity"]
-    assert found[str(model)] < found["out"] < 4 * found[str(model)]
+    assert found[str(model)] < found["out"] < 2 * found[str(model)]
     status, out, _ = run("generate", "out", "--prompt", "Once upon a time", "--max-new", 24)
     assert status == 0 and len(out) > 20
     assert run("bench", "out", "--json")[0] == 0
     info = json.loads(run("info", "out", "--json")[1])
-    assert info["linears_bytes"] < 0.7 * info["linears_dense_bytes"]
+    assert info["linears_bytes"] < 0.8 * info["linears_dense_bytes"]
     packed = json.loads(Path("out/config.json").read_text())
     assert packed["dtype"] == "float32"

@@ -46,7 +46,7 @@ def test_views_of_x() -> None:
 
 
 def test_copies_are_independent_and_equal() -> None:
-    linear, sparse = make_pair()
+    _, sparse = make_pair()
     x = torch.randn(3, 70)
     wanted = sparse(x)
     for twin in (copy.deepcopy(sparse), pickle.loads(pickle.dumps(sparse))):

@@ -14,7 +14,9 @@ def python(code: str) -> str:
 
 def test_import_brings_neither_torch_nor_transformers() -> None:
     code = "import sys, alphaprune, alphaprune.cli; alphaprune.cli.parser()"
-    heavy = python(f"{code}; print([m for m in ('torch', 'transformers', 'numpy', 'rich', 'tqdm') if m in sys.modules])")
+    heavy = python(
+        f"{code}; print([m for m in ('torch', 'transformers', 'numpy', 'rich', 'tqdm') if m in sys.modules])"
+    )
     assert heavy.strip() == "[]"
 
 
@@ -28,7 +30,9 @@ def test_public_names_exist() -> None:
         alphaprune.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("order", ["import alphaprune, transformers", "import transformers.quantizers.auto, alphaprune"])
+@pytest.mark.parametrize(
+    "order", ["import alphaprune, transformers", "import transformers.quantizers.auto, alphaprune"]
+)
 def test_the_quantizer_is_registered_in_either_order(order: str) -> None:
     code = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; print('alphaprune' in m)"
     assert python(f"{order}; {code}").strip() == "True"

@@ -29,14 +29,22 @@ def _alphas(axes: Any, alphas: list[dict[str, float]]) -> None:
     mean = [a["mean"] for a in alphas]
     spread = [[a["mean"] - a["lowest"] for a in alphas], [a["highest"] - a["mean"] for a in alphas]]
     axes.bar(range(len(mean)), mean, yerr=spread, color=COLOURS["alpha"], alpha=0.75, capsize=4, ecolor="#444444")
-    axes.set(title="1. Alpha of every block\n(mean of its layers; whiskers: lowest, highest)", xlabel="block", ylabel="alpha")
+    axes.set(
+        title="1. Alpha of every block\n(mean of its layers; whiskers: lowest, highest)", xlabel="block", ylabel="alpha"
+    )
     axes.set_xticks(range(len(mean)))
 
 
 def _plan(axes: Any, plans: dict[str, list[float]], sparsity: float) -> None:
     for name, values in plans.items():
-        axes.plot(values, marker=MARKERS[name], color=COLOURS[name], label=name, linestyle="-" if name == "alpha" else "--")
-    axes.set(title=f"2. The plan for {sparsity:.0%}\n(heavier tail, smaller alpha: pruned less)", xlabel="block", ylabel="sparsity")
+        axes.plot(
+            values, marker=MARKERS[name], color=COLOURS[name], label=name, linestyle="-" if name == "alpha" else "--"
+        )
+    axes.set(
+        title=f"2. The plan for {sparsity:.0%}\n(heavier tail, smaller alpha: pruned less)",
+        xlabel="block",
+        ylabel="sparsity",
+    )
     axes.set_xticks(range(len(next(iter(plans.values())))))
     axes.legend(frameon=False)
 
@@ -46,12 +54,16 @@ def _curve(axes: Any, rows: list[dict[str, Any]]) -> None:
     for name in COLOURS:
         found = [dense] + [r for r in rows if r["allocator"] == name]
         x, y = [r["block_speedup"] for r in found], [r["bits_per_byte"] for r in found]
-        axes.plot(x, y, marker=MARKERS[name], color=COLOURS[name], label=name, linestyle="-" if name == "alpha" else "--")
+        axes.plot(
+            x, y, marker=MARKERS[name], color=COLOURS[name], label=name, linestyle="-" if name == "alpha" else "--"
+        )
         if name == "alpha":
             for row, a, b in zip(found[1:], x[1:], y[1:], strict=True):
                 axes.annotate(f"{row['sparsity']:.0%}", (a, b), textcoords="offset points", xytext=(-4, 8), ha="right")
     axes.axhline(dense["bits_per_byte"], color="#bbbbbb", linewidth=1, zorder=0)
-    axes.annotate("dense", (dense["block_speedup"], dense["bits_per_byte"]), textcoords="offset points", xytext=(4, -14))
+    axes.annotate(
+        "dense", (dense["block_speedup"], dense["bits_per_byte"]), textcoords="offset points", xytext=(4, -14)
+    )
     axes.set(
         title="3. What it costs and what it brings",
         xlabel="speed-up of a LLaMA-2-7B-shaped block over dense",

@@ -176,7 +176,7 @@ def show(result: dict[str, Any], table: Callable) -> None:
                 f"{row['block_speedup']:.2f}×",
             ]
         )
-    columns = ["model", "bits per byte", "MB on disk", "MB linears", "tokens/s", "7B block, s", "7B block, speed-up"]
+    columns = ["model", "bits per byte", "MB on disk", "MB linears", "tokens/s", "7B block, s", "speed-up"]
     table(columns, rows)
     print(
         f"Quality: held-out standard library of Python {result['python']}, corpus sha256 "
@@ -187,5 +187,5 @@ def show(result: dict[str, Any], table: Callable) -> None:
         "weights, so it gains little. 7B block: the seven linears of one LLaMA-2-7B block with random weights, one\n"
         "token, weights read from memory, each matrix pruned in parts with the ratios of the plan's blocks."
     )
-    print(f"{result['picture']}" if result["picture"] else "No picture: matplotlib is missing (pip install 'alphaprune[demo]').")
+    print(result["picture"] or "No picture: matplotlib is missing (pip install 'alphaprune[demo]').")
     print(f"{result['seconds']:.0f} s in all.")

@@ -154,7 +154,9 @@ def main(arguments: list[str] | None = None) -> None:
         smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
         if step % 20 == 0:
             rate = (step + 1 - first) * batch.numel() / (time.monotonic() - started)
-            print(f"step {step} loss {smooth:.4f} ({smooth / math.log(2):.3f} bits/token) {rate:.0f} tokens/s", flush=True)
+            print(
+                f"step {step} loss {smooth:.4f} ({smooth / math.log(2):.3f} bits/token) {rate:.0f} tokens/s", flush=True
+            )
         if stopping or (step + 1) % 100 == 0:
             save_state(state_file, step + 1, model, optimizer)
         if stopping:
