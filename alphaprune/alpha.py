@@ -21,6 +21,7 @@ WIDTH = 0.25  # bandwidth of the density of ln λ: a quarter of a factor e
 STARTS = 128  # candidates for the start of the tail
 SHARPNESS = 8  # power of the density whose centre of mass is the peak: 1 is the mean, ∞ the mode
 INTERVAL = (0.95, 1.5)  # of the peak: where the tail may start (Lu et al. 2024)
+STEEPEST = 1e6  # alpha above which the eigenvalues of a tail are equal but for round-off
 CHUNK = 1 << 22  # elements of a table of distances held at once
 
 
@@ -145,7 +146,10 @@ def _mid(values: Tensor, dropped: int) -> PowerLaw:
         )
     logs = values[dropped:].log()
     middle -= dropped
-    return _law(_at(logs, middle), [_at(logs, middle + move).alpha for move in (-step, step)], dropped)
+    main = _at(logs, middle)
+    if not main.alpha < STEEPEST:
+        raise ValueError("fit mid: all eigenvalues from the median on are equal, so there is no tail; use robust")
+    return _law(main, [_at(logs, middle + move).alpha for move in (-step, step)], dropped)
 
 
 def _at(logs: Tensor, place: int) -> _Start:
@@ -169,11 +173,14 @@ def _reference(values: Tensor, noise: float) -> PowerLaw:
     """
     if float(values[0]) <= 0 or float(values[1]) <= noise * float(values[-1]):
         raise ValueError("fit reference takes the logarithm of every eigenvalue, and some are zero; use robust")
-    varied = [_published(values, BINS - 1).alpha, _published(values, BINS + 1).alpha]
-    return _law(_published(values, BINS), varied, 0)
+    main, *others = (_published(values, bins) for bins in (BINS, BINS - 1, BINS + 1))
+    if main is None:
+        raise ValueError("fit reference finds no start of a tail, as if all eigenvalues were equal; use robust")
+    return _law(main, [other.alpha if other else math.inf for other in others], 0)
 
 
-def _published(values: Tensor, bins: int) -> _Start:
+def _published(values: Tensor, bins: int) -> _Start | None:
+    """The published choice with so many bins; None if no start has an alpha."""
     tens, logs = values.log10(), values.log()
     low, high = float(tens[0]), float(tens[-1])
     histogram = torch.histc(tens, bins, low, high)
@@ -182,9 +189,17 @@ def _published(values: Tensor, bins: int) -> _Start:
     candidates = values[:-1]
     first = torch.nonzero((candidates >= least) & (candidates <= most))[:, 0]
     alphas = _hill(logs, first, logs[first])
-    first, alphas = first[alphas.isfinite() & (alphas > 1)], alphas[alphas.isfinite() & (alphas > 1)]
+    usable = (alphas > 1) & (alphas < STEEPEST)
+    first, alphas = first[usable], alphas[usable]
     if not len(first):
-        raise ValueError("fit reference finds no start of a tail (all eigenvalues are equal); use robust")
+        return None
+    # Distances over every 16th eigenvalue bound the full ones from below: only candidates that they leave in the race
+    # are computed in full, and the winner is the same.
+    bound = _distances(logs, first, logs[first], alphas, two_sided=False, stride=16)
+    leader = bound.argmin().reshape(1)
+    limit = _distances(logs, first[leader], logs[first[leader]], alphas[leader], two_sided=False)
+    racing = bound <= limit
+    first, alphas = first[racing], alphas[racing]
     distances = _distances(logs, first, logs[first], alphas, two_sided=False)
     best = int(distances.argmin())
     place = int(first[best])
@@ -198,18 +213,20 @@ def _hill(logs: Tensor, first: Tensor, starts: Tensor) -> Tensor:
     return 1 + count / (suffix[first] - count * starts)
 
 
-def _distances(logs: Tensor, first: Tensor, starts: Tensor, alphas: Tensor, two_sided: bool) -> Tensor:
+def _distances(logs: Tensor, first: Tensor, starts: Tensor, alphas: Tensor, two_sided: bool, stride: int = 1) -> Tensor:
     """Kolmogorov-Smirnov distances [C] of the tails logs[first:] from F(λ) = 1 − (λ/x)^(1−α).
 
     The j-th of n eigenvalues (from 0) is compared with j/n, and if two-sided with (j + 1)/n as well.
+    stride: only every so many eigenvalues, from the largest down, are looked at.
     """
-    parts, rows = [], max(1, CHUNK // len(logs))
+    parts, rows = [], max(1, CHUNK * stride // len(logs))
     for c in range(0, len(first), rows):
         begin, log_x, exponent = first[c : c + rows, None], starts[c : c + rows, None], 1 - alphas[c : c + rows, None]
         offset = int(begin.min())
-        place = torch.arange(offset, len(logs)) - begin  # [rows, n − offset]: j
+        looked_at = torch.arange(len(logs) - 1, offset - 1, -stride)
+        place = looked_at - begin  # [rows, (n − offset)/stride]: j
         count = (len(logs) - begin).double()
-        law = -torch.expm1(exponent * (logs[offset:] - log_x))  # F
+        law = -torch.expm1(exponent * (logs[looked_at] - log_x))  # F
         gap = law - place / count
         gap = torch.maximum(gap.abs(), (1 / count - gap).abs()) if two_sided else gap.abs()
         parts.append(gap.masked_fill_(place < 0, 0).amax(1))
@@ -217,8 +234,8 @@ def _distances(logs: Tensor, first: Tensor, starts: Tensor, alphas: Tensor, two_
 
 
 def _law(main: _Start, varied: list[float], dropped: int) -> PowerLaw:
-    alphas = [main.alpha, *varied]
-    spread = max(alphas) - min(alphas)
+    finite = [main.alpha, *(a for a in varied if a < STEEPEST)]  # a tail of equal eigenvalues has none
+    spread = max(finite) - min(finite)
     stderr = (main.alpha - 1) / math.sqrt(main.tail)
-    unstable = spread > 3 * stderr + 0.1 * (main.alpha - 1)
+    unstable = spread > 3 * stderr + 0.1 * (main.alpha - 1) or len(finite) <= len(varied)
     return PowerLaw(main.alpha, math.exp(main.log_xmin), main.tail, main.ks, stderr, spread, unstable, dropped)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from alphaprune import allocators
 from alphaprune.allocators import Granularity
 from alphaprune.analysis import Analysis, is_count, is_number, need, read_json, read_shape
-from alphaprune.counts import share_counts, share_steps, water_fill
+from alphaprune.counts import SLACK, share_counts, share_steps, water_fill
 from alphaprune.files import atomic_write_text
 from alphaprune.model import Description
 from alphaprune.pattern import NM, Pattern, Unstructured, parse
@@ -204,6 +204,8 @@ def _family_layers(
     """Each layer its own N:`of`, N from 1 to `of` (dense), near the wanted sparsities and on the budget."""
     for name, shape in shapes.items():
         _check_divisible(name, shape, of)
+    most = min(math.floor(high * of + SLACK), of - 1) / of
+    need(sparsity <= most, f"sparsity {sparsity} cannot be reached: N:{of} has {most:g} at most inside the bounds")
     units = [n * k // of for n, k in shapes.values()]  # zeros per step of N
     budget = round(sparsity * sum(units) * of)
     drops = share_steps(units, [wanted[name] * of for name in shapes], budget, low * of, min(high * of, of - 1))

@@ -1,0 +1,143 @@
+"""Eigenvalues against float64 singular values: every route, shape, dtype and device that is here."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from alphaprune import spectrum
+from alphaprune.spectrum import Solver
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads on matrices this small mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def gaussian(n: int, k: int, seed: int = 0) -> Tensor:
+    return 0.02 * torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
+
+
+def truth(weight: Tensor) -> Tensor:
+    return torch.linalg.svdvals(weight.double()).square().flip(0)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (96, 64), (64, 96), (300, 200), (1, 7), (7, 1), (1, 1)])
+@pytest.mark.parametrize("need", ["tail", "all"])
+@pytest.mark.parametrize("solver", spectrum.SOLVERS)
+def test_every_route_gives_the_squared_singular_values(shape, need, solver) -> None:
+    weight = gaussian(*shape)
+    found = spectrum.eigenvalues(weight, solver, "cpu", need)
+    wanted = truth(weight)
+    assert found.dtype == torch.float64 and found.shape == (min(shape),)
+    assert (found.diff() >= 0).all() and (found >= 0).all()
+    used = spectrum.choose(shape, need, CPU, solver)
+    absolute = {"gram float32": 2e-6, "svd float32": 1e-6, "gram float64": 1e-14}[str(used)] * wanted[-1]
+    assert ((found - wanted).abs() <= absolute).all()
+
+
+def test_what_needs_the_smallest_gets_the_smallest() -> None:
+    """The reason for `need`: on a square matrix float32 products lose λ_min, singular values keep it."""
+    errors = {"kept": 0.0, "lost": 0.0}
+    for seed in range(6):
+        weight = gaussian(256, 256, seed)
+        smallest = truth(weight)[0]
+        kept = spectrum.eigenvalues(weight, device="cpu", need="all")[0]
+        lost = spectrum._solve(weight[None], Solver("gram", torch.float32))[0, 0]
+        errors = {
+            k: max(e, float(abs(v / smallest - 1))) for (k, e), v in zip(errors.items(), (kept, lost), strict=True)
+        }
+    assert errors["kept"] < 1e-2 < errors["lost"]
+
+
+def test_batches_and_single_matrices_agree() -> None:
+    weights = [gaussian(80, 48, seed) for seed in range(3)]
+    together = spectrum.eigenvalues(weights, device="cpu")
+    assert together.shape == (3, 48)
+    for row, weight in zip(together, weights, strict=True):
+        torch.testing.assert_close(row, spectrum.eigenvalues(weight, device="cpu"), rtol=1e-5, atol=0)
+    large = [gaussian(300, spectrum.BATCHED_UP_TO + 8, seed) for seed in range(2)]
+    assert spectrum.eigenvalues(large, device="cpu").shape == (2, spectrum.BATCHED_UP_TO + 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes_are_read_exactly(dtype: torch.dtype) -> None:
+    weight = gaussian(60, 90).to(dtype)
+    found = spectrum.eigenvalues(weight, "float64", "cpu")
+    torch.testing.assert_close(found, truth(weight), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e25])
+def test_no_square_leaves_the_range(factor: float) -> None:
+    """bfloat16 holds 1e25, whose square float32 does not."""
+    weight = (gaussian(40, 70) * factor).bfloat16()
+    found = spectrum.eigenvalues(weight, device="cpu")
+    torch.testing.assert_close(found, truth(weight), rtol=1e-4, atol=0)
+
+
+def test_zero_weights_have_zero_eigenvalues() -> None:
+    assert (spectrum.eigenvalues(torch.zeros(5, 9), device="cpu") == 0).all()
+
+
+def test_steep_spectra_are_solved_in_float64() -> None:
+    """One direction far above the rest drowns the bulk of a float32 Gram matrix in round-off."""
+    weight = gaussian(200, 200, 5) + 10.0 / 200
+    ((found, used),) = spectrum.solve([weight], "tail", "cpu")
+    assert str(used) == "gram float64"
+    torch.testing.assert_close(found[20:], truth(weight)[20:], rtol=1e-9, atol=0)
+    both = spectrum.solve([gaussian(200, 200, 5), weight], "tail", "cpu")
+    assert [str(used) for _, used in both] == ["gram float32", "gram float64"]
+
+
+def test_policy() -> None:
+    def chosen(shape, need, solver="auto"):
+        return str(spectrum.choose(shape, need, CPU, solver))
+
+    assert chosen((64, 64), "tail") == chosen((64, 96), "tail") == "gram float32"
+    assert chosen((64, 64), "all") == "svd float32" and chosen((96, 64), "all") == "gram float64"
+    assert chosen((64, 64), "tail", "float64") == chosen((64, 64), "all", "float64") == "gram float64"
+
+
+def test_the_users_precision_is_neither_used_nor_changed() -> None:
+    weight = gaussian(128, 256)
+    wanted = spectrum.eigenvalues(weight, device="cpu")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(spectrum.eigenvalues(weight, device="cpu"), wanted)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("shape", [(200, 200), (200, 320)])
+@pytest.mark.parametrize("need", ["tail", "all"])
+def test_cuda_agrees(shape, need) -> None:
+    weight = gaussian(*shape)
+    used = spectrum.choose(shape, need, torch.device("cuda"))
+    found = spectrum.eigenvalues(weight, need=need)
+    tolerance = 1e-13 if used.dtype == torch.float64 else 2e-6
+    assert found.device.type == "cpu"
+    assert ((found - truth(weight)).abs() <= tolerance * found[-1]).all()
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="solver 'fast'"):
+        spectrum.eigenvalues(gaussian(4, 4), "fast")
+    with pytest.raises(ValueError, match="device 'abacus'"):
+        spectrum.eigenvalues(gaussian(4, 4), device="abacus")
+    with pytest.raises(ValueError, match="cpu or cuda"):
+        spectrum.eigenvalues(gaussian(4, 4), device="meta")
+    with pytest.raises(ValueError, match="CUDA devices that torch can use"):
+        spectrum.eigenvalues(gaussian(4, 4), device="cuda:99")
+    for weights in ([gaussian(4, 4), gaussian(4, 5)], [torch.ones(4)], [torch.ones(0, 4)], []):
+        with pytest.raises(ValueError, match="matrices of one shape"):
+            spectrum.eigenvalues(weights)
