@@ -105,6 +105,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("isas", isa_list, "[(name, reason it cannot run here or '')], best first");
   m.def("pack_mask", mask_and_offsets);
   m.def("pack_values", values);
+  m.def("unpack_mask", [](Address mask, int64_t rows, int64_t cols, Address keep) {
+    const py::gil_scoped_release release;
+    unpack_mask(at<const uint32_t>(mask), rows, cols, at<uint8_t>(keep));
+  });
   m.def("fault", fault, "(code, tile) of the first fault of mask and offsets");
   m.def("count_bits", [](Address words, int64_t count) {
     const py::gil_scoped_release release;

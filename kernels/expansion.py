@@ -35,7 +35,7 @@ def expand(packed: Packed, first: int = 0, last: int | None = None, out: Tensor 
     begin, end = first // sbt.ROWS, -(-last // sbt.ROWS)
     offsets = packed.offsets[begin * c : end * c + 1]
     part = Packed(packed.weight, packed.mask[begin:end], offsets, (last - first, k))
-    return out.copy_(sbt.unpack(part)[0])
+    return out.copy_(sbt.unpack_torch(part)[0])
 
 
 def chunks(packed: Packed) -> Iterator[tuple[int, int, Tensor]]:

@@ -10,7 +10,7 @@ from alphaprune.kernels.base import Bound, Kernel
 
 def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """y [M, N] = x [M, K] Wᵀ + bias [N] in x's dtype, computed in float32."""
-    weight, _ = sbt.unpack(packed)
+    weight, _ = sbt.unpack_torch(packed)
     y = functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
     return y.to(x.dtype)
 

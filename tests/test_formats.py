@@ -45,6 +45,8 @@ def test_round_trip_is_bit_exact(name: str, problem: tuple) -> None:
     assert torch.equal(kept, mask)
     assert same_bits(dense, torch.where(mask, weight.view(BITS[weight.dtype]), 0).view(weight.dtype))
     assert same_bits(spmm.expand(packed), dense)
+    other, other_kept = sbt.unpack_torch(packed)
+    assert same_bits(other, dense) and torch.equal(other_kept, kept)
     assert form.kept(packed) == int(mask.sum())
     assert packed.nbytes <= form.nbytes(packed.shape, int(mask.sum()), weight.dtype)
 

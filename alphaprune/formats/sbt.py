@@ -120,7 +120,26 @@ def _pack_torch(weight: Tensor, mask: Tensor | None) -> Packed:
 
 
 def unpack(packed: Packed) -> tuple[Tensor, Tensor]:
-    """The dense weight [N, K], packed bits unchanged and +0 elsewhere, and its keep-mask, bool [N, K]."""
+    """The dense weight [N, K], packed bits unchanged and +0 elsewhere, and its keep-mask, bool [N, K].
+
+    ValueError if the packed tensors disagree.
+    """
+    validate(packed, "unpack")
+    module = native.load()
+    if module is None or packed.device.type != "cpu":
+        return unpack_torch(packed)
+    weight = torch.empty(packed.shape, dtype=packed.dtype)
+    kept = torch.empty(packed.shape, dtype=torch.bool)
+    isa = next(name for name, missing in module.isas() if not missing)
+    addresses = packed.weight.data_ptr(), packed.mask.data_ptr(), packed.offsets.data_ptr()
+    handle = module.Weight(*addresses, *packed.shape, native.DTYPES[packed.dtype], isa)
+    handle.expand(0, packed.shape[0], weight.data_ptr())
+    module.unpack_mask(packed.mask.data_ptr(), *packed.shape, kept.data_ptr())
+    return weight, kept
+
+
+def unpack_torch(packed: Packed) -> tuple[Tensor, Tensor]:
+    """`unpack` in torch alone, on any device: what the reference kernel stands on."""
     device, bits = packed.weight.device, _integers(packed.weight)
     starts = _unsigned(packed.offsets) * UNIT
     place = torch.arange(32, device=device)

@@ -118,6 +118,21 @@ void pack_values(const void* weight, int64_t rows, int64_t cols, Dtype dtype, co
   });
 }
 
+void unpack_mask(const uint32_t* mask, int64_t rows, int64_t cols, uint8_t* keep) {
+  const int64_t col_tiles = ceil_div(cols, sbt::kTileCols);
+  parallel_for(ceil_div(rows, sbt::kTileRows), threads_for(rows * cols), [&](int64_t r) {
+    for (int64_t row = r * sbt::kTileRows; row < least((r + 1) * sbt::kTileRows, rows); ++row) {
+      uint8_t* to = keep + row * cols;
+      for (int64_t col = 0; col < cols; col += sbt::kStepCols) {
+        const uint32_t* words = mask + (r * col_tiles + col / sbt::kTileCols) * sbt::kWords;
+        const int64_t in_row = row % sbt::kTileRows, in_col = col % sbt::kTileCols;
+        const uint32_t bits = words[sbt::word_of(in_row, in_col)] >> sbt::bit_of(in_row, in_col);
+        for (int64_t i = 0; i < least(sbt::kStepCols, cols - col); ++i) to[col + i] = bits >> i & 1;
+      }
+    }
+  });
+}
+
 Finding check(const uint32_t* mask, const uint32_t* offsets, int64_t rows, int64_t cols) {
   if (offsets[0] != 0) return {Fault::start, 0};
   const int64_t row_tiles = ceil_div(rows, sbt::kTileRows), col_tiles = ceil_div(cols, sbt::kTileCols);

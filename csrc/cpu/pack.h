@@ -16,6 +16,9 @@ bool pack_mask(const void* weight, const uint8_t* keep, int64_t rows, int64_t co
 void pack_values(const void* weight, int64_t rows, int64_t cols, Dtype dtype, const uint32_t* mask,
                  const uint32_t* offsets, void* values);
 
+// The keep-mask, one byte per weight [rows, cols].
+void unpack_mask(const uint32_t* mask, int64_t rows, int64_t cols, uint8_t* keep);
+
 enum class Fault : int32_t { none = 0, start = 1, count = 2, outside = 3 };
 
 struct Finding {

@@ -156,6 +156,12 @@ void check_expand(const Isa& isa, const Problem& p) {
   }
 }
 
+void check_unpacked_mask(const Problem& p) {
+  const Guarded keep(p.c.rows * p.c.cols);
+  unpack_mask(p.mask->as<uint32_t>(), p.c.rows, p.c.cols, keep.as<uint8_t>());
+  EXPECT(!std::memcmp(keep.as<uint8_t>(), p.keep->as<uint8_t>(), p.c.rows * p.c.cols), "the mask does not come back");
+}
+
 void check_damage(const Problem& p) {
   const Case& c = p.c;
   uint32_t* mask = p.mask->as<uint32_t>();
@@ -246,6 +252,7 @@ int main() {
               check_product(**isa, p, seed++ % 2);
               if (tokens == 1) check_expand(**isa, p);
               if (tokens == 2) check_damage(p);
+              if (tokens == 3) check_unpacked_mask(p);
             }
     check_threads_and_fork(**isa);
     std::printf("%s: %u products\n", (*isa)->name, seed);
