@@ -176,7 +176,7 @@ def auto_epsilon(sparsity: float, high: float) -> float:
     """
     if sparsity <= 0.5:
         return 0.0
-    return max(0.0, min(0.3, high / sparsity - 1)) * min(1.0, (sparsity - 0.5) / 0.1)
+    return max(0.0, min(0.3, high / sparsity - 1)) * min(1.0, round((sparsity - 0.5) / 0.1, 9))
 
 
 def _epsilon(epsilon: "float | str", sparsity: float, high: float) -> float:

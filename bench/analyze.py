@@ -85,10 +85,9 @@ def main() -> None:
             if options.json:
                 print(json.dumps(row), flush=True)
                 continue
-            target = f"  target ≤ {row['target']}" if row["target"] else ""
-            print(
-                f"{text:12} {row['contender']:10} {row['seconds']:9.3f} s  {row['ratio']:5.2f}×  {row['solver']}{target}"
-            )
+            target = f"target ≤ {row['target']}" if row["target"] else ""
+            figures = f"{row['seconds']:9.3f} s  {row['ratio']:5.2f}×"
+            print(f"{text:12} {row['contender']:10} {figures}  {row['solver']:12}  {target}", flush=True)
 
 
 if __name__ == "__main__":
