@@ -19,6 +19,7 @@ SOLVERS = ("auto", "float64")
 # CUDA devices whose float64 units are half as many as their float32 ones: P100, V100, A100, H100/H200, B200.
 CHEAP_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 BATCHED_UP_TO = 256  # smaller side; above, one call per matrix is as fast and needs the memory of one
+STRIP = 256  # rows of a Gram matrix at once, at least: narrower ones do not fill the machine
 WORST_RATIO = 1e-3  # median λ / λ_max below which a float32 Gram matrix is not exact enough for a tail
 
 
@@ -69,7 +70,8 @@ def solve(
     """For every weight [N, K] of one shape, its eigenvalues [min(N, K)] float64 ascending, and what solved it.
 
     Only the eigenvalues of min(N, K) dimensions are returned; the other |N − K| are zero by construction.
-    Raises ValueError for weights that are no matrices of one shape, or an unknown solver or device.
+    Raises ValueError for weights that are no matrices of one shape or hold NaN or infinity, or an unknown solver or
+    device.
     """
     target = check(solver, device)
     shapes = {tuple(weight.shape) for weight in weights}
@@ -113,11 +115,15 @@ def check(solver: str, device: str) -> torch.device:
 def _scaled(weights: Tensor) -> tuple[Tensor, Tensor]:
     """Weights [b, N, K] divided by a power of two near their largest entry, so that no square leaves the range of the
     dtype and no bit is lost; and that power, [b] float64 on the CPU."""
-    largest = weights.abs().amax(dim=(1, 2)).double()
-    scale = torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(largest))), 1.0)  # [b]
     if weights.dtype in (torch.float16, torch.bfloat16):
         weights = weights.float()
-    return torch.ldexp(weights, -torch.log2(scale).to(weights.dtype)[:, None, None]), scale.cpu()
+    largest = weights.abs().amax(dim=(1, 2)).double()  # [b]
+    if not bool(largest.isfinite().all()):
+        raise ValueError("weights: NaN or infinity among them, so they have no spectrum")
+    most = 126 if weights.dtype == torch.float32 else 1022  # powers of two that have a reciprocal
+    power = torch.where(largest > 0, largest.log2().floor(), 0.0).clamp(-most, most)
+    scaled = weights * torch.exp2(-power).to(weights.dtype)[:, None, None]
+    return scaled, torch.exp2(power).cpu()
 
 
 def _solve(weights: Tensor, solver: Solver) -> Tensor:
@@ -126,9 +132,19 @@ def _solve(weights: Tensor, solver: Solver) -> Tensor:
     if solver.route == "svd":
         return torch.linalg.svdvals(weights).double().square().flip(-1).cpu()
     side = weights if weights.shape[1] <= weights.shape[2] else weights.mT  # [b, small, large]
+    return torch.linalg.eigvalsh(_lower_gram(side), UPLO="L").double().clamp_min(0).cpu()
+
+
+def _lower_gram(side: Tensor) -> Tensor:
+    """The lower triangle of side·sideᵀ, [b, small, small], by strips of rows: little more than half of the work."""
+    small = side.shape[1]
+    gram = side.new_zeros(side.shape[0], small, small)
+    strip = max(STRIP, -(-small // 8))
     with _full_float32():
-        gram = side @ side.mT  # [b, small, small]
-    return torch.linalg.eigvalsh(gram).double().clamp_min(0).cpu()
+        for top in range(0, small, strip):
+            end = min(top + strip, small)
+            gram[:, top:end, :end] = side[:, top:end] @ side[:, :end].mT
+    return gram
 
 
 def _too_steep(values: Tensor) -> bool:

@@ -29,7 +29,7 @@ def truth(weight: Tensor) -> Tensor:
     return torch.linalg.svdvals(weight.double()).square().flip(0)
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (96, 64), (64, 96), (300, 200), (1, 7), (7, 1), (1, 1)])
+@pytest.mark.parametrize("shape", [(64, 64), (96, 64), (64, 96), (300, 200), (300, 600), (1, 7), (7, 1), (1, 1)])
 @pytest.mark.parametrize("need", ["tail", "all"])
 @pytest.mark.parametrize("solver", spectrum.SOLVERS)
 def test_every_route_gives_the_squared_singular_values(shape, need, solver) -> None:
@@ -74,7 +74,7 @@ def test_dtypes_are_read_exactly(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, truth(weight), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("factor", [1e-30, 1e25])
+@pytest.mark.parametrize("factor", [1e-37, 1e-30, 1e25, 3e38])
 def test_no_square_leaves_the_range(factor: float) -> None:
     """bfloat16 holds 1e25, whose square float32 does not."""
     weight = (gaussian(40, 70) * factor).bfloat16()
@@ -141,3 +141,6 @@ def test_refusals() -> None:
     for weights in ([gaussian(4, 4), gaussian(4, 5)], [torch.ones(4)], [torch.ones(0, 4)], []):
         with pytest.raises(ValueError, match="matrices of one shape"):
             spectrum.eigenvalues(weights)
+    for value in (float("nan"), float("-inf")):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            spectrum.eigenvalues(torch.full((4, 4), value), device="cpu")
