@@ -297,3 +297,13 @@ def test_the_reference_is_the_dense_product() -> None:
     y = base.named("reference").bind(packed)(x, None)
     torch.testing.assert_close(y.double(), exact(x, dense), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(y, functional.linear(x, dense))
+
+
+def test_packed_tensors_need_only_the_alignment_of_their_elements(kernel: str) -> None:
+    """A memory-mapped file promises no more."""
+    for dtype in DTYPES:
+        dense, packed, x = problem(40, 130, 3, 0.5, dtype, dtype)
+        moved = [torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape) for t in (packed.weight, packed.mask)]
+        offsets = torch.cat([packed.offsets[:1], packed.offsets])[1:]
+        assert moved[0].data_ptr() % 64 and moved[1].data_ptr() % 64
+        assert_product(spmm.prepare(Packed(*moved, offsets, packed.shape), "layer", kernel)(x), x, dense)

@@ -182,26 +182,22 @@ void check_damage(const Problem& p) {
   }
 }
 
-void check_conversions() {
+// Every 16-bit float comes back from float32; a value half-way to the next goes to the even one, past it to the next.
+void check_conversions(const char* name, float (*widen)(uint16_t), uint16_t (*round)(float), uint32_t largest) {
   for (uint32_t bits = 0; bits < 65536; ++bits) {
-    const auto half = static_cast<uint16_t>(bits);
-    const float wide = bfloat16_to_float(half), from_half = float16_to_float(half);
+    const float wide = widen(static_cast<uint16_t>(bits));
     if (std::isnan(wide)) {
-      EXPECT(std::isnan(bfloat16_to_float(float_to_bfloat16(wide))), "bfloat16 NaN %x is lost", bits);
-    } else {
-      EXPECT(float_to_bfloat16(wide) == half, "bfloat16 %x does not come back", bits);
+      EXPECT(std::isnan(widen(round(wide))), "%s NaN %x is lost", name, bits);
+      continue;
     }
-    if (std::isnan(from_half)) {
-      EXPECT(std::isnan(float16_to_float(float_to_float16(from_half))), "float16 NaN %x is lost", bits);
-    } else {
-      EXPECT(float_to_float16(from_half) == half, "float16 %x does not come back", bits);
-      if ((bits & 0x7fff) >= 0x7bff) continue;
-      const float next = float16_to_float(static_cast<uint16_t>(bits + 1));
-      const float middle = from_half + (next - from_half) / 2;
-      EXPECT(float_to_float16(middle) == half + (bits & 1), "float16 %x and the next: the tie is not to even", bits);
-      EXPECT(float_to_float16(std::nextafterf(middle, next)) == half + 1, "float16 %x: past the tie", bits);
-    }
+    EXPECT(round(wide) == bits, "%s %x does not come back", name, bits);
+    if ((bits & 0x7fff) >= largest) continue;
+    const float next = widen(static_cast<uint16_t>(bits + 1));
+    const float middle = wide + (next - wide) / 2;
+    EXPECT(round(middle) == bits + (bits & 1), "%s %x and the next: the tie is not to even", name, bits);
+    EXPECT(round(std::nextafterf(middle, next)) == bits + 1, "%s %x: past the tie", name, bits);
   }
+  EXPECT(std::isinf(widen(round(3.4e38f * 2))), "%s: infinity is lost", name);
 }
 
 // The same bits from several threads at once, and in a child that has only one.
@@ -236,7 +232,8 @@ void check_threads_and_fork(const Isa& isa) {
 
 int main() {
   const Dtype dtypes[] = {Dtype::float32, Dtype::float16, Dtype::bfloat16};
-  check_conversions();
+  check_conversions("bfloat16", bfloat16_to_float, float_to_bfloat16, 0x7f7f);
+  check_conversions("float16", float16_to_float, float_to_float16, 0x7bff);
   for (const Isa* const* isa = isas(); *isa; ++isa) {
     if (const std::string reason = unavailable(**isa); !reason.empty()) {
       std::printf("%s is not tested: %s\n", (*isa)->name, reason.c_str());
