@@ -2,7 +2,7 @@
 
 import functools
 import os
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def missing(isa: str) -> str | None:
     return dict(module.isas()).get(isa, "this build has no code for it") or None
 
 
-def handle(packed: Packed, isa: str | None = None) -> "ModuleType":
+def handle(packed: Packed, isa: str | None = None) -> Any:
     """The native weight bound to an instruction set, the best one if none is named; it does not keep tensors alive."""
     isa = isa or next(name for name in ISAS if missing(name) is None)
     addresses = packed.weight.data_ptr(), packed.mask.data_ptr(), packed.offsets.data_ptr()

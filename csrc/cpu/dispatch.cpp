@@ -156,7 +156,7 @@ std::string unavailable(const Isa& isa) {
 }
 
 int64_t threads_for(int64_t operations) {
-  if (operations < 1 << 17 || forked || omp_in_parallel()) return 1;
+  if (operations < 1 << 18 || forked || omp_in_parallel()) return 1;
   return omp_get_max_threads();
 }
 
