@@ -50,7 +50,8 @@ def share_counts(sizes: Sequence[int], sparsities: Sequence[float], budget: int,
     wanted = [n * s for n, s in zip(sizes, sparsities, strict=True)]
     least = [math.ceil(low * n - SLACK) for n in sizes]
     most = [math.floor(high * n + SLACK) for n in sizes]
-    if not sum(least) <= budget <= sum(most):
+    narrow = any(lo > hi for lo, hi in zip(least, most, strict=True))  # no integer between the bounds of a tiny layer
+    if narrow or not sum(least) <= budget <= sum(most):
         raise ValueError(f"{budget} zeros cannot be had with layers between {low} and {high} of their weights")
     return _largest_remainders(wanted, budget, least, most)
 
@@ -69,7 +70,7 @@ def share_steps(units: Sequence[int], wanted: Sequence[float], budget: int, low:
         steps = [min(max(round(w), least), most) for w in wanted]
         for unit in (*sizes, *sizes) if overshooting else sizes:
             missing = budget - sum(u * j for u, j in zip(units, steps, strict=True))
-            if abs(missing) <= sizes[-1] / 2:
+            if abs(missing) <= sizes[-1] / (1 if overshooting else 2):
                 return steps
             more = math.copysign(math.ceil(abs(missing) / unit), missing) if unit == overshooting else missing / unit
             members = [k for k, u in enumerate(units) if u == unit]

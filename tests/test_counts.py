@@ -76,17 +76,22 @@ def test_counts_sum_to_the_budget_inside_the_bounds(case) -> None:
         found = share_counts(sizes, real, budget, low, high)
     except ValueError as error:
         assert "cannot be had" in str(error)  # the integers between the bounds do not hold it
-        most, least = (sum(math.floor(high * n + 1e-6) for n in sizes), sum(math.ceil(low * n - 1e-6) for n in sizes))
-        assert not least <= budget <= most
+        most, least = [math.floor(high * n + 1e-6) for n in sizes], [math.ceil(low * n - 1e-6) for n in sizes]
+        assert any(a > b for a, b in zip(least, most, strict=True)) or not sum(least) <= budget <= sum(most)
         return
     assert sum(found) == budget and all(isinstance(z, int) for z in found)
     assert all(low * n - 1e-5 <= z <= high * n + 1e-5 for n, z in zip(sizes, found, strict=True))
     same = {}
-    for n, r, z in zip(sizes, ratios, found, strict=True):
-        same.setdefault(n, []).append((r, z))
-    for pairs in same.values():  # among layers of one size, more ratio is no fewer zeros, but for ties
-        for (r, z), (other, w) in itertools.permutations(pairs, 2):
-            assert r <= other or z >= w
+    for n, s, z in zip(sizes, real, found, strict=True):
+        same.setdefault(n, []).append((s, z))
+    for pairs in same.values():  # among layers of one size, more wanted is no fewer zeros
+        for (s, z), (other, w) in itertools.permutations(pairs, 2):
+            assert s <= other or z >= w
+
+
+def test_a_layer_too_small_for_its_bounds() -> None:
+    with pytest.raises(ValueError, match="cannot be had"):
+        share_counts([1, 5], [0.75, 0.75], 4, 0.5, 0.875)  # no integer lies between 0.5 and 0.875
 
 
 def test_largest_remainders_by_order() -> None:
@@ -121,6 +126,11 @@ def test_steps_come_within_one_smallest_step_wherever_that_is_possible(case, low
         assert len(units) > 3 or min(map(miss, grid)) > min(units)
         return
     assert miss(found) <= min(units) and all(low <= j <= of - 1 for j in found)
+
+
+def test_steps_that_need_an_overshoot() -> None:
+    """Rounding leaves 14·1, seven too many; the small layer has nothing to give, so the large one goes below."""
+    assert share_steps([4, 14], [0.0, 1.0], 7, 0, 1) == [1, 0]
 
 
 def test_steps_stay_near_what_was_wanted() -> None:
