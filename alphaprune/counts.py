@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 SLACK = 1e-6  # counts this close above or below a bound are at it: 0.55 · 100 is not 55 in binary
+SEARCHED = 10_000  # combinations of totals tried before a budget counts as out of reach
 
 
 def water_fill(
@@ -59,29 +61,56 @@ def share_counts(sizes: Sequence[int], sparsities: Sequence[float], budget: int,
 def share_steps(units: Sequence[int], wanted: Sequence[float], budget: int, low: float, high: float) -> list[int]:
     """Integers j_k near `wanted` in [low, high] with |Σ units_k·j_k − budget| ≤ min(units).
 
-    From the largest unit to the smallest, all layers of one unit together: each group takes what its layers want, and
-    what rounding elsewhere left over, spread evenly over its layers. Where the layers of small units are all at a
-    bound, a group of larger ones takes one step too many and the small ones give it back.
+    All layers of one unit share a total, in which rounding spreads evenly over them. Totals are chosen from the largest
+    unit to the smallest, each next to what its layers want and what the larger ones left over.
     Raises ValueError if the bounds leave the budget out of reach.
     """
     least, most = math.ceil(low - SLACK), math.floor(high + SLACK)
-    sizes = sorted(set(units), reverse=True)
-    for overshooting in (None, *reversed(sizes)):
-        steps = [min(max(round(w), least), most) for w in wanted]
-        for unit in (*sizes, *sizes) if overshooting else sizes:
-            missing = budget - sum(u * j for u, j in zip(units, steps, strict=True))
-            if abs(missing) <= sizes[-1] / (1 if overshooting else 2):
-                return steps
-            more = math.copysign(math.ceil(abs(missing) / unit), missing) if unit == overshooting else missing / unit
-            members = [k for k, u in enumerate(units) if u == unit]
-            total = sum(steps[k] for k in members) + round(more)
-            total = min(max(total, least * len(members)), most * len(members))
-            for k, step in zip(members, _shifted([wanted[k] for k in members], total, least, most), strict=True):
-                steps[k] = step
-        missing = budget - sum(u * j for u, j in zip(units, steps, strict=True))
-        if abs(missing) <= sizes[-1]:
-            return steps
-    raise ValueError(f"with N between its bounds in every layer, {budget} zeros cannot be met within one step")
+    members: dict[int, list[int]] = {}
+    for k, unit in sorted(enumerate(units), key=lambda pair: -pair[1]):
+        members.setdefault(unit, []).append(k)
+    groups = [_Group(u, sum(wanted[k] for k in m), least * len(m), most * len(m)) for u, m in members.items()]
+    totals = _totals(groups, budget, set()) if least <= most else None
+    if totals is None:
+        raise ValueError(f"with N between its bounds in every layer, {budget} zeros cannot be met within one step")
+    steps = [0] * len(units)
+    for total, group in zip(totals, members.values(), strict=True):
+        for k, step in zip(group, _shifted([wanted[k] for k in group], total, least, most), strict=True):
+            steps[k] = step
+    return steps
+
+
+class _Group(NamedTuple):
+    """Layers of one unit together: what they want in sum, and what they can have."""
+
+    unit: int
+    wanted: float
+    least: int
+    most: int
+
+
+def _totals(groups: list[_Group], rest: int, failed: set[tuple[int, int]]) -> list[int] | None:
+    """Steps per group, largest unit first, that make `rest` within one smallest unit; None if there are none.
+
+    The first choice of every group nearly always leads to the end; the others are tried by distance from it, each
+    remainder once (`failed` remembers those in vain).
+    """
+    group, later = groups[0], groups[1:]
+    first = round((rest - sum(g.unit * g.wanted for g in later)) / group.unit)
+    first = min(max(first, group.least), group.most)
+    if not later:
+        return [first] if abs(rest - group.unit * first) <= group.unit else None
+    smallest = later[-1].unit
+    below = sum(g.unit * g.least for g in later) - smallest
+    above = sum(g.unit * g.most for g in later) + smallest
+    for total in sorted(range(group.least, group.most + 1), key=lambda total: abs(total - first)):
+        left = rest - group.unit * total
+        if below <= left <= above and (len(later), left) not in failed and len(failed) < SEARCHED:
+            found = _totals(later, left, failed)
+            if found is not None:
+                return [total, *found]
+            failed.add((len(later), left))
+    return None
 
 
 def _shifted(wanted: Sequence[float], total: int, least: int, most: int) -> list[int]:

@@ -129,7 +129,7 @@ def test_steps_come_within_one_smallest_step_wherever_that_is_possible(case, low
 
 
 def test_steps_that_need_an_overshoot() -> None:
-    """Rounding leaves 14·1, seven too many; the small layer has nothing to give, so the large one goes below."""
+    """14·1 is seven too many and the small layer has nothing to give, so the large one goes below."""
     assert share_steps([4, 14], [0.0, 1.0], 7, 0, 1) == [1, 0]
 
 
