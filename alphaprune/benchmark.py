@@ -1,6 +1,8 @@
 """`alphaprune bench`: linear layers by shape, or the layers and the decoding of a model, dense always beside."""
 
+import itertools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,14 @@ from alphaprune import model as models
 from alphaprune.layer import SparseLinear
 from alphaprune.pattern import NM, parse
 
-# The linears of one block by model, [N, K], and how many of each there are.
+# Shapes [N, K] of the linears of one block, by model.
 MODELS = {
-    "llama2-7b": {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1},
-    "llama3-8b": {(4096, 4096): 2, (1024, 4096): 2, (14336, 4096): 2, (4096, 14336): 1},
-    "mistral-7b": {(4096, 4096): 2, (1024, 4096): 2, (14336, 4096): 2, (4096, 14336): 1},
+    "llama2-7b": ((4096, 4096), (11008, 4096), (4096, 11008)),
+    "llama3-8b": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
+    "mistral-7b": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
 }
 DERIVED = ("ratio", "weights_per_second", "bytes_per_second", "of_bandwidth")
+Bar = Callable[[int, str, str], AbstractContextManager[Callable[[str], None]]]
 COLUMNS = ["shape", "tokens", "sparsity", "kernel", "seconds", "dense seconds", "speed-up", "GB/s", "% of memory"]
 
 
@@ -29,9 +32,11 @@ def bench_shapes(
     tokens: str,
     dtype: str,
     kernel: str | None,
-    progress: Callable[[int], Any] | None = None,
+    bar: Bar,
 ) -> dict[str, Any]:
     """Rows for every shape × tokens × sparsity with random weights read from memory (see timing.time_linear).
+
+    bar: (total, description, unit) → context that yields what to call after each step.
 
     ValueError if an argument is no list of what it should be, or the kernel cannot run here.
     """
@@ -40,21 +45,19 @@ def bench_shapes(
     counts = parse_numbers(tokens, int, "--tokens")
     if any(count < 1 for count in counts):
         raise ValueError(f"--tokens {tokens}: wanted whole numbers from 1")
-    bandwidth = timing.read_bandwidth()
-    rows = []
-    for one in shapes:
-        for count in counts:
-            for share in sparsities:
-                found = timing.time_linear(
-                    one, share, count, getattr(torch, dtype), kernel=kernel, bandwidth=bandwidth, pattern=chosen
-                )
-                rows.append(asdict(found) | {name: getattr(found, name) for name in DERIVED})
-                if progress:
-                    progress(len(rows))
+    problems = list(itertools.product(shapes, counts, sparsities))
+    bandwidth, kind, rows = timing.read_bandwidth(), getattr(torch, dtype), []
+    with bar(len(problems), "bench", "row") as tick:
+        for one, count, share in problems:
+            found = timing.time_linear(one, share, count, kind, kernel, bandwidth=bandwidth, pattern=chosen)
+            rows.append(asdict(found) | {name: getattr(found, name) for name in DERIVED})
+            tick("×".join(map(str, one)))
     return {"machine": timing.machine(), "threads": torch.get_num_threads(), "bandwidth": bandwidth, "rows": rows}
 
 
-def bench_model(model: str, sparsity: str, pattern: str, tokens: str, dtype: str, kernel: str | None) -> dict[str, Any]:
+def bench_model(
+    model: str, sparsity: str, pattern: str, tokens: str, dtype: str, kernel: str | None, bar: Bar
+) -> dict[str, Any]:
     """Decoding of a packed model beside its dense twin, tokens per second, and rows for the shapes of its layers.
 
     The layers are timed at the model's own sparsity; where nothing is packed, at those asked for.
@@ -73,7 +76,7 @@ def bench_model(model: str, sparsity: str, pattern: str, tokens: str, dtype: str
     else:
         result["dense_tokens_per_second"] = generate.decode_rate(loaded)
     named = ",".join(f"{n}x{k}" for n, k in sorted(shapes))
-    return result | bench_shapes(named, sparsity, pattern, tokens, dtype, kernel)
+    return result | bench_shapes(named, sparsity, pattern, tokens, dtype, kernel, bar)
 
 
 def _linear(module: torch.nn.Module) -> bool:

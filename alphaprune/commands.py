@@ -252,7 +252,9 @@ def bench(model: str | None, shape: str | None, json: bool, **options: Any) -> N
 
     if (model is None) == (shape is None):
         raise ValueError("give either MODEL or --shape, such as --shape llama2-7b or --shape 11008x4096")
-    result = benchmark.bench_model(model, **options) if model else benchmark.bench_shapes(shape, **options)
+    result = (
+        benchmark.bench_model(model, bar=bar, **options) if model else benchmark.bench_shapes(shape, bar=bar, **options)
+    )
     if json:
         print(_dump(result))
     else:

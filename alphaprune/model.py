@@ -92,6 +92,11 @@ class Source(ABC):
         The fingerprint is a sha256 over name, shape and the first, middle and last row of every prunable weight
         as float32, so it does not depend on how the checkpoint is cut into files.
         """
+        packed = [n for n, m in self._decoder().named_modules() if "weight_mask" in m._buffers]
+        if packed:
+            raise ValueError(
+                f"{self.name}: layer {packed[0]} is packed already; expand the model with model.dequantize()"
+            )
         shapes, block_of, digest = {}, {}, hashlib.sha256()
         dtypes: dict[str, int] = {}
         for index, (child, module) in enumerate(self._decoder().named_children()):

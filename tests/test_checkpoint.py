@@ -212,3 +212,31 @@ def test_a_truncated_shard_is_named(directory: Path, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=rf"{file.name}.*copy it again"):
         alphaprune.load(tmp_path / "m")
+
+
+def test_loading_never_holds_the_dense_weights(tmp_path: Path) -> None:
+    """Peak memory of a process that loads 90 % pruned weights grows by far less than the dense weights would need."""
+    import subprocess
+    import sys
+
+    changes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2, "head_dim": 64}
+    model = make_model(0, **changes, num_attention_heads=16)
+    dense = sum(p.nbytes for p in model.model.layers.parameters())
+    plan = alphaprune.plan(alphaprune.analyze(model, fit=None), 0.9, allocator="uniform")
+    alphaprune.sparsify(model, alphaprune.prune(model, plan, method="magnitude"))
+    alphaprune.save(model, tmp_path / "out")
+    code = f"""
+import alphaprune, torch, transformers
+from transformers import LlamaForCausalLM
+
+def peak():
+    return 1024 * int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])
+
+before = peak()
+model = alphaprune.load({str(tmp_path / "out")!r})
+with torch.no_grad():
+    model(torch.tensor([[1]]))
+print(peak() - before)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(found.stdout) < 0.6 * dense, (int(found.stdout), dense)

@@ -10,6 +10,7 @@ from conftest import make_model
 from torch import nn
 
 from alphaprune import model as models
+from alphaprune import sparsify
 
 
 def test_live_and_lazy_blocks_agree(directory: Path) -> None:
@@ -75,6 +76,13 @@ def test_config_and_shards_that_disagree_are_named(directory: Path, tmp_path: Pa
     (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
     with pytest.raises(ValueError, match=r"no tensor model\.layers\.3"):
         models.open_source(tmp_path / "m")
+
+
+def test_a_packed_live_model_is_not_analyzed_in_part() -> None:
+    live = make_model()
+    sparsify(live, {"model.layers.1.mlp.up_proj": torch.rand(200, 96) > 0.9})
+    with pytest.raises(ValueError, match=r"1\.mlp\.up_proj is packed already.*dequantize"):
+        models.describe(live)
 
 
 def test_a_model_without_linears_is_refused() -> None:

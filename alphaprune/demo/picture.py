@@ -28,7 +28,8 @@ def draw(result: dict[str, Any], file: Path) -> str | None:
 def _alphas(axes: Any, alphas: list[dict[str, float]]) -> None:
     mean = [a["mean"] for a in alphas]
     spread = [[a["mean"] - a["lowest"] for a in alphas], [a["highest"] - a["mean"] for a in alphas]]
-    axes.bar(range(len(mean)), mean, yerr=spread, color=COLOURS["alpha"], alpha=0.75, capsize=4, ecolor="#444444")
+    axes.errorbar(range(len(mean)), mean, yerr=spread, fmt="s-", color=COLOURS["alpha"], capsize=4, ecolor="#888888")
+    axes.margins(x=0.08, y=0.12)
     axes.set(
         title="1. Alpha of every block\n(mean of its layers; whiskers: lowest, highest)", xlabel="block", ylabel="alpha"
     )
@@ -60,6 +61,7 @@ def _curve(axes: Any, rows: list[dict[str, Any]]) -> None:
         if name == "alpha":
             for row, a, b in zip(found[1:], x[1:], y[1:], strict=True):
                 axes.annotate(f"{row['sparsity']:.0%}", (a, b), textcoords="offset points", xytext=(-4, 8), ha="right")
+    axes.margins(x=0.12, y=0.12)
     axes.axhline(dense["bits_per_byte"], color="#bbbbbb", linewidth=1, zorder=0)
     axes.annotate(
         "dense", (dense["block_speedup"], dense["bits_per_byte"]), textcoords="offset points", xytext=(4, -14)
