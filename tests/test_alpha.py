@@ -159,6 +159,20 @@ def test_what_is_no_power_law_is_called_unstable() -> None:
     assert found.unstable and found.spread > 0.2 * (found.alpha - 1)
 
 
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_distances_are_those_of_a_loop(two_sided: bool) -> None:
+    """The empirical law steps from j/n to (j + 1)/n at the j-th eigenvalue; the published distance sees the first."""
+    values = spectrum.eigenvalues(matrix("heavy", 40, 60), "float64", "cpu")
+    first, slopes = torch.tensor([5, 17, 33]), torch.tensor([1.5, 2.5, 4.0], dtype=torch.float64)
+    found = alpha._distances(values.log(), first, values[first].log(), slopes, two_sided)
+    for distance, i, slope in zip(found.tolist(), first.tolist(), slopes.tolist(), strict=True):
+        n, wanted = 40 - i, 0.0
+        for j in range(n):
+            law_here = 1 - float(values[i + j] / values[i]) ** (1 - slope)
+            wanted = max(wanted, abs(law_here - j / n), abs((j + 1) / n - law_here) if two_sided else 0.0)
+        assert distance == pytest.approx(wanted, abs=1e-12)
+
+
 def test_mid_is_hill_at_the_median() -> None:
     values = spectrum.eigenvalues(matrix("spiked", 101, 150), "float64", "cpu")
     tail = values[50:]

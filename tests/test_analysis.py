@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from conftest import make_model
 
 import alphaprune
 from alphaprune import alpha, spectrum
-from alphaprune.analysis import Analysis, analyze
+from alphaprune.analysis import Analysis, LayerStat, analyze
 from alphaprune.model import describe
 
 NAME = "model.layers.1.mlp.up_proj"
@@ -108,6 +109,13 @@ def test_the_file_holds_all(made: Analysis, tmp_path: Path) -> None:
     bare = analyze(make_model(1), fit=None)
     bare.save(tmp_path / "a.json")
     assert Analysis.load(tmp_path / "a.json") == bare
+
+
+def test_no_file_is_made_of_what_could_not_be_read_back(made: Analysis, tmp_path: Path) -> None:
+    broken = replace(made, layers={NAME: LayerStat(1, (8, 8), {"alpha": float("nan")})})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        broken.save(tmp_path / "a.json")
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_write_that_fails_leaves_the_old_file(made: Analysis, tmp_path: Path, monkeypatch) -> None:
