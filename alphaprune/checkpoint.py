@@ -83,6 +83,8 @@ class Writer:
             atomic_write_text(self.work / "config.json", json.dumps(config, indent=2) + "\n")
             atomic_write_text(self.work / RECIPE, json.dumps(recipe, indent=2) + "\n")
             (self.work / JOURNAL).unlink()
+            for leftover in self.work.glob("*.part"):  # of a run that was killed while writing
+                leftover.unlink()
             for file in self.work.iterdir():
                 _fsync(file)
             fsync_folder(self.work)

@@ -109,7 +109,7 @@ def time_linear(
     packed = formats.get("sbt").pack(weight, _random_mask((n, k), sparsity, pattern, generator))
     x = torch.randn(tokens, k, generator=generator).to(dtype)
     name = spmm.prepare(packed, "bench", kernel).choice(tokens, dtype)[0].name
-    sparse = [spmm.prepare(copy, "bench", kernel) for copy in _copies(packed, total_bytes)]
+    sparse = [spmm.prepare(copy, "bench", kernel) for copy in copies(packed, total_bytes)]
     dense = [weight.clone() for _ in range(_count(weight.nbytes, total_bytes))]
     times, dense_times = [], []
     with torch.inference_mode():
@@ -151,7 +151,7 @@ def _count(nbytes: int, total: int) -> int:
     return max(2, -(-total // nbytes))
 
 
-def _copies(packed: formats.Packed, total: int) -> Iterator[formats.Packed]:
+def copies(packed: formats.Packed, total: int) -> Iterator[formats.Packed]:
     """As many copies in distinct memory as fill `total` bytes."""
     for _ in range(_count(packed.nbytes, total)):
         tensors = packed.weight.clone(), packed.mask.clone(), packed.offsets.clone()

@@ -92,8 +92,15 @@ def model() -> str:
 
 def analyze() -> str:
     found = rows("analyze.jsonl")
-    cells = [[f"{r['shape'][0]}×{r['shape'][1]}", r["fit"], f"{r['seconds']:.2f}", f"{r['ratio']:.2f}×"] for r in found]
-    return table(["matrix", "fit", "seconds", "of fp32 `svdvals`"], cells)
+    cells = [
+        [f"{r['shape'][0]}×{r['shape'][1]}", r["contender"], r["solver"], f"{r['seconds']:.2f}", f"{r['ratio']:.2f}×"]
+        for r in found
+    ]
+    note = (
+        f"`python bench/analyze.py`, {found[0]['threads']} threads, float32 weights; medians of "
+        f"{found[0]['rounds']} rounds by turns."
+    )
+    return f"{table(['matrix', 'fit', 'solver', 'seconds', 'of svdvals'], cells)}\n\n{note}"
 
 
 def main() -> int:

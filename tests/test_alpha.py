@@ -1,7 +1,6 @@
 """The fits: known laws, the published loop, stability against round-off, and spectra that have no tail."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import fields
 
 import pytest
@@ -15,13 +14,7 @@ from alphaprune import alpha, spectrum
 FAMILIES = ("gaussian", "heavy", "rows", "spiked", "deficient")
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads on matrices this small mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def matrix(family: str, n: int, k: int, seed: int = 0) -> Tensor:

@@ -2,12 +2,10 @@
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import make_model
 
 import alphaprune
@@ -18,13 +16,7 @@ from alphaprune.model import describe
 NAME = "model.layers.1.mlp.up_proj"
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads on matrices this small mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("fit", alpha.METHODS)

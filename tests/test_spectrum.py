@@ -1,7 +1,5 @@
 """Eigenvalues against float64 singular values: every route, shape, dtype and device that is here."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,13 +10,7 @@ from alphaprune.spectrum import Solver
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads on matrices this small mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def gaussian(n: int, k: int, seed: int = 0) -> Tensor:

@@ -27,7 +27,7 @@ def test_a_row_says_what_was_timed() -> None:
 def test_copies_lie_in_distinct_memory() -> None:
     from alphaprune.formats import sbt
 
-    copies = list(timing._copies(sbt.pack(torch.randn(64, 64)), 1 << 17))
+    copies = list(timing.copies(sbt.pack(torch.randn(64, 64)), 1 << 17))
     assert len({copy.weight.data_ptr() for copy in copies}) == len({copy.mask.data_ptr() for copy in copies}) > 2
 
 

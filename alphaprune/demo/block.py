@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alphaprune import formats
+from alphaprune import formats, timing
 from alphaprune.kernels import spmm
 
 SHAPES = (*[(4096, 4096)] * 4, *[(11008, 4096)] * 2, (4096, 11008))  # q k v o gate up down, [N, K]
@@ -38,9 +38,8 @@ class BlockTimer:
         """
         packed = [formats.get("sbt").pack(w, cut_mask(w, sparsities)) for w in self.weights]
         size = sum(p.nbytes for p in packed)
-        sets = [[spmm.prepare(p) for p in packed]]
-        for _ in range(-(-ROTATED // size) - 1):
-            sets.append([spmm.prepare(clone(p)) for p in packed])
+        rotation = zip(*(timing.copies(p, ROTATED * p.nbytes // size) for p in packed), strict=False)
+        sets = [[spmm.prepare(p) for p in one] for one in rotation]
         dense, sparse = [], []
         for _ in range(ROUNDS):
             dense.append(self._dense_pass())
@@ -66,10 +65,6 @@ class BlockTimer:
                 for one in prepared:
                     one(self.x[one.cols])
             return (perf_counter() - started) / len(sets)
-
-
-def clone(packed: formats.Packed) -> formats.Packed:
-    return formats.Packed(packed.weight.clone(), packed.mask.clone(), packed.offsets.clone(), packed.shape)
 
 
 def cut_mask(weight: Tensor, sparsities: list[float]) -> Tensor:
