@@ -123,6 +123,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `alphaprune info | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a disk or a file that failed where nothing more can be said of it
+        print(f"alphaprune {command}: {error.filename or 'input/output'}: {error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"alphaprune {command}: interrupted", file=sys.stderr)
         return 130

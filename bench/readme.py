@@ -44,7 +44,21 @@ def demo() -> str:
         f"{found['bytes']:,} bytes in {found['tokens']:,} tokens). 7B block: the seven linears of one LLaMA-2-7B-"
         f"shaped block, random bf16 weights read from memory, one token, against torch's dense bf16."
     )
-    return f"{table(columns, cells)}\n\n{note}"
+    return f"{table(columns, cells)}\n\n{note} {verdict(found)}"
+
+
+def verdict(found: dict) -> str:
+    """Which allocation is better where, in words; and how far apart the blocks are."""
+    bits = {(r["allocator"], r["sparsity"]): r["bits_per_byte"] for r in found["rows"] if "same_as" not in r}
+    pairs = {s: (bits["alpha", s], bits["uniform", s]) for a, s in bits if a == "alpha"}
+    better = [f"{s:.0%}" for s, (alpha, uniform) in pairs.items() if alpha < uniform]
+    worse = [f"{s:.0%}" for s, (alpha, uniform) in pairs.items() if alpha > uniform]
+    means = [a["mean"] for a in found["alpha"]]
+    parts = [f"better at {', '.join(better)}"] * bool(better) + [f"worse at {', '.join(worse)}"] * bool(worse)
+    return (
+        f"On this model the alpha allocation is {' and '.join(parts)}: the mean alphas of its blocks lie between "
+        f"{min(means):.2f} and {max(means):.2f}. No allocator wins everywhere; judge them on your own model and text."
+    )
 
 
 def linear() -> str:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -178,6 +179,26 @@ def test_packed_files_that_disagree_are_refused_by_layer(directory: Path, tmp_pa
     shards.write(file, tensors.items())
     with pytest.raises(ValueError, match=rf"{layer}.*({message})"), torch.no_grad():
         alphaprune.load(tmp_path / "out")(torch.arange(4)[None])
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_damaged_bytes_never_reach_a_kernel(directory: Path, tmp_path: Path, seed: int) -> None:
+    """Bytes flipped anywhere in a packed file: a sentence, or other values, but no crash."""
+    write(directory, tmp_path / "out")
+    generator = random.Random(seed)
+    file = generator.choice(sorted((tmp_path / "out").glob("*.safetensors")))
+    content = bytearray(file.read_bytes())
+    head = 8 + int.from_bytes(content[:8], "little")
+    for _ in range(generator.choice((1, 3, 30))):
+        place = generator.randrange(head) if seed % 4 == 0 else generator.randrange(len(content))
+        content[place] ^= 1 << generator.randrange(8)
+    file.write_bytes(content)
+    try:
+        model = alphaprune.load(tmp_path / "out")
+        with torch.no_grad():
+            model(torch.arange(12)[None])
+    except ValueError as error:
+        assert len(str(error).splitlines()) == 1
 
 
 def test_headers_that_disagree_are_refused_on_loading(directory: Path, tmp_path: Path) -> None:

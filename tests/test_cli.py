@@ -133,6 +133,7 @@ BAD = {
     "bench shape": (("bench", "--shape", "11x"), "11x"),
     "bench tokens": (("bench", "--shape", "8x8", "--tokens", "one"), "one"),
     "bench kernel": (("bench", "--shape", "8x8", "--kernel", "magic"), "magic"),
+    "demo folder": (("demo", "-o", "short.txt/x"), "short.txt"),
     "output folder": (("analyze", "MODEL", "-o", "nowhere/a.json"), "nowhere"),
 }
 
