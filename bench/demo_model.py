@@ -27,7 +27,7 @@ def sliding_loss(model: nn.Module, tokens: Tensor) -> float:
     step, total = LENGTH // 2, 0.0
     starts = range(0, max(1, tokens.numel() - step), step)
     with torch.inference_mode():
-        for first in tqdm(starts, desc="held-out", unit="window", leave=False):
+        for first in tqdm(starts, desc="held-out", unit="window", leave=False, disable=None):
             window = tokens[first : first + LENGTH]
             scored = window.numel() - 1 if first == 0 else window.numel() - step
             logits = model(input_ids=window[None], use_cache=False).logits[0, -scored - 1 : -1].float()
