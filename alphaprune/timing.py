@@ -18,6 +18,7 @@ from alphaprune.mask import keep_mask
 from alphaprune.pattern import NM, Pattern, Unstructured
 
 PROBE_BYTES = 1 << 29
+MOST_COPIES = 1024  # smaller weights than a MB are not worth the minutes: their row says how much they went round
 UNSTRUCTURED = Unstructured()
 
 
@@ -99,7 +100,8 @@ def time_linear(
 ) -> Row:
     """The median seconds of y = x Wᵀ with a packed random W [N, K] and with the dense one, called by turns.
 
-    Both go round copies of their weight in distinct memory, `total_bytes` each, `repeats` times the packed ones.
+    Both go round copies of their weight in distinct memory, `total_bytes` each but MOST_COPIES at most, `repeats` times
+    the packed ones.
     bandwidth: of read_bandwidth(), measured if not given. pattern: N:M instead of zeros anywhere.
     ValueError if the kernel cannot run, or K does not fit the pattern.
     """
@@ -148,7 +150,7 @@ def _seconds(call: Callable[..., Tensor], *arguments: Tensor) -> float:
 
 
 def _count(nbytes: int, total: int) -> int:
-    return max(2, -(-total // nbytes))
+    return min(max(2, -(-total // nbytes)), MOST_COPIES)
 
 
 def copies(packed: formats.Packed, total: int) -> Iterator[formats.Packed]:
