@@ -18,29 +18,34 @@ def command(folder: Path, out: str) -> list[str]:
     return [sys.executable, "-m", "alphaprune", "prune", str(folder / "model"), "-o", str(folder / out), *options]
 
 
+def finished_blocks(folder: Path) -> int:
+    return len(list((folder / "out.part").glob("*.safetensors")))
+
+
+def kill_after(blocks: int, delay: float, folder: Path) -> None:
+    """Starts a run, waits until so many blocks are finished and a little longer, and kills it."""
+    process = subprocess.Popen(command(folder, "out"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and finished_blocks(folder) < blocks:
+        time.sleep(0.001)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path: Path, text_file: Path) -> None:
-    changes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12}  # seconds of work
+    changes = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 16}
     make_model(3, **changes).save_pretrained(tmp_path / "model")
     write_tokenizer(tmp_path / "model")
     (tmp_path / "text").write_bytes(text_file.read_bytes())
-    started = time.monotonic()
     subprocess.run(command(tmp_path, "whole"), check=True, capture_output=True)
-    whole = time.monotonic() - started
-    generator, killed, kept = random.Random(0), 0, 0
-    for _ in range(KILLS):
-        process = subprocess.Popen(command(tmp_path, "out"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(whole * generator.uniform(0.4, 0.95))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            killed += 1
-        process.wait()
-        if (tmp_path / "out").exists():
-            break  # it was faster than the kill
-        kept = max(kept, len(list((tmp_path / "out.part").glob("*.safetensors"))))
-    if not (tmp_path / "out").exists():
-        subprocess.run(command(tmp_path, "out"), check=True, capture_output=True)
-    assert killed and kept, "no run was killed in the middle: the test proved nothing"
+    generator, left = random.Random(0), []
+    for goal in sorted(generator.sample(range(1, 11), KILLS)):
+        kill_after(goal, generator.uniform(0, 0.05), tmp_path)
+        assert not (tmp_path / "out").exists()  # whole or not at all
+        left.append(finished_blocks(tmp_path))
+    assert left == sorted(left) and 0 < left[0] < left[-1] < 17, "no run was killed in the middle"
+    subprocess.run(command(tmp_path, "out"), check=True, capture_output=True)
     wanted = {f.name: f.read_bytes() for f in (tmp_path / "whole").iterdir()}
     assert {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()} == wanted
     assert not (tmp_path / "out.part").exists()
