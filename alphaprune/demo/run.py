@@ -18,7 +18,7 @@ MODEL = Path(__file__).parent / "model"
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)
 ALLOCATORS = ("uniform", "alpha")
 LENGTH = 512  # tokens per window, the context of the model
-EVALUATED, CALIBRATED = 32, 16  # windows
+EVALUATED, CALIBRATED = 32, 8  # windows
 SHOWN_PLAN = 0.7  # the sparsity whose plan is drawn
 
 
