@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from alphaprune import formats, shards
@@ -27,7 +26,7 @@ from alphaprune.pruning import PrunedBlock
 
 RECIPE = "alphaprune.json"  # how the directory was made
 JOURNAL = "journal.json"
-SETTINGS = {"quant_method": "alphaprune", "format": "sbt", "format_version": 1}
+SETTINGS = {"quant_method": "alphaprune", "format": "sbt", "format_version": formats.VERSION}
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "tokenizer*")
 
 
@@ -178,8 +177,7 @@ def save(model: nn.Module, path: "str | Path", tokenizer: Any = None) -> Written
     """
     source = LiveSource(model)
     writer = Writer(path, {"saved": source.name}, source.block_count())
-    for file in list(writer.done):  # nothing ties an earlier, interrupted save to this model: write all again
-        del writer.done[file]
+    writer.done.clear()  # nothing ties an earlier, interrupted save to this model: write all again
     prefix, state = source.prefix, model.state_dict()
     for index, (child, _) in enumerate(model.get_submodule(prefix).named_children()):
         writer.write(index, {n: t for n, t in state.items() if n.startswith(f"{prefix}.{child}.")})
@@ -246,14 +244,10 @@ def _summary(writer: Writer, source: Source) -> Written:
     for inner, layer in modules.named_modules():
         if isinstance(layer, nn.Linear | SparseLinear):
             shapes[f"{prefix}.{inner}"] = (layer.in_features * layer.out_features, layer.weight.dtype)
-    dense = sum(count * _itemsize(dtype) for count, dtype in shapes.values())
+    dense = sum(count * dtype.itemsize for count, dtype in shapes.values())
     stored = sum(sizes.get(f"{name}.{suffix}", 0) for name in shapes for suffix in PACKED_SUFFIXES)
     packed = sum(f"{name}.weight_mask" in sizes for name in shapes)
     return Written(writer.out, dense, stored, packed, len(shapes))
-
-
-def _itemsize(dtype: torch.dtype) -> int:
-    return torch.empty(0, dtype=dtype).element_size()
 
 
 def _fsync(file: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alphaprune.files import first_line
+
 
 @dataclass(frozen=True)
 class Text:
@@ -49,7 +51,7 @@ def load_tokenizer(folder: "str | os.PathLike") -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(f"{folder}: its tokenizer cannot be loaded: {first_line(error)}") from error
 
 
 def encode(tokenizer: Any, text: str, name: str = "text") -> Text:
@@ -81,7 +83,3 @@ def sample_windows(text: Text, samples: int, length: int, seed: int) -> Tensor:
         )
     starts = torch.randint(0, count - length + 1, (samples,), generator=torch.Generator().manual_seed(seed))
     return torch.stack([text.tokens[s : s + length] for s in starts.tolist()])
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

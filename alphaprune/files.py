@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and errors in one line."""
 
 import errno
 import os
@@ -24,6 +24,11 @@ def atomic_write_text(path: "str | Path", text: str) -> None:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full; free some space and repeat" if full else error.strerror or str(error)
         raise ValueError(f"{path}: not written: {reason}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line; its type if it says nothing."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def fsync_folder(folder: "str | Path") -> None:

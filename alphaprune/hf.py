@@ -13,11 +13,12 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from alphaprune import formats
+from alphaprune.files import first_line
 from alphaprune.layer import PACKED_SUFFIXES, SparseLinear
 from alphaprune.model import resolve
 from alphaprune.shards import BY_CODE, Shards, read_header
 
-FORMAT_VERSION = 1
 VALUE_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -25,7 +26,7 @@ VALUE_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat1
 class AlphaPruneConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed directory: {"quant_method": "alphaprune", "format": "sbt", …}."""
 
-    def __init__(self, format: str = "sbt", format_version: int = FORMAT_VERSION, **_: Any) -> None:  # noqa: A002
+    def __init__(self, format: str = "sbt", format_version: int = formats.VERSION, **_: Any) -> None:  # noqa: A002
         self.quant_method = "alphaprune"
         self.format = format
         self.format_version = format_version
@@ -43,10 +44,10 @@ class AlphaPruneQuantizer(HfQuantizer):
             raise ValueError(
                 f"packed format {settings.format!r} is not known to this version of alphaprune (it reads sbt)"
             )
-        if settings.format_version != FORMAT_VERSION:
+        if settings.format_version != formats.VERSION:
             raise ValueError(
                 f"the checkpoint has format_version {settings.format_version}, this version of alphaprune reads "
-                f"{FORMAT_VERSION}: install the alphaprune that wrote it, or a newer one"
+                f"{formats.VERSION}: install the alphaprune that wrote it, or a newer one"
             )
 
     def _process_model_before_weight_loading(
@@ -130,7 +131,7 @@ def load(path: "str | Path", dtype: "torch.dtype | str" = "auto", device: str = 
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{folder}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"{folder}: cannot be loaded: {first_line(error)}") from error
     finally:
         if bar:
             logging.enable_progress_bar()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alphaprune.files import first_line
 from alphaprune.shards import Shards, dtype_name
 
 # Where the decoder blocks are, by `model_type` of the config. Nothing is guessed: what is not here is refused.
@@ -245,8 +246,7 @@ def resolve(model: "str | Path") -> Path:
     try:
         return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
     except Exception as error:  # the hub client has a dozen error types, for network, rights and names
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{model}: no such folder here, and the hub did not give it: {reason}") from error
+        raise ValueError(f"{model}: no such folder here, and the hub did not give it: {first_line(error)}") from error
 
 
 def read_config(folder: Path) -> Any:
@@ -257,8 +257,7 @@ def read_config(folder: Path) -> Any:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{folder}: config.json cannot be used: {reason}") from error
+        raise ValueError(f"{folder}: config.json cannot be used: {first_line(error)}") from error
 
 
 def make_skeleton(config: Any) -> nn.Module:

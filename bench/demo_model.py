@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from alphaprune import analysis, data, hf
 from alphaprune.demo import corpus
-from alphaprune.demo.run import LENGTH, MODEL
+from alphaprune.demo.run import LENGTH, MODEL, alpha_of_blocks
 from alphaprune.demo.train import initial_model
 from alphaprune.files import atomic_write_text
 
@@ -42,11 +42,7 @@ def xz_size(text: bytes) -> int:
 
 
 def mean_alphas(model) -> list[float]:
-    found = analysis.analyze(model)
-    blocks: dict[int, list[float]] = {}
-    for stat in found.layers.values():
-        blocks.setdefault(stat.block, []).append(stat.columns["alpha"])
-    return [sum(a) / len(a) for a in blocks.values()]
+    return [block["mean"] for block in alpha_of_blocks(analysis.analyze(model))]
 
 
 def main() -> None:

@@ -4,8 +4,9 @@ from alphaprune import registry
 from alphaprune.formats.packed import Format, Packed
 
 MEMBERS = ("sbt",)
+VERSION = 1  # of what a packed directory holds, its `format_version`
 
-__all__ = ["MEMBERS", "Format", "Packed", "get"]
+__all__ = ["MEMBERS", "VERSION", "Format", "Packed", "get"]
 
 
 def get(name: str) -> Format:
