@@ -1,8 +1,10 @@
 // alphaprune._native: addresses and sizes in, exceptions out. Shapes and dtypes were checked one layer up.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/dispatch.h"
 #include "cpu/pack.h"
@@ -10,6 +12,9 @@
 namespace py = pybind11;
 
 namespace alphaprune {
+
+void bind_bandwidth(py::module_& m);  // bandwidth_bindings.cpp
+
 namespace {
 
 using Address = uintptr_t;
@@ -30,39 +35,96 @@ const Isa& isa_named(const std::string& name) {
 }
 
 Dtype dtype_of(int32_t code) {
-  if (code < 0 || code > 2) throw std::invalid_argument("no dtype has the code " + std::to_string(code));
+  if (code < 0 || code > 3) throw std::invalid_argument("no dtype has the code " + std::to_string(code));
+  return static_cast<Dtype>(code);
+}
+
+Dtype float_of(int32_t code) {
+  if (code < 0 || code > 2) throw std::invalid_argument("no float has the code " + std::to_string(code));
   return static_cast<Dtype>(code);
 }
 
 // A validated packed weight bound to one ISA: what a call needs besides x, y and bias.
 class Weight {
  public:
-  Weight(Address values, Address mask, Address offsets, int64_t rows, int64_t cols, int32_t dtype,
-         const std::string& isa)
-      : view_{at<const void>(values), at<const uint32_t>(mask), at<const uint32_t>(offsets), rows, cols,
-              dtype_of(dtype)},
+  Weight(Address values, Address mask, Address offsets, Address scale, int64_t rows, int64_t cols, int64_t groups,
+         int32_t dtype, const std::string& isa)
+      : view_{at<const void>(values),
+              at<const uint32_t>(mask),
+              at<const uint32_t>(offsets),
+              rows,
+              cols,
+              dtype_of(dtype),
+              at<const float>(scale),
+              groups},
         isa_(isa_named(isa)) {
     if (rows < 1 || cols < 1) throw std::invalid_argument("a packed weight has at least one row and one column");
+    const bool scaled = view_.dtype == Dtype::int8;
+    if (scaled ? groups != 1 && groups != ceil_div(cols, sbt::kScaleCols) : groups != 0)
+      throw std::invalid_argument("scales come with int8 values, one per row or per 128 columns of a row");
+    if (scaled && !scale) throw std::invalid_argument("int8 values need scales");
   }
 
   void multiply(Address x, int32_t dtype, int64_t tokens, int64_t stride, Address bias, int32_t bias_dtype,
                 Address y) const {
-    const Activations activations{at<const void>(x), dtype_of(dtype), tokens, stride};
-    const Bias b{at<const void>(bias), dtype_of(bias_dtype)};
+    const Activations activations{at<const void>(x), float_of(dtype), tokens, stride};
+    const Item item{view_, {at<const void>(bias), float_of(bias_dtype)}, at<void>(y), view_.rows};
     const py::gil_scoped_release release;
-    alphaprune::multiply(isa_, view_, activations, b, at<void>(y), view_.rows);
+    alphaprune::multiply(isa_, &item, 1, activations);
   }
 
-  void expand(int64_t first, int64_t last, Address out) const {
+  void expand(int64_t first, int64_t last, Address out, int32_t out_dtype) const {
     if (first < 0 || first % sbt::kTileRows || last < first || last > view_.rows)
       throw std::invalid_argument("rows to expand start on a multiple of 16 and end inside the weight");
+    const Dtype to = dtype_of(out_dtype);
+    if (to != view_.dtype && view_.dtype != Dtype::int8)
+      throw std::invalid_argument("float weights expand to their own dtype");
     const py::gil_scoped_release release;
-    alphaprune::expand(isa_, view_, first, last, at<void>(out));
+    alphaprune::expand(isa_, view_, first, last, to, at<void>(out));
   }
+
+  const sbt::View& view() const { return view_; }
+  const Isa& isa() const { return isa_; }
 
  private:
   sbt::View view_;
   const Isa& isa_;
+};
+
+// Several weights that share their activations.
+class Group {
+ public:
+  explicit Group(const std::vector<const Weight*>& weights) : isa_(checked(weights)->isa()) {
+    for (const Weight* weight : weights) items_.push_back({weight->view(), {}, nullptr, weight->view().rows});
+    for (const Weight* weight : weights)
+      if (&weight->isa() != &isa_ || weight->view().cols != items_[0].weight.cols)
+        throw std::invalid_argument("weights of a group share the columns and the instruction set");
+  }
+
+  void multiply(Address x, int32_t dtype, int64_t tokens, int64_t stride, const std::vector<Address>& biases,
+                const std::vector<int32_t>& bias_dtypes, const std::vector<Address>& ys) const {
+    if (biases.size() != items_.size() || bias_dtypes.size() != items_.size() || ys.size() != items_.size())
+      throw std::invalid_argument("a group needs a bias, its dtype and an output for each weight");
+    const Activations activations{at<const void>(x), float_of(dtype), tokens, stride};
+    std::vector<Item> items = items_;
+    for (size_t i = 0; i < items.size(); ++i) {
+      items[i].bias = {at<const void>(biases[i]), float_of(bias_dtypes[i])};
+      items[i].y = at<void>(ys[i]);
+    }
+    const py::gil_scoped_release release;
+    alphaprune::multiply(isa_, items.data(), static_cast<int64_t>(items.size()), activations);
+  }
+
+ private:
+  static const Weight* checked(const std::vector<const Weight*>& weights) {
+    if (weights.empty()) throw std::invalid_argument("a group has at least one weight");
+    for (const Weight* weight : weights)
+      if (!weight) throw std::invalid_argument("a group has weights only");
+    return weights[0];
+  }
+
+  const Isa& isa_;
+  std::vector<Item> items_;
 };
 
 py::list isa_list() {
@@ -87,11 +149,12 @@ void values(Address weight, int64_t rows, int64_t cols, int32_t dtype, Address m
               at<void>(out));
 }
 
-py::tuple fault(Address mask, Address offsets, int64_t rows, int64_t cols) {
+py::tuple fault(Address mask, Address offsets, int64_t rows, int64_t cols, int32_t dtype) {
+  const Dtype code = dtype_of(dtype);
   Finding found;
   {
     const py::gil_scoped_release release;
-    found = check(at<const uint32_t>(mask), at<const uint32_t>(offsets), rows, cols);
+    found = check(at<const uint32_t>(mask), at<const uint32_t>(offsets), rows, cols, code);
   }
   return py::make_tuple(static_cast<int32_t>(found.fault), found.tile);
 }
@@ -115,7 +178,11 @@ PYBIND11_MODULE(_native, m) {
     return count_bits(at<const uint32_t>(words), count);
   });
   py::class_<Weight>(m, "Weight")
-      .def(py::init<Address, Address, Address, int64_t, int64_t, int32_t, const std::string&>())
+      .def(py::init<Address, Address, Address, Address, int64_t, int64_t, int64_t, int32_t, const std::string&>())
       .def("multiply", &Weight::multiply)
       .def("expand", &Weight::expand);
+  py::class_<Group>(m, "Group")
+      .def(py::init<const std::vector<const Weight*>&>(), "Weights of one instruction set and one K that share x")
+      .def("multiply", &Group::multiply);
+  bind_bandwidth(m);
 }

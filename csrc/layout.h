@@ -7,18 +7,20 @@
 namespace alphaprune {
 
 // The numbers cross into Python (alphaprune/formats/native.py), so they are fixed.
-enum class Dtype : int32_t { float32 = 0, float16 = 1, bfloat16 = 2 };
+enum class Dtype : int32_t { float32 = 0, float16 = 1, bfloat16 = 2, int8 = 3 };
 
-constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : dtype == Dtype::int8 ? 1 : 2; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // SBT, "sub-tile bitmap". W[N, K] is cut into macro tiles of 16 rows x 64 columns, ordered [row tile][column tile], so
 // that one thread streams every array forwards. A macro tile is 32 mask words in the order [step of 16 columns][pair
 // of rows]; bit b of a word is row (b >> 4) of the pair, column (b & 15) of the step. Kept values follow in bit order;
-// each macro tile is padded with zeros to a multiple of 8 values, and its start is stored in units of 8 values.
+// each macro tile is padded with zeros to a multiple of 8 values (16 where they are int8: 16 bytes either way), and its
+// start is stored in units of 8 values.
 //
 // Why this shape: one word is one vpexpandw (32 x 16 bit) or two vpexpandd, its 16 columns are one vector of
-// activations for both rows, and four words are the A operand of mma.m16n8k16 with consecutive columns per lane.
+// activations for both rows, and four words are the A operand of mma.m16n8k16 with consecutive columns per lane. Two
+// words of int8 are one vpexpandb.
 namespace sbt {
 
 constexpr int64_t kTileRows = 16;
@@ -32,7 +34,13 @@ constexpr int64_t kTailBytes = 64;                      // readable bytes past t
 
 static_assert(kWords == kSteps * kPairs, "a word is two rows of one step");
 static_assert(kWords * 32 == kTileRows * kTileCols, "one bit per weight");
-static_assert(kUnit * 2 == 16, "16-bit values of a tile start on 16 bytes");
+constexpr int64_t kScaleCols = 128;  // columns that share a scale where a row has several
+
+// Values that a macro tile is padded to.
+constexpr int64_t pad_of(Dtype dtype) { return dtype == Dtype::int8 ? 16 : 8; }
+
+static_assert(kUnit * 2 == 16 && pad_of(Dtype::int8) == 16, "values of 16 and of 8 bits start on 16 bytes");
+static_assert(kScaleCols % kTileCols == 0, "a macro tile has one scale per row");
 
 constexpr int64_t word_of(int64_t row, int64_t col) { return (col / kStepCols) * kPairs + row / 2; }
 constexpr int64_t bit_of(int64_t row, int64_t col) { return (row % 2) * kStepCols + col % kStepCols; }
@@ -48,7 +56,12 @@ struct View {
   int64_t rows;             // N
   int64_t cols;             // K
   Dtype dtype;
+  const float* scale = nullptr;  // int8: [N, groups], W = value * scale; null for floats
+  int64_t groups = 0;            // int8: 1, or ceil(K / 128); 0 for floats
 
+  // Whether scales change along a row, so that they cannot wait until a row is summed.
+  bool grouped() const { return groups > 1; }
+  float scale_at(int64_t row, int64_t col) const { return scale[row * groups + (groups > 1 ? col / kScaleCols : 0)]; }
   int64_t row_tiles() const { return ceil_div(rows, kTileRows); }
   int64_t col_tiles() const { return ceil_div(cols, kTileCols); }
   int64_t padded_cols() const { return col_tiles() * kTileCols; }

@@ -10,15 +10,25 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace alphaprune {
 namespace {
 
+// Whether what the CPU lacks has a twin (csrc/emulator).
+#if defined(ALPHAPRUNE_EMULATE)
+constexpr bool kEmulated = true;
+#else
+[[maybe_unused]] constexpr bool kEmulated = false;
+#endif
+
 #if defined(__x86_64__)
 struct Cpu {
-  bool avx2 = false, avx512 = false;
+  bool avx2 = false, avx512bw = false, avx512 = false;
   bool os_ymm = false, os_zmm = false;
+  std::string without_amx = "this CPU has no AMX with BF16 and INT8";
 
   Cpu() {
     unsigned a, b, c, d;
@@ -33,7 +43,12 @@ struct Cpu {
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
     const bool has_avx2 = b >> 5 & 1, bmi = (b >> 3 & 1) && (b >> 8 & 1);
     avx2 = has_avx2 && bmi && fma && f16c && popcnt;
-    avx512 = avx2 && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1) && (c >> 6 & 1);
+    avx512bw = avx2 && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1);
+    avx512 = avx512bw && (c >> 6 & 1) && (c >> 11 & 1);
+    const bool amx = (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1);  // BF16, tiles, INT8
+    if (!avx512 || !amx) return;
+    // Linux gives tile registers only to a process that asks: ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA.
+    without_amx = syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? "" : "the operating system does not grant AMX tiles";
   }
 };
 
@@ -46,6 +61,9 @@ const Cpu& cpu() {
 // libgomp's pool does not survive fork: its threads are gone, and a parallel region in the child would wait for them.
 std::atomic<bool> forked{false};
 [[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+// More parts than threads, so that a thread that is held up leaves its rest to others.
+constexpr int64_t kPartsPerThread = 12;
 
 // Memory that a thread keeps between calls, so that the hot path never allocates.
 class Buffer {
@@ -68,39 +86,78 @@ class Buffer {
   size_t size_ = 0;
 };
 
-// Activations as Product wants them: the caller's memory where it serves, else a copy.
-void prepare(const Isa& isa, const Activations& x, Product& p) {
-  const int64_t cols = p.weight.cols, padded = p.weight.padded_cols();
-  if (padded == cols && x.dtype == Dtype::float32 && isa.as_they_are(p.weight.dtype)) {
-    p.x = static_cast<const float*>(x.data);
-    p.x_stride = x.stride;
-    return;
+// The activations as the items want them: the caller's memory where it serves, else one copy per layout.
+class Forms {
+ public:
+  Forms(const Isa& isa, const Item* items, int64_t count, const Activations& x) : isa_(isa), x_(x) {
+    int64_t bytes = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (find(items[i].weight)) continue;
+      Form& form = forms_[count_++];
+      form = {key(items[i].weight), &items[i].weight, x.data, x.stride, isa.prepared_bytes(x, items[i].weight)};
+      bytes += form.bytes;
+    }
+    if (!bytes) return;
+    thread_local Buffer buffer;
+    auto* to = static_cast<char*>(buffer.at_least(static_cast<size_t>(bytes)));
+    for (Form* form = forms_; form < forms_ + count_; ++form) {
+      if (!form->bytes) continue;
+      const sbt::View& weight = *form->weight;
+      const int64_t padded = weight.padded_cols();
+      parallel_for(ceil_div(x.tokens, kTokenBlock), threads_for(x.tokens * padded), [&](int64_t block) {
+        const int64_t first = block * kTokenBlock, end = first + kTokenBlock;
+        isa.prepare(x, weight, first, end < x.tokens ? end : x.tokens, to);
+      });
+      form->x = to;
+      form->stride = padded;
+      to += form->bytes;
+    }
   }
-  thread_local Buffer buffer;
-  auto* to = static_cast<float*>(buffer.at_least(static_cast<size_t>(x.tokens * padded) * sizeof(float)));
-  p.x = to;
-  p.x_stride = padded;
-  for (int64_t t = 0; t < x.tokens; ++t) {
-    const char* from = static_cast<const char*>(x.data) + t * x.stride * size_of(x.dtype);
-    isa.prepare(from, x.dtype, cols, padded, p.weight.dtype, to + t * padded);
+
+  void give(Product& p) const {
+    const Form* form = find(p.weight);
+    p.x = form->x;
+    p.x_stride = form->stride;
   }
-}
+
+ private:
+  static constexpr int kDtypes = 4, kMostLayouts = 2;  // per dtype
+
+  struct Form {
+    int key;
+    const sbt::View* weight;
+    const void* x;
+    int64_t stride, bytes;
+  };
+
+  int key(const sbt::View& weight) const {
+    return static_cast<int>(weight.dtype) + kDtypes * (isa_.layout ? isa_.layout(x_, weight) : 0);
+  }
+  const Form* find(const sbt::View& weight) const {
+    for (const Form* form = forms_; form < forms_ + count_; ++form)
+      if (form->key == key(weight)) return form;
+    return nullptr;
+  }
+
+  const Isa& isa_;
+  const Activations& x_;
+  Form forms_[kDtypes * kMostLayouts];
+  int64_t count_ = 0;
+};
 
 // Row tiles cut into parts of equal cost; heavy-tailed plans leave tiles of very different size.
 class Parts {
  public:
-  Parts(const sbt::View& weight, int64_t tokens, int64_t threads)
-      : weight_(weight),
-        per_tile_(sbt::kWords * 4 + sbt::kTileRows * sbt::kTileCols * tokens / 16),
-        count_(threads > 1 ? threads * 12 : 1) {}
+  Parts(const sbt::View& weight, int64_t tokens)
+      : weight_(weight), per_tile_(sbt::kWords * 4 + sbt::kTileRows * sbt::kTileCols * tokens / 16) {}
 
-  int64_t count() const { return count_; }
+  int64_t total() const { return cost(weight_.row_tiles()); }
 
-  // First row tile of part i.
-  int64_t begin(int64_t i) const {
+  // First row tile of part i of `count`.
+  int64_t begin(int64_t i, int64_t count) const {
     const int64_t tiles = weight_.row_tiles();
-    const int64_t target = cost(tiles) / count_ * i;
-    if (i >= count_) return tiles;
+    if (i >= count) return tiles;
+    const int64_t target = cost(tiles) / count * i;
     int64_t low = 0, high = tiles;
     while (low < high) {
       const int64_t middle = (low + high) / 2;
@@ -121,29 +178,40 @@ class Parts {
 
   const sbt::View& weight_;
   int64_t per_tile_;
-  int64_t count_;
 };
 
 }  // namespace
 
 const Isa* const* isas() {
   static const Isa* const all[] = {
+#if defined(ALPHAPRUNE_AMX)
+      &kAmx,
+#endif
 #if defined(ALPHAPRUNE_AVX512)
       &kAvx512,
+#endif
+#if defined(ALPHAPRUNE_AVX512BW)
+      &kAvx512bw,
 #endif
 #if defined(ALPHAPRUNE_AVX2)
       &kAvx2,
 #endif
-      &kScalar, nullptr};
+#if defined(ALPHAPRUNE_NEON)
+      &kNeon,
+#endif
+      &kScalar,   nullptr};
   return all;
 }
 
 std::string unavailable(const Isa& isa) {
 #if defined(__x86_64__)
+  if (kEmulated) return {};
   const std::string name = isa.name;
-  if (name == "avx512") {
-    if (!cpu().avx512) return "this CPU has no AVX-512 with VBMI2";
+  if (name == "amx") return cpu().without_amx;
+  if (name.rfind("avx512", 0) == 0) {
     if (!cpu().os_zmm) return "the operating system does not save AVX-512 registers";
+    if (name == "avx512" && !cpu().avx512) return "this CPU has no AVX-512 with VBMI2 and VNNI";
+    if (!cpu().avx512bw) return "this CPU has no AVX-512 with BW, DQ and VL";
   }
   if (name == "avx2") {
     if (!cpu().avx2) return "this CPU has no AVX2 with FMA and F16C";
@@ -161,44 +229,76 @@ int64_t threads_for(int64_t operations) {
 }
 
 void parallel(int64_t count, int64_t threads, void (*work)(void* context, int64_t i), void* context) {
-  if (threads <= 1 || count <= 1) {
+  if (threads > count) threads = count;
+  if (threads <= 1) {
     for (int64_t i = 0; i < count; ++i) work(context, i);
     return;
   }
-  // Whoever is free takes the next part: a thread that the system has put aside holds up one part, not a half.
-  std::atomic<int64_t> next{0};
-#pragma omp parallel num_threads(static_cast<int>(threads < count ? threads : count))
+  // Every thread goes through its own stretch, the same one in every call, so that what it reads lies in one stream and
+  // near its own core; whoever is done first helps the others, so that a thread that the system has put aside holds up
+  // one part, not its whole share.
+  struct alignas(64) Stretch {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  thread_local Buffer buffer;
+  auto* stretches = static_cast<Stretch*>(buffer.at_least(static_cast<size_t>(threads) * sizeof(Stretch)));
+  for (int64_t t = 0; t < threads; ++t) new (stretches + t) Stretch{{count * t / threads}, count * (t + 1) / threads};
+#pragma omp parallel num_threads(static_cast<int>(threads))
   {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(context, i);
+    const int64_t mine = omp_get_thread_num();
+    for (int64_t other = 0; other < threads; ++other) {
+      Stretch& stretch = stretches[(mine + other) % threads];
+      for (int64_t i; (i = stretch.next.fetch_add(1, std::memory_order_relaxed)) < stretch.end;) work(context, i);
+    }
   }
 }
 
-void multiply(const Isa& isa, const sbt::View& weight, const Activations& x, const Bias& bias, void* y,
-              int64_t y_stride) {
-  if (x.tokens == 0) return;
-  Product p{};
-  p.weight = weight;
-  p.tokens = x.tokens;
-  p.bias = bias.data;
-  p.bias_dtype = bias.dtype;
-  p.y = y;
-  p.y_stride = y_stride;
-  p.y_dtype = x.dtype;
-  prepare(isa, x, p);
-  const int64_t threads = threads_for(weight.rows * weight.cols * x.tokens);
-  const Parts parts(weight, x.tokens, threads);
-  parallel_for(parts.count(), threads, [&](int64_t i) {
+void multiply(const Isa& isa, const Item* items, int64_t count, const Activations& x) {
+  if (x.tokens == 0 || count == 0) return;
+  const Forms forms(isa, items, count, x);
+  int64_t operations = 0, cost = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    operations += items[i].weight.rows * items[i].weight.cols * x.tokens;
+    cost += Parts(items[i].weight, x.tokens).total();
+  }
+  const int64_t threads = threads_for(operations), wanted = threads > 1 ? threads * kPartsPerThread : 1;
+  // Each item is cut into its share of the parts, one at least.
+  const auto parts_of = [&](const Item& item) {
+    const int64_t share = wanted * Parts(item.weight, x.tokens).total() / (cost + 1);
+    return share < 1 ? 1 : share;
+  };
+  int64_t parts = 0;
+  for (int64_t i = 0; i < count; ++i) parts += parts_of(items[i]);
+  parallel_for(parts, threads, [&](int64_t part) {
+    const Item* item = items;
+    int64_t mine = parts_of(*item);
+    for (; part >= mine; mine = parts_of(*item)) {
+      part -= mine;
+      ++item;
+    }
+    Product p{};
+    p.weight = item->weight;
+    p.given = x;
+    p.tokens = x.tokens;
+    p.bias = item->bias.data;
+    p.bias_dtype = item->bias.dtype;
+    p.y = item->y;
+    p.y_stride = item->y_stride;
+    p.y_dtype = x.dtype;
+    forms.give(p);
+    const Parts cut(item->weight, x.tokens);
     alignas(64) unsigned char scratch[kScratchBytes];
-    isa.product(p, parts.begin(i), parts.begin(i + 1), scratch);
+    isa.product(p, cut.begin(part, mine), cut.begin(part + 1, mine), scratch);
   });
 }
 
-void expand(const Isa& isa, const sbt::View& weight, int64_t first, int64_t last, void* out) {
+void expand(const Isa& isa, const sbt::View& weight, int64_t first, int64_t last, Dtype out_dtype, void* out) {
   const int64_t begin = first / sbt::kTileRows, end = ceil_div(last, sbt::kTileRows);
   const int64_t threads = threads_for((last - first) * weight.cols);
   parallel_for(end - begin, threads, [&](int64_t i) {
-    auto* to = static_cast<char*>(out) + i * sbt::kTileRows * weight.cols * size_of(weight.dtype);
-    isa.expand(weight, begin + i, begin + i + 1, to);
+    auto* to = static_cast<char*>(out) + i * sbt::kTileRows * weight.cols * size_of(out_dtype);
+    isa.expand(weight, begin + i, begin + i + 1, out_dtype, to);
   });
 }
 

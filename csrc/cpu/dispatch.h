@@ -13,24 +13,27 @@ const Isa* const* isas();
 // Empty if `isa` runs on this machine, else the sentence that says why not.
 std::string unavailable(const Isa& isa);
 
-struct Activations {
-  const void* data;  // [tokens, K]
-  Dtype dtype;
-  int64_t tokens;
-  int64_t stride;  // elements between tokens
-};
-
 struct Bias {
   const void* data;  // [N] or null
   Dtype dtype;
 };
 
-// y[tokens, N] = x Wᵀ + bias in x's dtype, accumulated in float32. The same bits for any number of threads and tokens.
-void multiply(const Isa& isa, const sbt::View& weight, const Activations& x, const Bias& bias, void* y,
-              int64_t y_stride);
+// One of several weights that share the activations, and where its part of the result goes.
+struct Item {
+  sbt::View weight;
+  Bias bias;
+  void* y;  // [tokens, N] in x's dtype
+  int64_t y_stride;
+};
 
-// Rows [first, last) of W, dense, K values per row, bits as packed; `first` is a multiple of 16.
-void expand(const Isa& isa, const sbt::View& weight, int64_t first, int64_t last, void* out);
+// y[tokens, N] = x Wᵀ + bias in x's dtype for each item, accumulated in float32, in one parallel region. The same bits
+// for any number of threads, whatever shares the call and wherever a token stands; another number of tokens may be
+// summed in another order.
+void multiply(const Isa& isa, const Item* items, int64_t count, const Activations& x);
+
+// Rows [first, last) of W, dense, K values per row, `first` a multiple of 16: bits as packed, or, of int8, value *
+// scale in the float that `out_dtype` names.
+void expand(const Isa& isa, const sbt::View& weight, int64_t first, int64_t last, Dtype out_dtype, void* out);
 
 // Runs work(context, i) for every i in [0, count), in any order, on the threads that torch was given.
 void parallel(int64_t count, int64_t threads, void (*work)(void* context, int64_t i), void* context);

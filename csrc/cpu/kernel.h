@@ -5,37 +5,56 @@
 
 namespace alphaprune {
 
-// y[tokens, N] = x Wᵀ + bias with the activations already laid out for the ISA.
+struct Activations {
+  const void* data;  // [tokens, K]
+  Dtype dtype;
+  int64_t tokens;
+  int64_t stride;  // elements between tokens
+};
+
+// y[tokens, N] = x Wᵀ + bias in x's dtype, with the activations already laid out for the ISA.
 struct Product {
   sbt::View weight;
-  const float* x;    // [tokens, padded K], zeros past K, in the order that the ISA's `prepare` gives
-  int64_t x_stride;  // elements between tokens
+  Activations given;  // x as the caller has it
+  const void* x;      // what `prepare` made of it; the caller's own rows where `prepared_bytes` is 0
+  int64_t x_stride;   // floats between the rows of x where it is rows of float32, zeros past K
   int64_t tokens;
   const void* bias;  // [N] or null
   Dtype bias_dtype;
   void* y;  // [tokens, N]
   int64_t y_stride;
   Dtype y_dtype;
+
+  const float* rows() const { return static_cast<const float*>(x); }
 };
+
+// Tokens that `prepare` may be called for on one thread: whole blocks, so that an ISA can interleave them.
+constexpr int64_t kTokenBlock = 16;
 
 // A panel of expanded weights and the sums of one pass over the tokens: small enough for a thread's stack.
 constexpr int64_t kTokensPerPass = 64;
-constexpr int64_t kScratchBytes = (16 + kTokensPerPass) * 1024;
+constexpr int64_t kScratchBytes = 176 * 1024;
 
 struct Isa {
   const char* name;
   // Computes row tiles [begin, end); `scratch` is kScratchBytes, 64-byte aligned.
   void (*product)(const Product&, int64_t begin, int64_t end, void* scratch);
-  // Writes rows [16 * begin, min(16 * end, N)) densely from `out` on, K values per row, exact bits.
-  void (*expand)(const sbt::View&, int64_t begin, int64_t end, void* out);
-  // One token's `count` activations as `padded` float32 for weights of dtype `weight`, zeros past `count`.
-  void (*prepare)(const void* from, Dtype dtype, int64_t count, int64_t padded, Dtype weight, float* to);
-  // Whether float32 activations serve as they are, so that no copy is needed where K fits the tiles.
-  bool (*as_they_are)(Dtype weight);
+  // Writes rows [16 * begin, min(16 * end, N)) densely from `out` on, K values per row: the packed bits, or, of int8,
+  // value * scale in `out_dtype`.
+  void (*expand)(const sbt::View&, int64_t begin, int64_t end, Dtype out_dtype, void* out);
+  // Bytes that `prepare` fills for all tokens, a multiple of 64; 0 where the caller's float32 rows serve as they are.
+  int64_t (*prepared_bytes)(const Activations&, const sbt::View&);
+  // Lays out tokens [first, last); `first` is a multiple of kTokenBlock, `to` the start of the whole, 64-byte aligned.
+  void (*prepare)(const Activations&, const sbt::View&, int64_t first, int64_t last, void* to);
+  // Tells apart the layouts that `prepare` chooses between for weights of one dtype; null where there is one.
+  int (*layout)(const Activations&, const sbt::View&) = nullptr;
 };
 
 extern const Isa kScalar;
 extern const Isa kAvx2;
+extern const Isa kAvx512bw;
 extern const Isa kAvx512;
+extern const Isa kAmx;
+extern const Isa kNeon;
 
 }  // namespace alphaprune

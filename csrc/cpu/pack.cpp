@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <type_traits>
 
 #include "dispatch.h"
 
@@ -15,9 +16,25 @@ int64_t popcount(uint64_t v) {  // portable: the baseline has no POPCNT
   return static_cast<int64_t>((v * 0x0101010101010101u) >> 56);
 }
 
-int64_t units(const uint32_t* mask) { return ceil_div(count_bits(mask, sbt::kWords), sbt::kUnit); }
+int64_t units(const uint32_t* mask, Dtype dtype) {
+  const int64_t pad = sbt::pad_of(dtype);
+  return ceil_div(count_bits(mask, sbt::kWords), pad) * (pad / sbt::kUnit);
+}
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Shifting out the sign of a float leaves zero for +0 and -0 only.
+bool is_nonzero(uint32_t bits) { return bits << 1 != 0; }
+bool is_nonzero(uint16_t bits) { return (bits & 0x7fffu) != 0; }
+bool is_nonzero(uint8_t integer) { return integer != 0; }
+
+// Calls work with a null pointer to the unsigned integer that has the size of `dtype`.
+template <class Work>
+void by_size(Dtype dtype, Work work) {
+  if (dtype == Dtype::float32) return work(static_cast<uint32_t*>(nullptr));
+  if (dtype == Dtype::int8) return work(static_cast<uint8_t*>(nullptr));
+  work(static_cast<uint16_t*>(nullptr));
+}
 
 template <class T>
 void mask_of_tile(const T* weight, const uint8_t* keep, int64_t rows, int64_t cols, int64_t row0, int64_t col0,
@@ -31,8 +48,7 @@ void mask_of_tile(const T* weight, const uint8_t* keep, int64_t rows, int64_t co
       const int64_t here = least(sbt::kStepCols, cols - col0 - col);
       uint32_t bits = 0;
       for (int64_t i = 0; i < here; ++i) {
-        // Shifting out the sign leaves zero for +0 and -0 only.
-        const bool kept = keep ? keep[at + col + i] != 0 : static_cast<T>(weight[at + col + i] << 1) != 0;
+        const bool kept = keep ? keep[at + col + i] != 0 : is_nonzero(weight[at + col + i]);
         bits |= static_cast<uint32_t>(kept) << i;
       }
       mask[sbt::word_of(row, col)] |= bits << sbt::bit_of(row, 0);
@@ -81,12 +97,11 @@ bool pack_mask(const void* weight, const uint8_t* keep, int64_t rows, int64_t co
     for (int64_t c = 0; c < col_tiles; ++c) {
       const int64_t tile = r * col_tiles + c, row0 = r * sbt::kTileRows, col0 = c * sbt::kTileCols;
       uint32_t* words = mask + tile * sbt::kWords;
-      if (dtype == Dtype::float32) {
-        mask_of_tile(static_cast<const uint32_t*>(weight), keep, rows, cols, row0, col0, words);
-      } else {
-        mask_of_tile(static_cast<const uint16_t*>(weight), keep, rows, cols, row0, col0, words);
-      }
-      offsets[tile + 1] = static_cast<uint32_t>(units(words));
+      by_size(dtype, [&](auto* type) {
+        mask_of_tile(static_cast<const std::remove_pointer_t<decltype(type)>*>(weight), keep, rows, cols, row0, col0,
+                     words);
+      });
+      offsets[tile + 1] = static_cast<uint32_t>(units(words, dtype));
     }
   });
   uint64_t total = 0;
@@ -107,13 +122,11 @@ void pack_values(const void* weight, int64_t rows, int64_t cols, Dtype dtype, co
       const int64_t begin = static_cast<int64_t>(offsets[tile]) * sbt::kUnit;
       const int64_t end = static_cast<int64_t>(offsets[tile + 1]) * sbt::kUnit;
       const uint32_t* words = mask + tile * sbt::kWords;
-      if (dtype == Dtype::float32) {
-        auto* to = static_cast<uint32_t*>(values);
-        values_of_tile(static_cast<const uint32_t*>(weight), cols, row0, col0, words, to + begin, to + end);
-      } else {
-        auto* to = static_cast<uint16_t*>(values);
-        values_of_tile(static_cast<const uint16_t*>(weight), cols, row0, col0, words, to + begin, to + end);
-      }
+      by_size(dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        auto* to = static_cast<T*>(values);
+        values_of_tile(static_cast<const T*>(weight), cols, row0, col0, words, to + begin, to + end);
+      });
     }
   });
 }
@@ -133,7 +146,7 @@ void unpack_mask(const uint32_t* mask, int64_t rows, int64_t cols, uint8_t* keep
   });
 }
 
-Finding check(const uint32_t* mask, const uint32_t* offsets, int64_t rows, int64_t cols) {
+Finding check(const uint32_t* mask, const uint32_t* offsets, int64_t rows, int64_t cols, Dtype dtype) {
   if (offsets[0] != 0) return {Fault::start, 0};
   const int64_t row_tiles = ceil_div(rows, sbt::kTileRows), col_tiles = ceil_div(cols, sbt::kTileCols);
   // The lowest faulty tile wins whatever thread finds it, so the message is the same in every run.
@@ -148,7 +161,7 @@ Finding check(const uint32_t* mask, const uint32_t* offsets, int64_t rows, int64
       if (row_end < sbt::kTileRows || col_end < sbt::kTileCols)
         for (int64_t w = 0; w < sbt::kWords; ++w)
           if (words[w] & ~inside(w, row_end, col_end)) fault = Fault::outside;
-      if (static_cast<int64_t>(offsets[tile + 1]) - static_cast<int64_t>(offsets[tile]) != units(words))
+      if (static_cast<int64_t>(offsets[tile + 1]) - static_cast<int64_t>(offsets[tile]) != units(words, dtype))
         fault = Fault::count;
       if (fault == Fault::none) continue;
       const int64_t found = tile * 4 + static_cast<int64_t>(fault);

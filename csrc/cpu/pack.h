@@ -28,7 +28,7 @@ struct Finding {
 
 // The first tile whose offsets do not say what its mask says, or which keeps a weight outside [rows, cols]. Reads mask
 // and offsets only.
-Finding check(const uint32_t* mask, const uint32_t* offsets, int64_t rows, int64_t cols);
+Finding check(const uint32_t* mask, const uint32_t* offsets, int64_t rows, int64_t cols, Dtype dtype);
 
 // Bits set.
 int64_t count_bits(const uint32_t* words, int64_t count);

@@ -1,9 +1,8 @@
 // The product of one ISA as a template: expand a few macro tiles into a panel that stays in L1, multiply it with every
 // token from there, go on. The weights are decoded once for all tokens.
-//
-// Each accumulator lane sees its products in the order of k whatever the number of tokens, threads or the panel width,
-// so a row of y has the same bits in every batch.
 #pragma once
+
+#include <type_traits>
 
 #include "convert.h"
 #include "kernel.h"
@@ -11,12 +10,36 @@
 namespace alphaprune {
 namespace {
 
+template <class T>
+inline const T* tile_values(const sbt::View& weight, int64_t tile) {
+  return static_cast<const T*>(weight.values) + static_cast<int64_t>(weight.offsets[tile]) * sbt::kUnit;
+}
+
+// The scales of the rows of one macro tile of int8; 1 for rows past the last.
+inline void tile_scales(const sbt::View& weight, int64_t row_tile, int64_t col_tile, float* scales) {
+  for (int64_t r = 0; r < sbt::kTileRows; ++r) {
+    const int64_t row = row_tile * sbt::kTileRows + r;
+    scales[r] = row < weight.rows ? weight.scale_at(row, col_tile * sbt::kTileCols) : 1.0f;
+  }
+}
+
+// One token's sums of the rows of a row tile, scaled, with bias, into y.
+inline void store_rows(const Product& p, int64_t row_tile, int64_t token, float* out) {
+  const int64_t row = row_tile * sbt::kTileRows, left = p.weight.rows - row;
+  const int64_t count = left < sbt::kTileRows ? left : sbt::kTileRows;
+  if (p.weight.groups == 1)
+    for (int64_t i = 0; i < count; ++i) out[i] *= p.weight.scale[row + i];
+  if (p.bias)
+    for (int64_t i = 0; i < count; ++i) out[i] += load_float(p.bias, row + i, p.bias_dtype);
+  for (int64_t i = 0; i < count; ++i) store_float(p.y, token * p.y_stride + row + i, p.y_dtype, out[i]);
+}
+
 // `Math` describes one vector width and one kind of multiplication:
 //   Vector, load, store of accumulators;
 //   kLanes float lanes per accumulator, kVectors vectors of weights per step, kStep columns per step,
 //   kPanelTiles macro tiles per panel, kBlock tokens that fit the registers beside kGroup vectors of weights;
 //   weights(p), activations(p), multiply(w, x, sum) -> sum;
-//   expand(values, mask, panel) -> values past the macro tile;
+//   expand(view, tile, panel): one macro tile, integers unscaled;
 //   rows(accumulators, out): the 16 sums of one token.
 template <class Math>
 struct Panel {
@@ -82,12 +105,15 @@ struct Panel {
   static void finish(const Product& p, int64_t row_tile, int64_t token, const float* sums) {
     alignas(64) float out[sbt::kTileRows];
     Math::rows(sums, out);
-    const int64_t row = row_tile * sbt::kTileRows;
-    const int64_t left = p.weight.rows - row;
-    const int64_t count = left < sbt::kTileRows ? left : sbt::kTileRows;
-    if (p.bias)
-      for (int64_t i = 0; i < count; ++i) out[i] += load_float(p.bias, row + i, p.bias_dtype);
-    for (int64_t i = 0; i < count; ++i) store_float(p.y, token * p.y_stride + row + i, p.y_dtype, out[i]);
+    store_rows(p, row_tile, token, out);
+  }
+
+  // Scales that change along the rows, applied to an expanded tile: [step][16 rows][kStep].
+  static void scale(const sbt::View& weight, int64_t row_tile, int64_t col_tile, Element* tile) {
+    float scales[sbt::kTileRows];
+    tile_scales(weight, row_tile, col_tile, scales);
+    for (int64_t at = 0; at < kTileElements; at += Math::kStep)
+      for (int64_t i = 0; i < Math::kStep; ++i) tile[at + i] *= scales[at / Math::kStep % sbt::kTileRows];
   }
 
   static void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
@@ -102,9 +128,11 @@ struct Panel {
         for (int64_t first = 0; first < tiles; first += Math::kPanelTiles) {
           const int64_t rest = tiles - first;
           const int64_t width = rest < Math::kPanelTiles ? rest : Math::kPanelTiles;
-          for (int64_t c = 0; c < width; ++c)
+          for (int64_t c = 0; c < width; ++c) {
             Math::expand(p.weight, row_tile * tiles + first + c, panel + c * kTileElements);
-          blocks(panel, width * (sbt::kTileCols / Math::kStep), p.x + token * p.x_stride + first * sbt::kTileCols,
+            if (p.weight.grouped()) scale(p.weight, row_tile, first + c, panel + c * kTileElements);
+          }
+          blocks(panel, width * (sbt::kTileCols / Math::kStep), p.rows() + token * p.x_stride + first * sbt::kTileCols,
                  p.x_stride, pass, sums);
         }
         for (int64_t t = 0; t < pass; ++t) finish(p, row_tile, token + t, sums + t * kSums);
@@ -113,32 +141,83 @@ struct Panel {
   }
 };
 
-// Dense rows from tiles through Words::expand(view, tile, T* tile_values), which writes [step][pair][2][16].
-template <class T, class Words>
-void expand_rows(const sbt::View& weight, int64_t begin, int64_t end, T* out) {
+template <class T>
+void copy_rows(const sbt::View& weight, const T* tile, int64_t col_tile, int64_t rows, T* to) {
+  const int64_t cols_left = weight.cols - col_tile * sbt::kTileCols;
+  for (int64_t step = 0; step < sbt::kSteps; ++step) {
+    const int64_t here = cols_left - step * sbt::kStepCols;
+    if (here <= 0) break;
+    const T* from = tile + step * sbt::kTileRows * sbt::kStepCols;
+    T* at = to + col_tile * sbt::kTileCols + step * sbt::kStepCols;
+    if (here >= sbt::kStepCols) {
+      for (int64_t r = 0; r < rows; ++r)
+        std::memcpy(at + r * weight.cols, from + r * sbt::kStepCols, sbt::kStepCols * sizeof(T));
+    } else {
+      for (int64_t r = 0; r < rows; ++r)
+        std::memcpy(at + r * weight.cols, from + r * sbt::kStepCols, static_cast<size_t>(here) * sizeof(T));
+    }
+  }
+}
+
+// Dense rows from tiles through Words::expand(view, tile, T* tile_values), which writes [step][pair][2][16]; of int8
+// what `convert(value * scale)` makes of each.
+template <class T, class Words, class Out, class Convert>
+void expand_rows(const sbt::View& weight, int64_t begin, int64_t end, Out* out, Convert convert) {
   alignas(64) T tile[sbt::kTileRows * sbt::kTileCols];
+  alignas(64) Out scaled[sbt::kTileRows * sbt::kTileCols];
   const int64_t tiles = weight.col_tiles();
   for (int64_t row_tile = begin; row_tile < end; ++row_tile) {
     const int64_t rows_left = weight.rows - row_tile * sbt::kTileRows;
     const int64_t rows = rows_left < sbt::kTileRows ? rows_left : sbt::kTileRows;
-    T* to = out + (row_tile - begin) * sbt::kTileRows * weight.cols;
+    Out* to = out + (row_tile - begin) * sbt::kTileRows * weight.cols;
     for (int64_t c = 0; c < tiles; ++c) {
       Words::expand(weight, row_tile * tiles + c, tile);
-      const int64_t cols_left = weight.cols - c * sbt::kTileCols;
-      for (int64_t step = 0; step < sbt::kSteps; ++step) {
-        const int64_t here = cols_left - step * sbt::kStepCols;
-        if (here <= 0) break;
-        const T* from = tile + step * sbt::kTileRows * sbt::kStepCols;
-        T* at = to + c * sbt::kTileCols + step * sbt::kStepCols;
-        if (here >= sbt::kStepCols) {
-          for (int64_t r = 0; r < rows; ++r)
-            std::memcpy(at + r * weight.cols, from + r * sbt::kStepCols, sbt::kStepCols * sizeof(T));
-        } else {
-          for (int64_t r = 0; r < rows; ++r)
-            std::memcpy(at + r * weight.cols, from + r * sbt::kStepCols, static_cast<size_t>(here) * sizeof(T));
-        }
+      if constexpr (std::is_same_v<T, Out>) {
+        copy_rows(weight, tile, c, rows, to);
+      } else {
+        float scales[sbt::kTileRows];
+        tile_scales(weight, row_tile, c, scales);
+        for (int64_t at = 0; at < sbt::kTileRows * sbt::kTileCols; at += sbt::kStepCols)
+          for (int64_t i = 0; i < sbt::kStepCols; ++i)
+            scaled[at + i] = convert(static_cast<float>(static_cast<int8_t>(tile[at + i])) *
+                                     scales[at / sbt::kStepCols % sbt::kTileRows]);
+        copy_rows(weight, scaled, c, rows, to);
       }
     }
+  }
+}
+
+// Isa::expand through Words::expand for the unsigned integers of 8, 16 and 32 bits.
+template <class Words>
+void expand_any(const sbt::View& weight, int64_t begin, int64_t end, Dtype out_dtype, void* out) {
+  const auto keep = [](auto v) { return v; };
+  auto* bytes = static_cast<uint8_t*>(out);
+  auto* halves = static_cast<uint16_t*>(out);
+  if (weight.dtype == Dtype::float32)
+    return expand_rows<uint32_t, Words>(weight, begin, end, static_cast<uint32_t*>(out), keep);
+  if (weight.dtype != Dtype::int8) return expand_rows<uint16_t, Words>(weight, begin, end, halves, keep);
+  if (out_dtype == Dtype::int8) return expand_rows<uint8_t, Words>(weight, begin, end, bytes, keep);
+  if (out_dtype == Dtype::float32)
+    return expand_rows<uint8_t, Words>(weight, begin, end, static_cast<float*>(out), keep);
+  if (out_dtype == Dtype::float16) return expand_rows<uint8_t, Words>(weight, begin, end, halves, float_to_float16);
+  expand_rows<uint8_t, Words>(weight, begin, end, halves, float_to_bfloat16);
+}
+
+// Activations as rows of float32, the caller's own where they are that already.
+inline int64_t row_bytes(const Activations& x, const sbt::View& weight) {
+  const int64_t padded = weight.padded_cols();
+  if (padded == weight.cols && x.dtype == Dtype::float32) return 0;
+  return x.tokens * padded * static_cast<int64_t>(sizeof(float));
+}
+
+// Isa::prepare through convert(from, dtype, count, padded, to), one token's activations as float32 with zeros past
+// `count`.
+template <void (*convert)(const void*, Dtype, int64_t, int64_t, float*)>
+void prepare_rows(const Activations& x, const sbt::View& weight, int64_t first, int64_t last, void* to) {
+  const int64_t padded = weight.padded_cols();
+  for (int64_t t = first; t < last; ++t) {
+    const char* from = static_cast<const char*>(x.data) + t * x.stride * size_of(x.dtype);
+    convert(from, x.dtype, weight.cols, padded, static_cast<float*>(to) + t * padded);
   }
 }
 

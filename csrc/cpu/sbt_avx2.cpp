@@ -1,73 +1,9 @@
-// SBT on AVX2 with FMA and F16C: eight mask bits at a time through a table, vpshufb for 16-bit values, vpermd for 32.
-#include <immintrin.h>
-
-#include "panel.h"
+// SBT on AVX2 with FMA and F16C.
+#include "expand8.h"
+#include "nonzeros.h"
 
 namespace alphaprune {
 namespace {
-
-template <class T>
-inline const T* tile_values(const sbt::View& weight, int64_t tile) {
-  return static_cast<const T*>(weight.values) + static_cast<int64_t>(weight.offsets[tile]) * sbt::kUnit;
-}
-
-// For every 8-bit mask: lane -> index of its value, 0x80 where there is none. vpshufb writes zero for an index with
-// the top bit set, so the 16-bit table expands and clears in one instruction.
-struct Tables {
-  alignas(32) uint8_t bytes16[256][16];
-  alignas(32) int8_t lanes32[256][8];
-  constexpr Tables() : bytes16(), lanes32() {
-    for (int mask = 0; mask < 256; ++mask) {
-      int next = 0;
-      for (int lane = 0; lane < 8; ++lane) {
-        const bool kept = mask >> lane & 1;
-        bytes16[mask][2 * lane] = static_cast<uint8_t>(kept ? 2 * next : 0x80);
-        bytes16[mask][2 * lane + 1] = static_cast<uint8_t>(kept ? 2 * next + 1 : 0x80);
-        lanes32[mask][lane] = static_cast<int8_t>(kept ? next : -128);
-        next += kept;
-      }
-    }
-  }
-};
-constexpr Tables kTables;
-
-inline __m128i expand16(const uint16_t*& value, uint32_t mask) {
-  const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(value));
-  value += __builtin_popcount(mask);
-  return _mm_shuffle_epi8(packed, _mm_load_si128(reinterpret_cast<const __m128i*>(kTables.bytes16[mask])));
-}
-
-inline __m256i expand32(const uint32_t*& value, uint32_t mask) {
-  const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(value));
-  const __m256i lanes = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kTables.lanes32[mask])));
-  value += __builtin_popcount(mask);
-  return _mm256_andnot_si256(_mm256_srai_epi32(lanes, 31), _mm256_permutevar8x32_epi32(packed, lanes));
-}
-
-// Asks for what lies `kAhead` bytes on; with 16-bit values at half density, one cache line per two words is all of it.
-constexpr int64_t kAhead = 4096;
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p) + kAhead, _MM_HINT_T0); }
-
-struct Float32Value {
-  using Stored = uint32_t;
-  static __m256 eight(const uint32_t*& value, uint32_t mask) { return _mm256_castsi256_ps(expand32(value, mask)); }
-};
-struct Bfloat16 {
-  using Stored = uint16_t;
-  static __m256 widen(__m128i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }
-  static __m256 eight(const uint16_t*& value, uint32_t mask) { return widen(expand16(value, mask)); }
-};
-struct Float16 {
-  using Stored = uint16_t;
-  static __m256 widen(__m128i v) { return _mm256_cvtph_ps(v); }
-  static __m256 eight(const uint16_t*& value, uint32_t mask) { return widen(expand16(value, mask)); }
-};
-
-inline float sum8(__m256 v) {
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
 
 // A step is 8 columns here, so the panel is [step of 8][16 rows][8]; an accumulator is a row.
 struct Float32 {
@@ -81,72 +17,105 @@ struct Float32 {
   static Vector activations(const float* p) { return _mm256_loadu_ps(p); }
   static Vector multiply(Vector w, Vector x, Vector sum) { return _mm256_fmadd_ps(w, x, sum); }
 
-  template <class Value>
-  static void expand_tile(const sbt::View& weight, int64_t tile, float* panel) {
-    const auto* value = tile_values<typename Value::Stored>(weight, tile);
-    const uint32_t* mask = weight.mask + tile * sbt::kWords;
-    prefetch(mask);
-    prefetch(mask + 16);
-    for (int64_t step = 0; step < sbt::kSteps; ++step, panel += 2 * kStepElements) {
-      for (int64_t pair = 0; pair < sbt::kPairs; ++pair) {
-        if (pair % 2 == 0 || sizeof(*value) == 4) prefetch(value);
-        const uint32_t word = *mask++;
-        float* to = panel + 2 * pair * kStep;
-        _mm256_store_ps(to, Value::eight(value, word & 0xff));
-        _mm256_store_ps(to + kStepElements, Value::eight(value, word >> 8 & 0xff));
-        _mm256_store_ps(to + kStep, Value::eight(value, word >> 16 & 0xff));
-        _mm256_store_ps(to + kStepElements + kStep, Value::eight(value, word >> 24));
-      }
-    }
-  }
   static void expand(const sbt::View& weight, int64_t tile, float* panel) {
-    if (weight.dtype == Dtype::float32) return expand_tile<Float32Value>(weight, tile, panel);
-    if (weight.dtype == Dtype::bfloat16) return expand_tile<Bfloat16>(weight, tile, panel);
-    expand_tile<Float16>(weight, tile, panel);
+    by_value(weight.dtype, [&](auto value) {
+      each_eight<decltype(value)>(weight, tile, [&](int64_t byte, __m256 w) {
+        // Mask bytes come as [step of 16][row][half of the 16 columns].
+        const int64_t step = byte / 32 * 2 + byte % 2, row = byte / 2 % 16;
+        _mm256_store_ps(panel + step * kStepElements + row * kStep, w);
+      });
+    });
   }
   static void rows(const float* sums, float* out) {
-    for (int64_t r = 0; r < sbt::kTileRows; ++r) out[r] = sum8(_mm256_load_ps(sums + r * 8));
+    for (int64_t r = 0; r < sbt::kTileRows; ++r) out[r] = sum8(_mm256_load_ps(sums + r * kLanes));
   }
 };
 
-struct Words {
-  static void expand(const sbt::View& weight, int64_t tile, uint16_t* to) {
-    const uint16_t* value = tile_values<uint16_t>(weight, tile);
-    const auto* mask = reinterpret_cast<const uint8_t*>(weight.mask + tile * sbt::kWords);
-    for (int64_t byte = 0; byte < 4 * sbt::kWords; ++byte, to += 8)
-      _mm_store_si128(reinterpret_cast<__m128i*>(to), expand16(value, mask[byte]));
-  }
-  static void expand(const sbt::View& weight, int64_t tile, uint32_t* to) {
-    const uint32_t* value = tile_values<uint32_t>(weight, tile);
-    const auto* mask = reinterpret_cast<const uint8_t*>(weight.mask + tile * sbt::kWords);
-    for (int64_t byte = 0; byte < 4 * sbt::kWords; ++byte, to += 8)
-      _mm256_store_si256(reinterpret_cast<__m256i*>(to), expand32(value, mask[byte]));
+// Eight at a time: for a mask byte, which lanes of a vector are kept, in order.
+struct Kept {
+  alignas(8) uint8_t lanes[256][8];
+  constexpr Kept() : lanes() {
+    for (int mask = 0; mask < 256; ++mask)
+      for (int lane = 0, next = 0; lane < 8; ++lane)
+        if (mask >> lane & 1) lanes[mask][next++] = static_cast<uint8_t>(lane);
   }
 };
+constexpr Kept kKept;
 
-void expand(const sbt::View& weight, int64_t begin, int64_t end, void* out) {
-  if (weight.dtype == Dtype::float32)
-    return expand_rows<uint32_t, Words>(weight, begin, end, static_cast<uint32_t*>(out));
-  expand_rows<uint16_t, Words>(weight, begin, end, static_cast<uint16_t*>(out));
-}
+struct Sparse {
+  using Vector = __m256;
+  static constexpr int64_t kLanes = 8, kMostSums = 8;
 
-void prepare(const void* from, Dtype dtype, int64_t count, int64_t padded, Dtype, float* to) {
-  int64_t i = 0;
-  if (dtype != Dtype::float32) {
-    const auto* halves = static_cast<const uint16_t*>(from);
-    for (; i + 8 <= count; i += 8) {
-      const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + i));
-      _mm256_storeu_ps(to + i, dtype == Dtype::bfloat16 ? Bfloat16::widen(v) : Float16::widen(v));
+  static Vector load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
+  static Vector zero() { return _mm256_setzero_ps(); }
+  static Vector broadcast(const float* p) { return _mm256_broadcast_ss(p); }
+  static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
+  static Vector multiply(Vector w, Vector x, Vector sum) { return _mm256_fmadd_ps(w, x, sum); }
+
+  // Byte offsets of the columns of half a step.
+  struct Columns {
+    __m256i half[2 * sbt::kSteps];
+    explicit Columns(int32_t column) {
+      const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+      for (int h = 0; h < 2 * sbt::kSteps; ++h)
+        half[h] = _mm256_mullo_epi32(_mm256_add_epi32(lanes, _mm256_set1_epi32(8 * h)), _mm256_set1_epi32(column));
     }
+  };
+
+  static __m256 widen(const uint16_t* p, Bfloat16) { return Bfloat16::widen(load16(p)); }
+  static __m256 widen(const uint16_t* p, Float16) { return Float16::widen(load16(p)); }
+  static __m256 widen(const uint32_t* p, Float32Value) { return _mm256_loadu_ps(reinterpret_cast<const float*>(p)); }
+  static __m256 widen(const uint8_t* p, Integer) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load8(p))); }
+
+  static void append(const sbt::View& weight, int64_t tile, const Columns& columns, int32_t offset,
+                     nonzeros::Lists& lists) {
+    by_value(weight.dtype, [&](auto kind) {
+      const auto* value = tile_values<typename decltype(kind)::Stored>(weight, tile);
+      const auto* mask = reinterpret_cast<const uint8_t*>(weight.mask + tile * sbt::kWords);
+      for (int64_t byte = 0; byte < 4 * sbt::kWords; ++byte) {
+        const int64_t row = byte / 2 % sbt::kTileRows, half = byte / 32 * 2 + byte % 2;
+        const int32_t count = lists.count[row], more = __builtin_popcount(mask[byte]);
+        const __m256i kept = _mm256_cvtepu8_epi32(load8(kKept.lanes[mask[byte]]));
+        _mm256_storeu_ps(lists.value[row] + count, widen(value, kind));
+        _mm256_storeu_si256(
+            reinterpret_cast<__m256i*>(lists.offset[row] + count),
+            _mm256_add_epi32(_mm256_permutevar8x32_epi32(columns.half[half], kept), _mm256_set1_epi32(offset)));
+        value += more;
+        lists.count[row] = count + more;
+      }
+    });
   }
-  for (; i < count; ++i) to[i] = load_float(from, i, dtype);
-  for (; i < padded; ++i) to[i] = 0;
+};
+using Many = nonzeros::Nonzeros<Sparse>;
+
+bool skips_zeros(const sbt::View& weight, int64_t tokens) {
+  return tokens > 4 && nonzeros::pays(weight, tokens, Sparse::kLanes);
 }
 
-bool as_they_are(Dtype) { return true; }
+void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
+  if (skips_zeros(p.weight, p.tokens)) return Many::product(p, begin, end, scratch);
+  if (p.tokens > 2) return Panel<Float32>::product(p, begin, end, scratch);
+  by_value(p.weight.dtype, [&](auto value) {
+    using Value = decltype(value);
+    if (p.tokens == 1) return Fused<Value, 1, 4>::product(p, begin, end, scratch, Panel<Float32>::finish);
+    Fused<Value, 2, 2>::product(p, begin, end, scratch, Panel<Float32>::finish);
+  });
+}
+
+int64_t prepared_bytes(const Activations& x, const sbt::View& weight) {
+  return skips_zeros(weight, x.tokens) ? Many::bytes(x, weight) : row_bytes(x, weight);
+}
+
+void prepare(const Activations& x, const sbt::View& weight, int64_t first, int64_t last, void* to) {
+  if (skips_zeros(weight, x.tokens)) return Many::prepare(x, weight, first, to, convert);
+  prepare_rows<convert>(x, weight, first, last, to);
+}
+
+int layout(const Activations& x, const sbt::View& weight) { return skips_zeros(weight, x.tokens); }
 
 }  // namespace
 
-const Isa kAvx2 = {"avx2", Panel<Float32>::product, expand, prepare, as_they_are};
+const Isa kAvx2 = {"avx2", product, expand_any<Words8>, prepared_bytes, prepare, layout};
 
 }  // namespace alphaprune

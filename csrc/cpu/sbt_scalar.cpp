@@ -4,11 +4,6 @@
 namespace alphaprune {
 namespace {
 
-template <class T>
-inline const T* tile_values(const sbt::View& weight, int64_t tile) {
-  return static_cast<const T*>(weight.values) + static_cast<int64_t>(weight.offsets[tile]) * sbt::kUnit;
-}
-
 template <class From, class To, class Convert>
 inline void expand_tile(const sbt::View& weight, int64_t tile, To* to, Convert convert) {
   const From* value = tile_values<From>(weight, tile);
@@ -49,6 +44,8 @@ struct Float32 {
   static void expand(const sbt::View& weight, int64_t tile, float* panel) {
     if (weight.dtype == Dtype::float32) return expand_tile<float>(weight, tile, panel, [](float v) { return v; });
     if (weight.dtype == Dtype::bfloat16) return expand_tile<uint16_t>(weight, tile, panel, bfloat16_to_float);
+    if (weight.dtype == Dtype::int8)
+      return expand_tile<int8_t>(weight, tile, panel, [](int8_t v) { return static_cast<float>(v); });
     expand_tile<uint16_t>(weight, tile, panel, float16_to_float);
   }
   static void rows(const float* sums, float* out) {
@@ -62,21 +59,13 @@ struct Float32 {
   }
 };
 
-void expand(const sbt::View& weight, int64_t begin, int64_t end, void* out) {
-  if (weight.dtype == Dtype::float32)
-    return expand_rows<uint32_t, Words>(weight, begin, end, static_cast<uint32_t*>(out));
-  expand_rows<uint16_t, Words>(weight, begin, end, static_cast<uint16_t*>(out));
-}
-
-void prepare(const void* from, Dtype dtype, int64_t count, int64_t padded, Dtype, float* to) {
+void convert(const void* from, Dtype dtype, int64_t count, int64_t padded, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = load_float(from, i, dtype);
   for (int64_t i = count; i < padded; ++i) to[i] = 0;
 }
 
-bool as_they_are(Dtype) { return true; }
-
 }  // namespace
 
-const Isa kScalar = {"scalar", Panel<Float32>::product, expand, prepare, as_they_are};
+const Isa kScalar = {"scalar", Panel<Float32>::product, expand_any<Words>, row_bytes, prepare_rows<convert>};
 
 }  // namespace alphaprune

@@ -1,4 +1,8 @@
-"""Builds the C++ tests, plainly and under AddressSanitizer and UndefinedBehaviorSanitizer, and runs them."""
+"""Builds the C++ tests, plainly and under AddressSanitizer and UndefinedBehaviorSanitizer, and runs them.
+
+Once more with AVX-512 and AMX emulated, so that this code is executed on every machine, and where valgrind is installed
+under memcheck, which sees reads of memory that was never written; it knows no AVX-512.
+"""
 
 import os
 import shutil
@@ -6,10 +10,22 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SANITIZERS = ("", "address,undefined")
+SANITIZERS = "address,undefined"
+MEMCHECK = ["valgrind", "--quiet", "--error-exitcode=1", "test_sbt", "quick", "avx2", "scalar"]
+BUILDS = {  # name → options of CMake, commands
+    "plain": ([], [["test_sbt"]]),
+    "memcheck": ([], [MEMCHECK]),
+    "sanitized": ([f"-DALPHAPRUNE_SANITIZE={SANITIZERS}"], [["test_sbt"]]),
+    "emulated": (
+        [f"-DALPHAPRUNE_SANITIZE={SANITIZERS}", "-DALPHAPRUNE_EMULATE=ON"],
+        [["test_emulator"], ["test_sbt"]],
+    ),
+}
+PROGRAMS = ("test_emulator", "test_sbt")  # what a build makes; a command names them without their folder
 
 
 def tool(name: str) -> str:
@@ -20,20 +36,18 @@ def tool(name: str) -> str:
     return found
 
 
-def run(sanitizers: str) -> None:
-    """Build and test in a temporary folder; SystemExit with the output's status if anything fails."""
+def run(options: Sequence[str], tests: Sequence[Sequence[str]]) -> None:
+    """Build in a temporary folder and run the commands; SystemExit with the output's status if anything fails."""
     cmake = tool("cmake")
     with tempfile.TemporaryDirectory(prefix="alphaprune-native-") as build:
-        commands = (
+        commands = [
             [
                 *(cmake, "-S", str(ROOT), "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"),
-                "-DALPHAPRUNE_PYTHON=OFF",
-                "-DALPHAPRUNE_TESTS=ON",
-                f"-DALPHAPRUNE_SANITIZE={sanitizers}",
+                *("-DALPHAPRUNE_PYTHON=OFF", "-DALPHAPRUNE_TESTS=ON", *options),
             ],
             [cmake, "--build", build],
-            [str(Path(build) / "test_sbt")],
-        )
+            *([str(Path(build) / part) if part in PROGRAMS else part for part in test] for test in tests),
+        ]
         for command in commands:
             print("+", " ".join(command), flush=True)
             # libgomp's pool is never freed, which the leak check would report.
@@ -43,5 +57,8 @@ def run(sanitizers: str) -> None:
 
 
 if __name__ == "__main__":
-    for choice in sys.argv[1:] or SANITIZERS:
-        run(choice)
+    for choice in sys.argv[1:] or BUILDS:
+        if choice == "memcheck" and shutil.which("valgrind") is None:
+            print("memcheck is left out: there is no valgrind; on Debian: apt-get install valgrind")
+        else:
+            run(*BUILDS[choice])

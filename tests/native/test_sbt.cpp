@@ -1,5 +1,6 @@
 // SBT without Python: every array ends at a page that may not be touched, outputs start as NaN, and each ISA is
 // compared with a float64 product of the dense weight. Runs plainly and under the sanitizers (sanitize.py).
+#include <omp.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -8,6 +9,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <random>
 #include <string>
@@ -18,12 +20,14 @@
 #include "cpu/convert.h"
 #include "cpu/dispatch.h"
 #include "cpu/pack.h"
+#include "emulator/tiles.h"
 
 namespace {
 
 using namespace alphaprune;
 
 int failures = 0;
+bool quick = false;  // every shape, but one density and few random cases: for valgrind
 
 #define EXPECT(condition, ...)                    \
   do {                                            \
@@ -66,6 +70,8 @@ struct Case {
   int64_t rows, cols, tokens;
   double density;
   Dtype weight, x, bias;
+  bool grouped = false;  // int8: a scale per 128 columns instead of one per row
+  bool special = false;  // infinities, NaN and very small numbers among weights and activations
 };
 
 struct Problem {
@@ -75,9 +81,19 @@ struct Problem {
     keep = std::make_unique<Guarded>(c.rows * c.cols);
     x = std::make_unique<Guarded>(c.tokens * c.cols * size_of(c.x));
     bias = std::make_unique<Guarded>(c.rows * size_of(c.bias));
-    fill(*dense, c.rows * c.cols, c.weight);
+    if (c.weight == Dtype::int8) {
+      groups = c.grouped ? ceil_div(c.cols, sbt::kScaleCols) : 1;
+      scale = std::make_unique<Guarded>(c.rows * groups * 4);
+      for (int64_t i = 0; i < c.rows * groups; ++i)
+        scale->as<float>()[i] = std::uniform_real_distribution<float>(0.001f, 0.02f)(random);
+      for (int64_t i = 0; i < c.rows * c.cols; ++i)
+        dense->as<int8_t>()[i] = static_cast<int8_t>(std::uniform_int_distribution<int>(-127, 127)(random));
+    } else {
+      fill(*dense, c.rows * c.cols, c.weight);
+    }
     fill(*x, c.tokens * c.cols, c.x);
     fill(*bias, c.rows, c.bias);
+    if (c.special) plant();
     std::bernoulli_distribution kept(c.density);
     for (int64_t i = 0; i < c.rows * c.cols; ++i) keep->as<uint8_t>()[i] = kept(random);
     const int64_t tiles = ceil_div(c.rows, sbt::kTileRows) * ceil_div(c.cols, sbt::kTileCols);
@@ -96,17 +112,53 @@ struct Problem {
     std::normal_distribution<float> normal;
     for (int64_t i = 0; i < count; ++i) store_float(to.as<void>(), i, dtype, normal(random));
   }
+  // Tokens 0, 5, 10 ... stay as they are, 1, 6 ... become tiny, the others get an infinity, two, a NaN; so does a
+  // weight.
+  void plant() {
+    const float inf = std::numeric_limits<float>::infinity();
+    for (int64_t t = 0; t < c.tokens; ++t) {
+      const int64_t row = t * c.cols, at = row + t * 37 % c.cols;
+      if (t % 5 == 1 && c.x != Dtype::float16)
+        for (int64_t k = 0; k < c.cols; ++k)
+          store_float(x->as<void>(), row + k, c.x, std::ldexp(load_float(x->as<void>(), row + k, c.x), -116));
+      if (t % 5 == 2 || t % 5 == 3) store_float(x->as<void>(), at, c.x, inf);
+      if (t % 5 == 3) store_float(x->as<void>(), row + c.cols - 1, c.x, -inf);
+      if (t % 5 == 4) store_float(x->as<void>(), at, c.x, std::nanf(""));
+    }
+    store_float(bias->as<void>(), 0, c.bias, bits_to_float(0x7fffffff));  // a NaN that rounding would carry over
+    if (c.weight == Dtype::int8) return;
+    store_float(dense->as<void>(), c.rows / 2 * c.cols, c.weight, inf);
+    store_float(dense->as<void>(), (c.rows - 1) * c.cols, c.weight, std::nanf(""));
+  }
   double weight(int64_t n, int64_t k) const {
     const int64_t at = n * c.cols + k;
-    return keep->as<uint8_t>()[at] ? load_float(dense->as<void>(), at, c.weight) : 0.0f;
+    if (!keep->as<uint8_t>()[at]) return 0;
+    return c.weight == Dtype::int8 ? scaled(n, k) : load_float(dense->as<void>(), at, c.weight);
+  }
+  // value * scale as float32 rounds it
+  float scaled(int64_t n, int64_t k) const {
+    const float value = dense->as<int8_t>()[n * c.cols + k];
+    return value * scale->as<float>()[n * groups + (groups > 1 ? k / sbt::kScaleCols : 0)];
   }
   sbt::View view() const {
-    return {values->as<void>(), mask->as<uint32_t>(), offsets->as<uint32_t>(), c.rows, c.cols, c.weight};
+    return {values->as<void>(),
+            mask->as<uint32_t>(),
+            offsets->as<uint32_t>(),
+            c.rows,
+            c.cols,
+            c.weight,
+            scale ? scale->as<float>() : nullptr,
+            groups};
   }
+  Item item(void* y, bool with_bias) const {
+    return {view(), {with_bias ? bias->as<void>() : nullptr, c.bias}, y, c.rows};
+  }
+  Activations activations() const { return {x->as<void>(), c.x, c.tokens, c.cols}; }
 
   Case c;
   std::mt19937 random;
-  std::unique_ptr<Guarded> dense, keep, x, bias, mask, offsets, values;
+  std::unique_ptr<Guarded> dense, keep, x, bias, mask, offsets, values, scale;
+  int64_t groups = 0;
 };
 
 double ulp(double value, Dtype dtype) {
@@ -115,18 +167,30 @@ double ulp(double value, Dtype dtype) {
   return std::fmax(std::ldexp(1.0, std::ilogb(value == 0 ? least : value) - bits), least);
 }
 
-void check_product(const Isa& isa, const Problem& p, bool with_bias) {
+// Every output, or of many every `step`-th.
+void check_product(const Isa& isa, const Problem& p, bool with_bias, int64_t step = 1) {
   const Case& c = p.c;
   const Guarded y(c.tokens * c.rows * size_of(c.x));
-  const Bias bias{with_bias ? p.bias->as<void>() : nullptr, c.bias};
-  multiply(isa, p.view(), {p.x->as<void>(), c.x, c.tokens, c.cols}, bias, y.as<void>(), c.rows);
+  const Item item = p.item(y.as<void>(), with_bias);
+  multiply(isa, &item, 1, p.activations());
+#if defined(ALPHAPRUNE_EMULATE)
+  EXPECT(!emulated_tiles.configured, "%s leaves its tiles configured", isa.name);
+#endif
   for (int64_t t = 0; t < c.tokens; ++t) {
     for (int64_t n = 0; n < c.rows; ++n) {
-      double sum = 0, terms = 0;
-      for (int64_t k = 0; k < c.cols; ++k) {
-        const double term = p.weight(n, k) * load_float(p.x->as<void>(), t * c.cols + k, c.x);
-        sum += term;
-        terms += std::fabs(term);
+      if ((t * c.rows + n) % step) continue;
+      double sum = 0, terms = 0, rounding = 0;
+      for (int64_t first = 0; first < c.cols; first += sbt::kScaleCols) {
+        double weights = 0, largest = 0;
+        for (int64_t k = first; k < first + sbt::kScaleCols && k < c.cols; ++k) {
+          const double a = load_float(p.x->as<void>(), t * c.cols + k, c.x), w = p.weight(n, k);
+          sum += w * a;
+          terms += std::fabs(w * a);
+          weights += std::fabs(w);
+          largest = std::fmax(largest, std::fabs(a));
+        }
+        // An ISA may round the activations of int8 weights to 16-bit integers, 128 columns at a time.
+        if (c.weight == Dtype::int8 && c.x != Dtype::float32) rounding += weights * largest * 0x1.02p-16;
       }
       if (with_bias) {
         const double b = load_float(p.bias->as<void>(), n, c.bias);
@@ -134,7 +198,12 @@ void check_product(const Isa& isa, const Problem& p, bool with_bias) {
         terms += std::fabs(b);
       }
       const double got = load_float(y.as<void>(), t * c.rows + n, c.x);
-      const double bound = static_cast<double>(c.cols + 1) * 0x1p-24 * terms + ulp(sum, c.x);
+      if (!std::isfinite(sum)) {
+        EXPECT(std::isnan(sum) ? std::isnan(got) : got == sum, "%s [%ld, %ld] x %ld: y[%ld, %ld] = %g, wanted %g",
+               isa.name, c.rows, c.cols, c.tokens, t, n, got, sum);
+        continue;
+      }
+      const double bound = static_cast<double>(c.cols + 2) * 0x1p-24 * terms + rounding + ulp(sum, c.x);
       EXPECT(std::fabs(got - sum) <= bound, "%s [%ld, %ld] x %ld: y[%ld, %ld] = %g, wanted %g within %g", isa.name,
              c.rows, c.cols, c.tokens, t, n, got, sum, bound);
     }
@@ -146,13 +215,51 @@ void check_expand(const Isa& isa, const Problem& p) {
   for (int64_t first = 0; first < c.rows; first += 32) {
     const int64_t size = size_of(c.weight);
     const Guarded out((c.rows - first) * c.cols * size);
-    expand(isa, p.view(), first, c.rows, out.as<void>());
+    expand(isa, p.view(), first, c.rows, c.weight, out.as<void>());
     for (int64_t i = first * c.cols; i < c.rows * c.cols; ++i) {
       uint32_t wanted = 0, got = 0;
       if (p.keep->as<uint8_t>()[i]) std::memcpy(&wanted, p.dense->as<char>() + i * size, size);
       std::memcpy(&got, out.as<char>() + (i - first * c.cols) * size, size);
       EXPECT(got == wanted, "%s expand of weight %ld: %x, wanted %x", isa.name, i, got, wanted);
     }
+    if (c.weight != Dtype::int8) continue;
+    for (const Dtype to : {Dtype::float32, Dtype::float16, Dtype::bfloat16}) {
+      const Guarded floats((c.rows - first) * c.cols * size_of(to)), rounded(size_of(to));
+      expand(isa, p.view(), first, c.rows, to, floats.as<void>());
+      for (int64_t i = first * c.cols; i < c.rows * c.cols; ++i) {
+        const bool kept = p.keep->as<uint8_t>()[i];
+        store_float(rounded.as<void>(), 0, to, kept ? p.scaled(i / c.cols, i % c.cols) : 0.0f);
+        const float wanted = load_float(rounded.as<void>(), 0, to);
+        const float got = load_float(floats.as<void>(), i - first * c.cols, to);
+        EXPECT(got == wanted, "%s expand of integer %ld: %g, wanted %g", isa.name, i, got, wanted);
+      }
+    }
+  }
+}
+
+// Weights that share their activations give what each gives alone, whatever their dtypes and sizes.
+void check_group(const Isa& isa, Dtype x, int64_t tokens) {
+  std::vector<std::unique_ptr<Problem>> problems;
+  const int64_t rows[] = {300, 17, 1, 640};
+  const Dtype weights[] = {Dtype::bfloat16, Dtype::float32, Dtype::int8, Dtype::bfloat16};
+  for (uint32_t i = 0; i < 4; ++i)
+    problems.push_back(std::make_unique<Problem>(Case{rows[i], 200, tokens, 0.2 + 0.2 * i, weights[i], x, x}, i));
+  std::vector<Item> items;
+  std::vector<std::unique_ptr<Guarded>> together;
+  for (const auto& p : problems) {
+    together.push_back(std::make_unique<Guarded>(tokens * p->c.rows * size_of(x)));
+    items.push_back(p->item(together.back()->as<void>(), true));
+  }
+  const Activations shared = problems[0]->activations();
+  multiply(isa, items.data(), static_cast<int64_t>(items.size()), shared);
+  for (size_t i = 0; i < items.size(); ++i) {
+    const int64_t bytes = tokens * rows[i] * size_of(x);
+    const Guarded alone(bytes);
+    Item item = items[i];
+    item.y = alone.as<void>();
+    multiply(isa, &item, 1, shared);
+    EXPECT(!std::memcmp(alone.as<char>(), together[i]->as<char>(), bytes), "%s: weight %zu of a group differs",
+           isa.name, i);
   }
 }
 
@@ -166,18 +273,18 @@ void check_damage(const Problem& p) {
   const Case& c = p.c;
   uint32_t* mask = p.mask->as<uint32_t>();
   uint32_t* offsets = p.offsets->as<uint32_t>();
-  EXPECT(check(mask, offsets, c.rows, c.cols).fault == Fault::none, "a good weight is refused");
+  EXPECT(check(mask, offsets, c.rows, c.cols, c.weight).fault == Fault::none, "a good weight is refused");
   offsets[1] += 1;
-  EXPECT(check(mask, offsets, c.rows, c.cols).fault == Fault::count, "a wrong offset passes");
+  EXPECT(check(mask, offsets, c.rows, c.cols, c.weight).fault == Fault::count, "a wrong offset passes");
   offsets[1] -= 1;
   offsets[0] = 1;
-  EXPECT(check(mask, offsets, c.rows, c.cols).fault == Fault::start, "a wrong start passes");
+  EXPECT(check(mask, offsets, c.rows, c.cols, c.weight).fault == Fault::start, "a wrong start passes");
   offsets[0] = 0;
   if (c.cols % sbt::kTileCols) {
     const int64_t tile = ceil_div(c.cols, sbt::kTileCols) - 1, col = c.cols % sbt::kTileCols;
     uint32_t& word = mask[tile * sbt::kWords + sbt::word_of(0, col)];
     word ^= 1u << sbt::bit_of(0, col);
-    EXPECT(check(mask, offsets, c.rows, c.cols).fault != Fault::none, "a weight outside the shape passes");
+    EXPECT(check(mask, offsets, c.rows, c.cols, c.weight).fault != Fault::none, "a weight outside the shape passes");
     word ^= 1u << sbt::bit_of(0, col);
   }
 }
@@ -205,7 +312,8 @@ void check_threads_and_fork(const Isa& isa) {
   const Problem p({512, 300, 2, 0.5, Dtype::bfloat16, Dtype::bfloat16, Dtype::float32}, 7);
   const auto product = [&] {
     std::vector<uint16_t> y(2 * 512, 0xffff);
-    multiply(isa, p.view(), {p.x->as<void>(), Dtype::bfloat16, 2, 300}, {nullptr, Dtype::float32}, y.data(), 512);
+    const Item item = p.item(y.data(), false);
+    multiply(isa, &item, 1, p.activations());
     return y;
   };
   const auto wanted = product();
@@ -228,29 +336,80 @@ void check_threads_and_fork(const Isa& isa) {
   EXPECT(status == 0, "%s: a forked child ended with %d", isa.name, status);
 }
 
+constexpr Dtype kFloats[] = {Dtype::float32, Dtype::float16, Dtype::bfloat16};
+constexpr Dtype kValues[] = {Dtype::float32, Dtype::float16, Dtype::bfloat16, Dtype::int8};
+
+void check_shapes(const Isa& isa, uint32_t& seed) {
+  for (const Dtype weight : kValues)
+    for (const Dtype x : kFloats)
+      for (const double density : {0.0, 0.45, 1.0})
+        for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{1, 1}, {16, 64}, {19, 70}, {40, 333}})
+          for (const int64_t tokens : {1, 2, 3, 4, 5, 17, 67}) {
+            if (density != 0.45 && (quick || (tokens > 16 && density == 0))) continue;
+            const Problem p({rows, cols, tokens, density, weight, x, kFloats[seed % 3], seed % 4 > 1}, seed);
+            check_product(isa, p, seed++ % 2);
+            if (tokens == 1) check_expand(isa, p);
+            if (tokens == 2) check_damage(p);
+            if (tokens == 3) check_unpacked_mask(p);
+          }
+}
+
+// Any size from 1 to 300, any number of tokens, any density, on 1, 2, 3 and 7 threads.
+void check_random(const Isa& isa, uint32_t& seed, int count) {
+  std::mt19937 random(count);
+  const auto up_to = [&](int64_t most) { return std::uniform_int_distribution<int64_t>(1, most)(random); };
+  const int threads[] = {1, 2, 3, 7}, before = omp_get_max_threads();
+  for (int i = 0; i < count; ++i) {
+    omp_set_num_threads(threads[i % 4]);
+    const double density = std::uniform_real_distribution<double>()(random);
+    const Problem p({up_to(300), up_to(300), up_to(i % 3 ? 4 : 40), density, kValues[up_to(4) - 1],
+                     kFloats[up_to(3) - 1], kFloats[up_to(3) - 1], i % 2 == 0},
+                    seed);
+    check_product(isa, p, seed++ % 2);
+  }
+  omp_set_num_threads(before);
+}
+
+// Infinities and NaN come out where the dense product, zeros included, has them; tokens beside them are not touched.
+void check_special(const Isa& isa, uint32_t& seed) {
+  for (const Dtype weight : kValues)
+    for (const Dtype x : kFloats)
+      for (const int64_t tokens : {1, 2, 5, 21}) {
+        const Problem p({40, 333, tokens, 0.5, weight, x, kFloats[seed % 3], seed % 2 == 0, true}, seed);
+        check_product(isa, p, seed++ % 4 < 2);
+      }
+}
+
+// More rows, columns and tokens than any kernel takes at once.
+void check_large(const Isa& isa, uint32_t& seed) {
+  for (const Dtype weight : {Dtype::bfloat16, Dtype::int8}) {
+    const Problem p({150, 2100, 300, 0.3, weight, Dtype::bfloat16, Dtype::float32, true}, seed);
+    check_product(isa, p, seed++ % 2, 23);
+  }
+}
+
 }  // namespace
 
-int main() {
-  const Dtype dtypes[] = {Dtype::float32, Dtype::float16, Dtype::bfloat16};
+// Names of ISAs as arguments: those only. `quick` before them: fewer cases.
+int main(int count, char** names) {
+  quick = count > 1 && !std::strcmp(names[1], "quick");
   check_conversions("bfloat16", bfloat16_to_float, float_to_bfloat16, 0x7f7f);
   check_conversions("float16", float16_to_float, float_to_float16, 0x7bff);
   for (const Isa* const* isa = isas(); *isa; ++isa) {
+    bool wanted = count == 1 + quick;
+    for (int i = 1; i < count; ++i) wanted |= !std::strcmp(names[i], (*isa)->name);
+    if (!wanted) continue;
     if (const std::string reason = unavailable(**isa); !reason.empty()) {
       std::printf("%s is not tested: %s\n", (*isa)->name, reason.c_str());
       continue;
     }
     uint32_t seed = 0;
-    for (const Dtype weight : dtypes)
-      for (const Dtype x : dtypes)
-        for (const double density : {0.0, 0.45, 1.0})
-          for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{1, 1}, {16, 64}, {19, 70}, {40, 333}})
-            for (const int64_t tokens : {1, 2, 3, 4, 5, 67}) {
-              const Problem p({rows, cols, tokens, density, weight, x, dtypes[seed % 3]}, seed);
-              check_product(**isa, p, seed++ % 2);
-              if (tokens == 1) check_expand(**isa, p);
-              if (tokens == 2) check_damage(p);
-              if (tokens == 3) check_unpacked_mask(p);
-            }
+    check_shapes(**isa, seed);
+    check_random(**isa, seed, quick ? 20 : 120);
+    check_special(**isa, seed);
+    check_large(**isa, seed);
+    for (const Dtype x : kFloats)
+      for (const int64_t tokens : {1, 3, 20}) check_group(**isa, x, tokens);
     check_threads_and_fork(**isa);
     std::printf("%s: %u products\n", (*isa)->name, seed);
   }
