@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from alphaprune import formats, shards
 from alphaprune.files import atomic_write_text, fsync_folder
 from alphaprune.formats import Packed
-from alphaprune.layer import PACKED_SUFFIXES, SparseLinear, worth_packing
+from alphaprune.formats.quantize import Error
+from alphaprune.layer import PACKED_SUFFIXES, SparseLinear, pack_weight, worth_packing
 from alphaprune.model import Block, LiveSource, Source
-from alphaprune.pruning import PrunedBlock
+from alphaprune.pruning import Finish, PrunedBlock, Restore
 
 RECIPE = "alphaprune.json"  # how the directory was made
 JOURNAL = "journal.json"
@@ -32,13 +33,17 @@ COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "tokenizer*")
 
 @dataclass(frozen=True)
 class Written:
-    """What a directory holds: bytes of the prunable layers, dense and as stored; how many of them are packed."""
+    """What a directory holds: bytes of the prunable layers, dense and as stored; how many of them are packed.
+
+    errors: of the layers that were rounded to int8, what that lost.
+    """
 
     folder: Path
     dense_bytes: int
     stored_bytes: int
     packed_layers: int
     layers: int
+    errors: dict[str, Error] = field(default_factory=dict)
 
 
 class Writer:
@@ -49,7 +54,7 @@ class Writer:
         self.out, self.identity, self.total = Path(out), identity, blocks + 1
         self.work = self.out.with_name(self.out.name + ".part")
         self.done: dict[str, dict[str, int]] = {}  # file → {tensor: bytes}
-        self.stored: dict[str, Any] = {"dense": 0, "stored": 0, "packed": 0, "layers": 0}
+        self.errors: dict[str, Error] = {}  # layer → what rounding it to int8 lost
         check_free(self.out)
         with explained(self.out):
             self.work.mkdir(parents=True, exist_ok=True)
@@ -65,11 +70,16 @@ class Writer:
     def has(self, index: int) -> bool:
         return self.file(index) in self.done
 
-    def write(self, index: int, tensors: dict[str, Tensor]) -> None:
+    def write(self, index: int, tensors: dict[str, Tensor], errors: dict[str, Error] | None = None) -> None:
         """Stores the tensors of block `index` (block count: what is outside the blocks), durably."""
         with explained(self.out):
             self.done[self.file(index)] = shards.write(self.work / self.file(index), tensors.items())
+            self.errors |= errors or {}
             self._remember()
+
+    def losses(self) -> dict[str, Any]:
+        """What the recipe says of layers that were rounded to int8."""
+        return {"quantization_error": {name: e._asdict() for name, e in self.errors.items()}} if self.errors else {}
 
     def finish(self, config: dict[str, Any], recipe: dict[str, Any], companions: Callable[[Path], None]) -> None:
         """Index, config and recipe; then the folder gets its name."""
@@ -101,9 +111,10 @@ class Writer:
                     f"repeat it as it was to finish it, or delete the folder to start anew"
                 )
         self.done = {f: t for f, t in journal["done"].items() if (self.work / f).is_file()}
+        self.errors = {name: Error(*error) for name, error in journal.get("errors", {}).items()}
 
     def _remember(self) -> None:
-        journal = {"identity": self.identity, "done": self.done}
+        journal = {"identity": self.identity, "done": self.done, "errors": self.errors}
         atomic_write_text(self.work / JOURNAL, json.dumps(journal, indent=1) + "\n")
 
 
@@ -112,45 +123,62 @@ def write_pruned(
     out: "str | Path",
     identity: dict[str, Any],
     recipe: dict[str, Any],
-    prune: Callable[[Callable[[Block], "dict[str, Tensor] | None"]], Iterator[PrunedBlock]],
+    prune: Callable[[Restore, Finish], Iterator[PrunedBlock]],
     packed: bool = True,
+    values: str | None = None,
+    group: int | None = None,
 ) -> Written:
     """Writes the directory OUT from the blocks that `prune` yields; continues an interrupted run of the same identity.
 
-    prune: given `restore` (see pruning.prune_blocks), yields finished blocks.
+    prune: given `restore` and `finish` (see pruning.prune_blocks), yields finished blocks.
     packed: SBT where it is smaller than dense; otherwise everything dense, with its zeros.
+    values, group: as SparseLinear.from_linear has them; what each layer loses is remembered in the recipe.
     """
     writer = Writer(out, identity, source.block_count())
+    made: dict[str, Packed] = {}  # layers of the block in hand, as they will be stored
+    errors: dict[str, Error] = {}
 
     def restore(block: Block) -> "dict[str, Tensor] | None":
         if not writer.has(block.index):
             return None
         return restore_block(block, writer.work / writer.file(block.index))
 
-    for pruned in prune(restore):
+    def finish(block: Block, masks: dict[str, Tensor]) -> None:
+        made.clear(), errors.clear()
+        for name, mask in masks.items() if packed else ():
+            layer = block.linears[name]
+            if worth_packing(layer.weight, mask, values, group):
+                made[name], error = pack_weight(layer.weight.detach(), mask, values, group)
+                if error is not None:
+                    errors[name] = error
+                    put_back(layer, made[name])
+
+    for pruned in prune(restore, finish):
         if not pruned.restored:
-            writer.write(pruned.block.index, block_tensors(pruned.block, pruned.masks if packed else {}))
+            writer.write(pruned.block.index, block_tensors(pruned.block, made), errors)
     if not writer.has(source.block_count()):
         writer.write(source.block_count(), dict(source.outside_tensors()))
     written = _summary(writer, source)
-    writer.finish(output_config(source, packed), recipe, lambda folder: copy_companions(source, folder))
+    config = output_config(source, packed, values if writer.errors else None)
+    writer.finish(config, recipe | writer.losses(), lambda folder: copy_companions(source, folder))
     return written
 
 
-def block_tensors(block: Block, masks: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors of a block by full name; layers with a mask packed where that is smaller."""
+def block_tensors(block: Block, made: dict[str, Packed]) -> dict[str, Tensor]:
+    """All tensors of a block by full name; of the layers in `made` the packed ones."""
     tensors = {f"{block.name}.{n}": t for n, t in block.module.state_dict().items()}
-    for name, mask in masks.items():
-        weight = block.linears[name].weight.detach()
-        if worth_packing(weight, mask):
-            packed = formats.get("sbt").pack(weight, mask)
-            tensors.update(packed_tensors(name, packed))
+    for name, packed in made.items():
+        tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in packed.tensors.items()})
     return tensors
 
 
-def packed_tensors(name: str, packed: Packed) -> dict[str, Tensor]:
-    values = (packed.weight, packed.mask, packed.offsets)
-    return {f"{name}.{suffix}": tensor for suffix, tensor in zip(PACKED_SUFFIXES, values, strict=True)}
+def put_back(layer: nn.Linear, packed: Packed) -> Tensor:
+    """Gives a layer the weights that it has packed, in its own dtype, and returns the mask.
+
+    So the blocks after it see the same activations whether this run packed it or an earlier one did.
+    """
+    layer.weight.data, mask = formats.get("sbt").dense(packed, layer.weight.dtype)
+    return mask
 
 
 def restore_block(block: Block, file: Path) -> dict[str, Tensor]:
@@ -159,29 +187,42 @@ def restore_block(block: Block, file: Path) -> dict[str, Tensor]:
     with shards.open_file(file) as stored:
         names = set(stored.keys())
         for name, layer in block.linears.items():
-            values = stored.get_tensor(f"{name}.weight")
-            if f"{name}.weight_mask" in names:
-                mask, offsets = (stored.get_tensor(f"{name}.{s}") for s in PACKED_SUFFIXES[1:])
-                packed = Packed(values, mask, offsets, tuple(layer.weight.shape))
-                formats.get("sbt").validate(packed, name)
-                layer.weight.data, masks[name] = formats.get("sbt").unpack(packed)
-            else:
+            values, *others = (
+                stored.get_tensor(f"{name}.{s}") if f"{name}.{s}" in names else None for s in PACKED_SUFFIXES
+            )
+            if others[0] is None:
                 layer.weight.data, masks[name] = values, values != 0
+                continue
+            packed = Packed(values, *others[:2], tuple(layer.weight.shape), others[2])
+            formats.get("sbt").validate(packed, name)
+            masks[name] = put_back(layer, packed)
     return masks
 
 
 def save(model: nn.Module, path: "str | Path", tokenizer: Any = None) -> Written:
     """Writes a live model, SparseLinear layers packed, as a Hugging Face directory; returns its sizes.
 
+    So are those that `load` or `sparsify` expanded because dense is faster on this machine: files know no machine.
+
     The directory appears whole or not at all; it must not exist yet, or be empty.
     """
     source = LiveSource(model)
     writer = Writer(path, {"saved": source.name}, source.block_count())
-    writer.done.clear()  # nothing ties an earlier, interrupted save to this model: write all again
+    (
+        writer.done.clear(),
+        writer.errors.clear(),
+    )  # nothing ties an earlier, interrupted save to this model: write all again
     prefix, state = source.prefix, model.state_dict()
+    expanded = {name: module for name, module in model.named_modules() if getattr(module, "packed_on_disk", False)}
+    expanded = {name: module for name, module in expanded.items() if worth_packing(module.weight, None)}
+    for name, module in expanded.items():
+        packed, _ = pack_weight(module.weight.detach(), None)
+        state |= {f"{name}.{suffix}": tensor for suffix, tensor in packed.tensors.items()}
     for index, (child, _) in enumerate(model.get_submodule(prefix).named_children()):
         writer.write(index, {n: t for n, t in state.items() if n.startswith(f"{prefix}.{child}.")})
     writer.write(source.block_count(), dict(source.outside_tensors()))
+    sparse = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    writer.errors |= {n: m.quantization_error for n, m in sparse.items() if m.quantization_error is not None}
     written = _summary(writer, source)
 
     def companions(folder: Path) -> None:
@@ -192,17 +233,22 @@ def save(model: nn.Module, path: "str | Path", tokenizer: Any = None) -> Written
         elif source.name and Path(source.name).is_dir():
             copy_companions(source, folder)
 
-    packed = any(isinstance(m, SparseLinear) for m in model.modules())
-    writer.finish(output_config(source, packed), {"saved_from": source.name}, companions)
+    values = "int8" if any(module.weight_scale is not None for module in sparse.values()) else None
+    config = output_config(source, bool(sparse) or bool(expanded), values)
+    writer.finish(config, {"saved_from": source.name} | writer.losses(), companions)
     return written
 
 
-def output_config(source: Source, packed: bool) -> dict[str, Any]:
-    """config.json of the new directory: the source's own, with or without our `quantization_config`."""
+def output_config(source: Source, packed: bool, values: str | None = None) -> dict[str, Any]:
+    """config.json of the new directory: the source's own, with or without our `quantization_config`.
+
+    values: said in it where packed layers hold other values than the source had.
+    """
     config = json.loads(source.config.to_json_string(use_diff=False))
     config.pop("_name_or_path", None)
     config.pop("quantization_config", None)
-    return {**config, "quantization_config": SETTINGS} if packed else config
+    settings = SETTINGS if values is None else {**SETTINGS, "values": values}
+    return {**config, "quantization_config": settings} if packed else config
 
 
 def copy_companions(source: Source, folder: Path) -> None:
@@ -240,14 +286,15 @@ def _summary(writer: Writer, source: Source) -> Written:
     shapes = {}
     sizes = {name: size for tensors in writer.done.values() for name, size in tensors.items()}
     prefix = source.prefix
-    modules = source.skeleton.get_submodule(prefix)
-    for inner, layer in modules.named_modules():
+    plain = next(source.skeleton.parameters()).dtype  # of int8 layers when they were dense
+    for inner, layer in source.skeleton.get_submodule(prefix).named_modules():
         if isinstance(layer, nn.Linear | SparseLinear):
-            shapes[f"{prefix}.{inner}"] = (layer.in_features * layer.out_features, layer.weight.dtype)
+            dtype = layer.weight.dtype if layer.weight.is_floating_point() else plain
+            shapes[f"{prefix}.{inner}"] = (layer.in_features * layer.out_features, dtype)
     dense = sum(count * dtype.itemsize for count, dtype in shapes.values())
     stored = sum(sizes.get(f"{name}.{suffix}", 0) for name in shapes for suffix in PACKED_SUFFIXES)
     packed = sum(f"{name}.weight_mask" in sizes for name in shapes)
-    return Written(writer.out, dense, stored, packed, len(shapes))
+    return Written(writer.out, dense, stored, packed, len(shapes), writer.errors)
 
 
 def _fsync(file: Path) -> None:

@@ -15,21 +15,33 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from alphaprune import formats
 from alphaprune.files import first_line
-from alphaprune.layer import PACKED_SUFFIXES, SparseLinear
+from alphaprune.formats import quantize
+from alphaprune.layer import SparseLinear, check_tokens, expand_losers
 from alphaprune.model import resolve
 from alphaprune.shards import BY_CODE, Shards, read_header
 
-VALUE_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+VALUE_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
 
 
 @register_quantization_config("alphaprune")
 class AlphaPruneConfig(QuantizationConfigMixin):
-    """`quantization_config` of a packed directory: {"quant_method": "alphaprune", "format": "sbt", …}."""
+    """`quantization_config` of a packed directory: {"quant_method": "alphaprune", "format": "sbt", …}.
 
-    def __init__(self, format: str = "sbt", format_version: int = formats.VERSION, **_: Any) -> None:  # noqa: A002
+    values: "int8" where layers were rounded; it informs, the tensors say for themselves what they hold.
+    """
+
+    def __init__(
+        self,
+        format: str = "sbt",  # noqa: A002
+        format_version: int = formats.VERSION,
+        values: str | None = None,
+        **_: Any,
+    ) -> None:
         self.quant_method = "alphaprune"
         self.format = format
         self.format_version = format_version
+        if values is not None:
+            self.values = values
 
 
 @register_quantizer("alphaprune")
@@ -61,14 +73,15 @@ class AlphaPruneQuantizer(HfQuantizer):
         for name, layer in list(model.named_modules()):
             if isinstance(layer, nn.Linear) and f"{name}.weight_mask" in entries:
                 check_entries(name, layer, entries)
-                values = entries[f"{name}.weight"]
-                bias = f"{name}.bias"
+                values, bias = entries[f"{name}.weight"], f"{name}.bias"
+                rounded = values["dtype"] == "I8"
                 sparse = SparseLinear.empty(
                     (layer.out_features, layer.in_features),
                     values["shape"][0],
                     layer.bias is not None,
-                    dtype or VALUE_TYPES[values["dtype"]],
+                    dtype if dtype and not rounded else VALUE_TYPES[values["dtype"]],
                     dtype or VALUE_TYPES[entries[bias]["dtype"]] if bias in entries else torch.float32,
+                    tuple(entries[f"{name}.weight_scale"]["shape"]) if rounded else None,
                 )
                 sparse.name = name
                 model.set_submodule(name, sparse)
@@ -90,40 +103,53 @@ class AlphaPruneQuantizer(HfQuantizer):
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for name, layer in list(model.named_modules()):
             if isinstance(layer, SparseLinear):
-                linear = layer.to_linear()
-                model.set_submodule(name, linear.to(dtype) if dtype else linear)
+                model.set_submodule(name, layer.to_linear(dtype))
         return model
 
 
 def check_entries(name: str, layer: nn.Linear, entries: dict[str, dict]) -> None:
-    """Whether the three packed tensors of a layer fit its shape; ValueError naming the layer if not."""
-    rows, columns = -(-layer.out_features // 16), -(-layer.in_features // 64)
-    wanted = {"weight_mask": [rows, columns, 32], "weight_offsets": [rows * columns + 1]}
-    for suffix in PACKED_SUFFIXES:
-        entry = entries.get(f"{name}.{suffix}")
-        if entry is None:
-            raise ValueError(f"{name}: packed tensor {suffix} is missing from the checkpoint; copy it again")
-        if suffix in wanted and (entry["shape"] != wanted[suffix] or entry["dtype"] != "I32"):
+    """Whether the packed tensors of a layer fit its shape; ValueError naming the layer if not."""
+    n, k = layer.out_features, layer.in_features
+    values = _entry(name, "weight", entries)
+    if len(values["shape"]) != 1 or values["dtype"] not in VALUE_TYPES:
+        found = BY_CODE.get(values["dtype"], values["dtype"])
+        raise ValueError(
+            f"{name}: packed values should be 1-D floating point or int8, the file has {found} {values['shape']}"
+        )
+    rows, columns = -(-n // 16), -(-k // 64)
+    wanted = {"weight_mask": ("I32", [[rows, columns, 32]]), "weight_offsets": ("I32", [[rows * columns + 1]])}
+    if values["dtype"] == "I8":
+        wanted["weight_scale"] = ("F32", [[n], [n, quantize.groups(k, quantize.GROUP)]])
+    for suffix, (dtype, shapes) in wanted.items():
+        entry = _entry(name, suffix, entries)
+        if entry["shape"] not in shapes or entry["dtype"] != dtype:
             found = BY_CODE.get(entry["dtype"], entry["dtype"])
             raise ValueError(
-                f"{name}: {suffix} should be int32 {wanted[suffix]} for a layer of "
-                f"{layer.out_features}×{layer.in_features}, the file has {found} {entry['shape']}"
-            )
-        if suffix == "weight" and (len(entry["shape"]) != 1 or entry["dtype"] not in VALUE_TYPES):
-            found = BY_CODE.get(entry["dtype"], entry["dtype"])
-            raise ValueError(
-                f"{name}: packed values should be 1-D floating point, the file has {found} {entry['shape']}"
+                f"{name}: {suffix} should be {BY_CODE[dtype]} {' or '.join(map(str, shapes))} for a layer of {n}×{k}, "
+                f"the file has {found} {entry['shape']}"
             )
 
 
-def load(path: "str | Path", dtype: "torch.dtype | str" = "auto", device: str = "cpu") -> nn.Module:
+def _entry(name: str, suffix: str, entries: dict[str, dict]) -> dict:
+    entry = entries.get(f"{name}.{suffix}")
+    if entry is None:
+        raise ValueError(f"{name}: packed tensor {suffix} is missing from the checkpoint; copy it again")
+    return entry
+
+
+def load(
+    path: "str | Path", dtype: "torch.dtype | str" = "auto", device: str = "cpu", tokens: int | None = 1
+) -> nn.Module:
     """The model of a directory (ours or any of transformers) or hub id, ready to run: this is `from_pretrained`.
 
-    dtype: "auto" keeps that of the file.   Raises ValueError in one sentence if the files are unreadable.
+    dtype: "auto" keeps that of the file. tokens: rows of x to be fast at; where this machine has a time table, packed
+    layers that are faster dense are expanded; None keeps all packed, as from_pretrained does.
+    Raises ValueError in one sentence if the files are unreadable.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    check_tokens(tokens)
     folder = resolve(path)
     Shards(folder)  # truncated and missing files are found here, by name
     bar = logging.is_progress_bar_enabled()
@@ -135,4 +161,4 @@ def load(path: "str | Path", dtype: "torch.dtype | str" = "auto", device: str = 
     finally:
         if bar:
             logging.enable_progress_bar()
-    return model.to(device).eval()
+    return expand_losers(model.to(device).eval(), tokens)

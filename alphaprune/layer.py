@@ -1,16 +1,18 @@
 """SparseLinear, the drop-in for nn.Linear, and `sparsify`, which puts it into a model."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alphaprune import formats
-from alphaprune.formats import Packed
+from alphaprune.formats import Packed, quantize
+from alphaprune.kernels import base
 from alphaprune.kernels import spmm as op
 from alphaprune.model import open_source
 
-PACKED_SUFFIXES = ("weight", "weight_mask", "weight_offsets")
+PACKED_SUFFIXES = ("weight", "weight_mask", "weight_offsets", "weight_scale")  # the last one only with int8 values
 
 
 class SparseLinear(nn.Module):
@@ -19,6 +21,8 @@ class SparseLinear(nn.Module):
     Buffers (not parameters: adapters train on top of them, they do not train):
     weight [n] values in the dtype of the dense weight, padded; weight_mask [R, C, 32] int32; weight_offsets
     [R·C + 1] int32 with R = ceil(N/16), C = ceil(K/64).   bias: [N] parameter or None.
+    With int8 values: weight [n] int8, and weight_scale float32 [N] or [N, ceil(K/128)], otherwise None. `.to(dtype)`
+    casts float values and the bias; integers and their scale keep dtype and bits.
     Differentiable in x and bias.
     """
 
@@ -28,29 +32,45 @@ class SparseLinear(nn.Module):
         self.register_buffer("weight", packed.weight)
         self.register_buffer("weight_mask", packed.mask)
         self.register_buffer("weight_offsets", packed.offsets)
+        self.register_buffer("weight_scale", packed.scale)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad)
         self.name = ""  # of the layer in its model, for error messages
+        self.quantization_error: quantize.Error | None = None  # of int8 values, where they were made here
         self._prepared: op.Prepared | None = None
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, mask: Tensor | None = None) -> "SparseLinear":
-        """The sparse twin of `linear`; values keep their dtype and bits.
+    def from_linear(
+        cls, linear: nn.Linear, mask: Tensor | None = None, values: str | None = None, group: int | None = None
+    ) -> "SparseLinear":
+        """The sparse twin of `linear`; values keep their dtype and bits unless `values` says otherwise.
 
         mask: [N, K] bool, True = keep; without it, the weights that are not zero are kept.
+        values: "int8" rounds them to 8 bits with a scale per row or, with group=128, per row and 128 columns; how much
+        that loses is in `quantization_error`. ValueError if int8 is asked of NaN or infinite weights.
         """
-        packed = formats.get("sbt").pack(linear.weight.detach(), mask)
+        packed, error = pack_weight(linear.weight.detach(), mask, values, group)
         bias = None if linear.bias is None else linear.bias.detach().clone()
         if bias is not None:
             bias.requires_grad_(linear.bias.requires_grad)
         made = cls(packed, bias)
+        made.quantization_error = error
         made.train(linear.training)
         return made
 
     @classmethod
     def empty(
-        cls, shape: tuple[int, int], values: int, bias: bool, dtype: torch.dtype, bias_dtype: torch.dtype
+        cls,
+        shape: tuple[int, int],
+        values: int,
+        bias: bool,
+        dtype: torch.dtype,
+        bias_dtype: torch.dtype,
+        scale: tuple[int, ...] | None = None,
     ) -> "SparseLinear":
-        """A layer on the meta device, for a loader to fill: `values` is the padded length of the values tensor."""
+        """A layer on the meta device, for a loader to fill.
+
+        values: the padded length of the values tensor. scale: the shape of the scale, of int8 values.
+        """
         n, k = shape
         rows, columns = -(-n // 16), -(-k // 64)
         packed = Packed(
@@ -58,22 +78,29 @@ class SparseLinear(nn.Module):
             torch.empty(rows, columns, 32, dtype=torch.int32, device="meta"),
             torch.empty(rows * columns + 1, dtype=torch.int32, device="meta"),
             shape,
+            None if scale is None else torch.empty(scale, dtype=torch.float32, device="meta"),
         )
         return cls(packed, torch.empty(n, dtype=bias_dtype, device="meta") if bias else None)
 
     @property
     def packed(self) -> Packed:
-        buffers = self._buffers
-        shape = (self.out_features, self.in_features)
-        return Packed(buffers["weight"], buffers["weight_mask"], buffers["weight_offsets"], shape)
+        values, mask, offsets, scale = (self._buffers[suffix] for suffix in PACKED_SUFFIXES)
+        return Packed(values, mask, offsets, (self.out_features, self.in_features), scale)
 
-    def to_linear(self) -> nn.Linear:
-        """The dense twin: the kept weights, and zeros."""
-        weight, _ = formats.get("sbt").unpack(self.packed)
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """The dense twin: the kept weights, int8 values times their scale, and zeros.
+
+        dtype: of weight and bias; by default weights keep their bits and int8 values take the dtype of the bias, or
+        float32.
+        """
+        if dtype is None and self.weight_scale is not None and self.bias is not None:
+            dtype = self.bias.dtype
+        weight, _ = formats.get("sbt").dense(self.packed, dtype)
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+            bias = self.bias.detach().to(dtype or self.bias.dtype, copy=True)
+            linear.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
         linear.train(self.training)
         return linear
 
@@ -85,6 +112,7 @@ class SparseLinear(nn.Module):
             or found.packed.weight is not buffers["weight"]
             or found.packed.mask is not buffers["weight_mask"]
             or found.packed.offsets is not buffers["weight_offsets"]
+            or found.packed.scale is not buffers["weight_scale"]
         ):
             found = op.prepare(self.packed, self.name or "SparseLinear")
             self._prepared = found
@@ -97,18 +125,37 @@ class SparseLinear(nn.Module):
         return self.prepared()(x, self.bias)
 
     def extra_repr(self) -> str:
+        error = self.quantization_error
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"format=sbt, bytes={self.packed.nbytes}"
+            + ("" if self.weight_scale is None else ", values=int8")
+            + ("" if error is None else f", quantization_error={error.relative:.2g}")
         )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseLinear":
+        # Module.to casts every floating buffer; a scale in bfloat16 would have lost what the integers were made with.
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if scale is not None and self.weight_scale.dtype != scale.dtype:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *arguments: Any) -> None:
-        # Another pruning of the same layer has another number of values: take its size, then its content.
-        self._prepared = None
-        for suffix in PACKED_SUFFIXES:
-            incoming, own = state_dict.get(prefix + suffix), self._buffers[suffix]
-            if incoming is not None and suffix == "weight" and incoming.ndim == 1 and incoming.shape != own.shape:
-                self._buffers[suffix] = own.new_empty(incoming.shape)
+        # Another pruning of the same layer has another number of values, and may have integers where this one has
+        # floats: take its size and kind, then its content.
+        self._prepared = self.quantization_error = None
+        values, scale = state_dict.get(prefix + "weight"), state_dict.get(prefix + "weight_scale")
+        own = self.weight
+        if values is not None and values.ndim == 1:
+            other_kind = torch.int8 in (values.dtype, own.dtype) and values.dtype != own.dtype
+            if other_kind or values.shape != own.shape:
+                self.weight = own.new_empty(values.shape, dtype=values.dtype if other_kind else own.dtype)
+            if values.dtype != torch.int8:
+                self.weight_scale = None
+            elif self.weight_scale is None or (scale is not None and scale.shape != self.weight_scale.shape):
+                shape = (self.out_features,) if scale is None else scale.shape
+                self.weight_scale = own.new_empty(shape, dtype=torch.float32)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def __getstate__(self) -> dict:
@@ -116,18 +163,82 @@ class SparseLinear(nn.Module):
         return {**self.__dict__, "_prepared": None}
 
 
-def worth_packing(weight: Tensor, mask: Tensor | None) -> bool:
-    """Whether SBT is smaller than dense: the one rule for what is stored packed, the same on every machine."""
-    kept = int(mask.sum()) if mask is not None else int((weight != 0).sum())
-    return formats.get("sbt").nbytes(tuple(weight.shape), kept, weight.dtype) < weight.nbytes
+def pack_weight(
+    weight: Tensor, mask: Tensor | None, values: str | None = None, group: int | None = None
+) -> tuple[Packed, quantize.Error | None]:
+    """The weight [N, K] in SBT and, for values="int8", what rounding it lost; the arguments of `from_linear`."""
+    quantize.check(values, group)
+    if values is None:
+        return formats.get("sbt").pack(weight, mask), None
+    kept = weight != 0 if mask is None else mask
+    integers, scale, error = quantize.quantize(weight, kept, group)
+    return formats.get("sbt").pack(integers, kept, scale), error
 
 
-def sparsify(model: nn.Module, masks: dict[str, Tensor] | None = None) -> nn.Module:
+def worth_packing(weight: Tensor, mask: Tensor | None, values: str | None = None, group: int | None = None) -> bool:
+    """Whether SBT is smaller than dense: the one rule for what is stored packed, the same on every machine.
+
+    values, group: as the packed weight would have them.
+    """
+    shape, kept = tuple(weight.shape), int(mask.sum()) if mask is not None else int((weight != 0).sum())
+    nbytes = formats.get("sbt").nbytes
+    if values is None:
+        return nbytes(shape, kept, weight.dtype) < weight.nbytes
+    return nbytes(shape, kept, torch.int8, quantize.groups(shape[1], group)) < weight.nbytes
+
+
+def loses(shape: tuple[int, int], density: float, dtype: torch.dtype, device: torch.device, tokens: int | None) -> bool:
+    """Whether the time table of this machine says that dense is faster for so many tokens; False without one.
+
+    Integers never lose: expanded they would be other numbers. tokens: None asks nothing.
+    """
+    if tokens is None or dtype == torch.int8:
+        return False
+    seconds = base.gain(shape, tokens, dtype, dtype, device.type, density)
+    return seconds is not None and seconds[0] > seconds[1]
+
+
+def expand_losers(model: nn.Module, tokens: int | None) -> nn.Module:
+    """Replaces SparseLinear by nn.Linear, in place, where `loses` says so; returns the model. `save` packs them again.
+
+    ValueError unless tokens is None or a whole number from 1.
+    """
+    check_tokens(tokens)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLinear)}
+    for name, layer in layers.items():
+        p = layer.packed
+        if loses(p.shape, p.density, p.dtype, p.device, tokens):
+            base.log.info("%s: dense is faster for %d tokens by the time table; expanded", name, tokens)
+            linear = layer.to_linear()
+            linear.packed_on_disk = True
+            model.set_submodule(name, linear)
+    return model
+
+
+def check_tokens(tokens: int | None) -> None:
+    """ValueError unless tokens is None or a whole number from 1."""
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"tokens {tokens}: wanted a whole number from 1, or None to keep every layer packed")
+
+
+def sparsify(
+    model: nn.Module,
+    masks: dict[str, Tensor] | None = None,
+    values: str | None = None,
+    group: int | None = None,
+    tokens: int | None = 1,
+) -> nn.Module:
     """Replaces nn.Linear layers by SparseLinear, in place, where that is smaller; returns the model.
 
     masks: {layer: [N, K] bool, True = keep} as `prune` returns them; without masks, the zeros that are there count.
-    Raises ValueError if a mask names no linear layer or has another shape.
+    values: "int8" rounds weights to 8 bits, with group=128 by a scale per 128 columns. Layers without zeros get smaller
+    by it, too. What each layer lost stands in its `quantization_error`.
+    tokens: rows of x to be fast at. Where this machine has a time table, layers that are faster dense stay so, with
+    their zeros; None packs all that get smaller.
+    Raises ValueError if a mask names no linear layer or has another shape, or int8 is asked of NaN or infinity.
     """
+    quantize.check(values, group)
+    check_tokens(tokens)
     if masks is None:
         layers = {name: layer for block in open_source(model).blocks() for name, layer in block.linears.items()}
     else:
@@ -139,10 +250,13 @@ def sparsify(model: nn.Module, masks: dict[str, Tensor] | None = None) -> nn.Mod
         mask = masks[name] if masks is not None else None
         if mask is not None and mask.shape != layer.weight.shape:
             raise ValueError(f"{name}: mask has shape {tuple(mask.shape)}, the weight {tuple(layer.weight.shape)}")
-        if worth_packing(layer.weight, mask):
-            sparse = SparseLinear.from_linear(layer, mask)
+        if worth_packing(layer.weight, mask, values, group):
+            try:
+                sparse = SparseLinear.from_linear(layer, mask, values, group)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
             sparse.name = name
             model.set_submodule(name, sparse)
         elif mask is not None:
             layer.weight.data = layer.weight.data.masked_fill(~mask, 0)
-    return model
+    return expand_losers(model, tokens)

@@ -27,6 +27,7 @@ class PrunedBlock:
 
 
 Restore = Callable[[Block], "dict[str, Tensor] | None"]
+Finish = Callable[[Block, "dict[str, Tensor]"], None]
 
 
 def prune(
@@ -57,10 +58,12 @@ def prune_blocks(
     selection: Selection | None = None,
     restore: Restore | None = None,
     progress: Callable[[str], None] | None = None,
+    finish: Finish | None = None,
 ) -> Iterator[PrunedBlock]:
     """Finished blocks in order; each block's weights hold its zeros when it is yielded.
 
     restore: given a block, puts the weights of an earlier run into it and returns its masks, or returns None.
+    finish: given a block and its masks, may change the kept weights before the next block is calibrated behind them.
     Raises ValueError before any work if the plan is for another model or the method lacks its calibration text.
     """
     source, pruner = open_source(source), pruners.get(method)
@@ -71,7 +74,7 @@ def prune_blocks(
         )
     if selection not in (None, "row", "matrix"):
         raise ValueError(f"selection {selection!r}: wanted 'row' or 'matrix'")
-    return _prune_blocks(source, plan, pruner, tokens, selection or pruner.selection, restore, progress)
+    return _prune_blocks(source, plan, pruner, tokens, selection or pruner.selection, restore, progress, finish)
 
 
 def _prune_blocks(
@@ -82,6 +85,7 @@ def _prune_blocks(
     selection: Selection,
     restore: Restore | None,
     progress: Callable[[str], None] | None,
+    finish: Finish | None,
 ) -> Iterator[PrunedBlock]:
     activations = calibrate.first_inputs(source, tokens) if pruner.needs_calibration else None
     for block in source.blocks():
@@ -93,6 +97,8 @@ def _prune_blocks(
             masks = {
                 name: _prune_layer(name, layer, plan, pruner, norms, selection) for name, layer in block.linears.items()
             }
+            if finish:
+                finish(block, masks)
         if activations and block.index + 1 < source.block_count():
             calibrate.run(block, activations)
         if progress:

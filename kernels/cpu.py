@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 from alphaprune.formats import Packed, native
 from alphaprune.kernels.base import Bound, Kernel
 
-ISAS = ("avx512", "avx2", "scalar")  # best first
+ISAS = ("amx", "avx512", "avx512bw", "avx2", "neon", "scalar")  # best first
 CODES = native.DTYPES
+FLOATS = tuple(dtype for dtype in CODES if dtype.is_floating_point)  # of activations and biases
 # Past so many tokens, expanding a chunk of rows for torch's matmul is faster. Measured at 4096 x 4096 in bfloat16 on
 # Sapphire Rapids without AMX: avx512 15 ms and expand 32 ms for 64 tokens, 33 and 53 for 128, about equal for 256.
-MOST_TOKENS = {"avx512": 128, "avx2": 32, "scalar": 4}
+MOST_TOKENS = {"amx": 256, "avx512": 128, "avx512bw": 128, "avx2": 32, "neon": 32, "scalar": 4}
 
 
 def missing(isa: str) -> str | None:
@@ -32,9 +34,7 @@ def missing(isa: str) -> str | None:
 
 def handle(packed: Packed, isa: str | None = None) -> Any:
     """The native weight bound to an instruction set, the best one if none is named; it does not keep tensors alive."""
-    isa = isa or next(name for name in ISAS if missing(name) is None)
-    addresses = packed.weight.data_ptr(), packed.mask.data_ptr(), packed.offsets.data_ptr()
-    return native.load().Weight(*addresses, *packed.shape, CODES[packed.dtype], isa)
+    return native.weight(packed, isa or next(name for name in ISAS if missing(name) is None))
 
 
 def bind(isa: str, packed: Packed) -> Bound:
@@ -43,7 +43,7 @@ def bind(isa: str, packed: Packed) -> Bound:
     n, k = packed.shape
 
     def run(x: Tensor, bias: Tensor | None, packed: Packed = packed) -> Tensor:  # packed: kept alive with the closure
-        y = x.new_empty((*x.shape[:-1], n))
+        y = x.new_empty(*x.shape[:-1], n)  # a third cheaper than with a tuple
         if bias is None:
             multiply(x.data_ptr(), CODES[x.dtype], x.numel() // k, k, 0, 0, y.data_ptr())
         else:
@@ -53,9 +53,34 @@ def bind(isa: str, packed: Packed) -> Bound:
     return run
 
 
+GroupBound = Callable[[Tensor, "Sequence[Tensor | None] | None"], list[Tensor]]
+
+
+def bind_group(isa: str, weights: Sequence[Packed]) -> GroupBound:
+    """The native product of one x with several packed weights [N_i, K] in one parallel region.
+
+    It does not keep the tensors alive: whoever calls it holds the weights.
+    """
+    multiply = native.load().Group(tuple(handle(packed, isa) for packed in weights)).multiply
+    rows, k = [packed.shape[0] for packed in weights], weights[0].shape[1]
+    none = (0,) * len(rows)
+
+    def run(x: Tensor, biases: Sequence[Tensor | None] | None) -> list[Tensor]:
+        leading = x.shape[:-1]
+        out = [x.new_empty(*leading, n) for n in rows]
+        addresses = codes = none
+        if biases is not None:
+            addresses = [0 if bias is None else bias.data_ptr() for bias in biases]
+            codes = [0 if bias is None else CODES[bias.dtype] for bias in biases]
+        multiply(x.data_ptr(), CODES[x.dtype], x.numel() // k, k, addresses, codes, [y.data_ptr() for y in out])
+        return out
+
+    return run
+
+
 def supports(shape: tuple[int, int], tokens: int, weight: torch.dtype, x: torch.dtype) -> str | None:
-    """None for float32, float16 and bfloat16 in any combination."""
-    unknown = [str(dtype) for dtype in (weight, x) if dtype not in CODES]
+    """None for weights in float32, float16, bfloat16 and int8 with activations in any of the floats."""
+    unknown = [str(dtype) for dtype, known in ((weight, CODES), (x, FLOATS)) if dtype not in known]
     return f"it computes with float32, float16 and bfloat16, not {', '.join(unknown)}" if unknown else None
 
 

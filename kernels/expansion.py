@@ -1,12 +1,13 @@
 """Rows of W expanded into a scratch that stays in cache, multiplied by torch: for many tokens, and for gradients."""
 
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from alphaprune.formats import Packed, native, sbt
+from alphaprune.formats import Packed, native, quantize, sbt
 from alphaprune.kernels import cpu
 from alphaprune.kernels.base import Bound, Kernel
 
@@ -14,44 +15,61 @@ CHUNK_BYTES = 8 << 20  # of dense rows: large enough for the matmul, small enoug
 
 
 def expand(packed: Packed, first: int = 0, last: int | None = None, out: Tensor | None = None) -> Tensor:
-    """Rows [first, last) of W, dense [last - first, K] in the packed dtype, bits unchanged, into `out` if given.
+    """Rows [first, last) of W, dense [last - first, K], into `out` if given.
 
-    packed: validated. first: a multiple of 16. ValueError if the rows are not in W.
+    Floats keep their bits and dtype. int8 values come multiplied by their scale, in float32 or the dtype of `out`.
+    packed: validated. first: a multiple of 16. ValueError if the rows are not in W or `out` does not fit.
     """
     n, k = packed.shape
     last = n if last is None else last
     if not 0 <= first <= last <= n or first % sbt.ROWS:
         raise ValueError(f"rows {first} to {last} of a weight {packed.shape}: wanted a start that 16 divides, in order")
     if out is None:
-        out = packed.weight.new_empty(last - first, k)
-    if (out.shape, out.dtype) != ((last - first, k), packed.dtype) or not out.is_contiguous():
-        raise ValueError(f"expand needs a contiguous out {(last - first, k)} {packed.dtype}, got {tuple(out.shape)}")
+        out = packed.weight.new_empty((last - first, k), dtype=packed.dense_dtype)
+    fits = out.dtype == packed.dtype if packed.scale is None else out.dtype in cpu.FLOATS
+    if out.shape != (last - first, k) or not fits or not out.is_contiguous():
+        wanted = f"{(last - first, k)} {packed.dense_dtype}"
+        raise ValueError(f"expand needs a contiguous out {wanted}, got {tuple(out.shape)} {out.dtype}")
     if first == last:
         return out
     if native.load() is not None and packed.device.type == "cpu":
-        cpu.handle(packed).expand(first, last, out.data_ptr())
+        cpu.handle(packed).expand(first, last, out.data_ptr(), cpu.CODES[out.dtype])
         return out
     c = packed.mask.shape[1]
     begin, end = first // sbt.ROWS, -(-last // sbt.ROWS)
     offsets = packed.offsets[begin * c : end * c + 1]
     part = Packed(packed.weight, packed.mask[begin:end], offsets, (last - first, k))
-    return out.copy_(sbt.unpack_torch(part)[0])
+    rows, _ = sbt.unpack_torch(part)
+    return out.copy_(rows if packed.scale is None else quantize.dequantize(rows, packed.scale[first:last], out.dtype))
 
 
 def chunks(packed: Packed) -> Iterator[tuple[int, int, Tensor]]:
     """(first, last, dense rows), from the top of W to the bottom; the rows are overwritten by the next."""
     n, k = packed.shape
-    step = max(sbt.ROWS, CHUNK_BYTES // (k * packed.dtype.itemsize) // sbt.ROWS * sbt.ROWS)
-    scratch = packed.weight.new_empty(min(step, n), k)
+    step = max(sbt.ROWS, CHUNK_BYTES // (k * packed.dense_dtype.itemsize) // sbt.ROWS * sbt.ROWS)
+    scratch = packed.weight.new_empty((min(step, n), k), dtype=packed.dense_dtype)
     for first in range(0, n, step):
         last = min(first + step, n)
         yield first, last, expand(packed, first, last, scratch[: last - first])
 
 
+@functools.cache
+def has_instructions(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of a 16-bit float at once; where not, torch is faster in float32.
+
+    Measured on a Cascade Lake, 1024 tokens, 2048 x 2048, 2 threads: bfloat16 0.175 s, the same in float32 0.041 s.
+    """
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    if dtype == torch.float32 or known.get("architecture") != "x86_64":
+        return True
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    return bool(known.get(f"avx512_{name}") or known.get(f"amx_{name}"))
+
+
 def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """y [..., N] = x [..., K] Wᵀ + bias [N] in x's dtype, accumulated in float32; mixed dtypes compute in float32."""
     same = packed.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
-    compute = x.dtype if same else torch.float32
+    compute = x.dtype if same and has_instructions(x.dtype) else torch.float32
     wide, y = x.to(compute), x.new_empty(*x.shape[:-1], packed.shape[0])
     for first, last, rows in chunks(packed):
         part = None if bias is None else bias[first:last].to(compute)

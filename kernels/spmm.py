@@ -1,20 +1,25 @@
 """The one op, y = x Wᵀ + b with a packed W: checks, dispatch, gradients, torch.compile."""
 
+import itertools
 import weakref
 from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from alphaprune.formats import Packed, native, sbt
-from alphaprune.kernels import base, expansion
+from alphaprune.kernels import base, cpu, expansion
 from alphaprune.kernels.base import Bound, Kernel
 from alphaprune.kernels.expansion import expand
 
-__all__ = ["Prepared", "back_ends", "expand", "native_status", "prepare", "spmm"]
+__all__ = ["Prepared", "back_ends", "expand", "native_status", "prepare", "spmm", "spmm_group"]
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS = cpu.FLOATS
+MOST_GROUPS = 64  # native calls that a weight remembers, one for each count of tokens and company
+_numbers = itertools.count()
 
 
 class Prepared:
@@ -25,8 +30,14 @@ class Prepared:
         self.packed, self.name = packed, name
         self.rows, self.cols = packed.shape
         self.kernel = None if kernel is None else base.named(kernel)
-        self._limits = sorted({k.most_tokens for k in base.kernels().values() if k.most_tokens is not None})
+        self._limits: dict[torch.dtype, tuple[int, ...]] = {}  # by x's dtype: past which tokens another kernel runs
         self._bound: dict[tuple[torch.dtype, int], Bound] = {}  # by x's dtype and the limits that the tokens exceed
+        self.number = next(_numbers)
+        self.groups: dict[tuple, cpu.GroupBound | None] = {}  # see _group
+
+    def __reduce__(self) -> tuple:
+        # Addresses mean nothing in a copy or another process.
+        return Prepared, (self.packed, self.name, None if self.kernel is None else self.kernel.name)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y [..., N] in x's dtype. x: [..., K]; bias: [N], in float32 or any dtype of x.
@@ -42,7 +53,8 @@ class Prepared:
         if x.dim() == 0 or x.shape[-1] != self.cols or (bias is not None and bias.numel() != self.rows):
             raise ValueError(_misfit(self.name, (self.rows, self.cols), x, bias))
         tokens = x.numel() // self.cols
-        bound = self._bound.get((x.dtype, bisect_left(self._limits, tokens))) or self._bind(x, tokens)
+        limits = self._limits.get(x.dtype, ())
+        bound = self._bound.get((x.dtype, bisect_left(limits, tokens))) or self._bind(x, tokens)
         if bias is not None and (bias.dtype not in FLOATS or bias.device != x.device):
             raise ValueError(f"{self.name}: bias is {bias.dtype} on {bias.device}, wanted a float on {x.device}")
         return bound(x.contiguous(), None if bias is None else bias.contiguous())
@@ -51,10 +63,19 @@ class Prepared:
         """The kernel for so many tokens, and why those before it in preference were passed over."""
         shape, dtype = self.packed.shape, self.packed.dtype
         if self.kernel is None:
-            return base.choose(shape, tokens, dtype, x_dtype, self.packed.device.type)
+            return base.choose(shape, tokens, dtype, x_dtype, self.packed.device.type, self.packed.density)
         if reason := self.kernel.supports(shape, tokens, dtype, x_dtype):
             raise ValueError(f"{self.name}: kernel {self.kernel.name} cannot run: {reason}")
         return self.kernel, "asked for"
+
+    def case(self, tokens: int, x_dtype: torch.dtype) -> int:
+        """A number that two counts of tokens share only if they have the same kernel."""
+        if self.kernel is not None:
+            return 0
+        if x_dtype not in self._limits:
+            p = self.packed
+            self._limits[x_dtype] = base.limits(p.shape, p.dtype, x_dtype, p.device.type, p.density)
+        return bisect_left(self._limits[x_dtype], tokens)
 
     def _bind(self, x: Tensor, tokens: int) -> Bound:
         if x.device != self.packed.device:
@@ -63,7 +84,7 @@ class Prepared:
             raise ValueError(f"{self.name}: x is {x.dtype}, wanted float32, float16 or bfloat16")
         kernel, why = self.choice(tokens, x.dtype)
         base.log.debug("%s: kernel %s for %d tokens in %s (%s)", self.name, kernel.name, tokens, x.dtype, why)
-        bound = self._bound[x.dtype, bisect_left(self._limits, tokens)] = kernel.bind(self.packed)
+        bound = self._bound[x.dtype, self.case(tokens, x.dtype)] = kernel.bind(self.packed)
         return bound
 
 
@@ -86,8 +107,56 @@ def spmm(x: Tensor, packed: Packed, bias: Tensor | None = None, kernel: str | No
     known = _prepared.setdefault(packed, {})
     if kernel not in known:
         # The key must not be reachable from its value, or neither would ever be freed.
-        known[kernel] = Prepared(Packed(packed.weight, packed.mask, packed.offsets, packed.shape), "spmm", kernel)
+        known[kernel] = Prepared(replace(packed), "spmm", kernel)
     return known[kernel](x, bias)
+
+
+def spmm_group(x: Tensor, prepared: Sequence[Prepared], biases: Sequence[Tensor | None] | None = None) -> list[Tensor]:
+    """[x W_iᵀ + b_i for every weight], each [..., N_i] with the bits that `prepared[i](x, biases[i])` has.
+
+    One native call, in one parallel region, where all weights have the same K, are bound to the same native kernel, and
+    no gradient is wanted; otherwise one call each.
+    """
+    if biases is not None and len(biases) != len(prepared):
+        raise ValueError(f"{len(prepared)} packed weights and {len(biases)} biases: wanted one bias, or None, for each")
+    given = [] if biases is None else [bias for bias in biases if bias is not None]
+    if not (torch.compiler.is_compiling() or _needs_op(x, None) or any(_needs_op(x, bias) for bias in given)):
+        run = _group(x, prepared)
+        if run is not None and not given:
+            return run(x.contiguous(), None)
+        if run is not None and all(map(_bias_fits, prepared, itertools.repeat(x), biases)):
+            return run(x.contiguous(), [None if bias is None else bias.contiguous() for bias in biases])
+    every = [None] * len(prepared) if biases is None else biases
+    return [one(x, bias) for one, bias in zip(prepared, every, strict=True)]
+
+
+def _bias_fits(prepared: Prepared, x: Tensor, bias: Tensor | None) -> bool:
+    return bias is None or (bias.numel() == prepared.rows and bias.dtype in FLOATS and bias.device == x.device)
+
+
+def _group(x: Tensor, prepared: Sequence[Prepared]) -> cpu.GroupBound | None:
+    """The native call for these weights and so many tokens, or None if they take one call each.
+
+    Remembered by the first weight under the numbers of the others, which never come again: nothing is kept alive.
+    """
+    if len(prepared) < 2 or x.dim() == 0 or x.shape[-1] != prepared[0].cols or x.dtype not in FLOATS:
+        return None
+    groups, tokens = prepared[0].groups, x.numel() // prepared[0].cols
+    key = (x.dtype, tokens, *[one.number for one in prepared])
+    if key not in groups:
+        if len(groups) >= MOST_GROUPS:
+            groups.clear()
+        groups[key] = _bind_group(x, tokens, prepared)
+    return groups.get(key)
+
+
+def _bind_group(x: Tensor, tokens: int, prepared: Sequence[Prepared]) -> cpu.GroupBound | None:
+    if any(p.cols != prepared[0].cols or p.packed.device != x.device for p in prepared):
+        return None
+    kernels = {p.choice(tokens, x.dtype)[0].name for p in prepared}
+    if len(kernels) > 1 or not kernels <= set(cpu.ISAS):
+        return None
+    return cpu.bind_group(kernels.pop(), [p.packed for p in prepared])
 
 
 def back_ends() -> list[tuple[str, str | None]]:
@@ -119,58 +188,62 @@ def _misfit(name: str, shape: tuple[int, int], x: Tensor, bias: Tensor | None) -
 _by_weight: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _lookup(weight: Tensor, mask: Tensor, offsets: Tensor, n: int, k: int) -> Prepared:
-    address = (weight.data_ptr(), mask.data_ptr(), offsets.data_ptr(), n, k)
+def _lookup(weight: Tensor, mask: Tensor, offsets: Tensor, scale: Tensor | None, n: int, k: int) -> Prepared:
+    address = (weight.data_ptr(), mask.data_ptr(), offsets.data_ptr(), 0 if scale is None else scale.data_ptr(), n, k)
     known = _by_weight.get(weight)
     if known is None or known[0] != address:
-        packed = Packed(weight.detach(), mask.detach(), offsets.detach(), (n, k))
+        packed = Packed(weight, mask, offsets, (n, k), scale).map(Tensor.detach)
         known = _by_weight[weight] = (address, Prepared(packed, "alphaprune::spmm"))
     return known[1]
 
 
 def _call_op(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    n, k = packed.shape
-    return torch.ops.alphaprune.spmm(x, packed.weight, packed.mask, packed.offsets, n, k, bias)
+    tensors = packed.weight, packed.mask, packed.offsets, packed.scale
+    return torch.ops.alphaprune.spmm(x, *tensors, *packed.shape, bias)
 
 
-def _spmm(x: Tensor, weight: Tensor, mask: Tensor, offsets: Tensor, n: int, k: int, bias: Tensor | None) -> Tensor:
-    return _lookup(weight, mask, offsets, n, k).run(x, bias)
+def _spmm(
+    x: Tensor, weight: Tensor, mask: Tensor, offsets: Tensor, scale: Tensor | None, n: int, k: int, bias: Tensor | None
+) -> Tensor:
+    return _lookup(weight, mask, offsets, scale, n, k).run(x, bias)
 
 
-def _spmm_fake(x: Tensor, weight: Tensor, mask: Tensor, offsets: Tensor, n: int, k: int, bias: Tensor | None) -> Tensor:
+def _spmm_fake(
+    x: Tensor, weight: Tensor, mask: Tensor, offsets: Tensor, scale: Tensor | None, n: int, k: int, bias: Tensor | None
+) -> Tensor:
     torch._check(x.shape[-1] == k, lambda: _misfit("alphaprune::spmm", (n, k), x, bias))
     return x.new_empty((*x.shape[:-1], n))
 
 
-def _grad(grad: Tensor, weight: Tensor, mask: Tensor, offsets: Tensor, n: int, k: int) -> Tensor:
-    return expansion.multiply_transposed(grad, _lookup(weight, mask, offsets, n, k).packed)
+def _grad(grad: Tensor, weight: Tensor, mask: Tensor, offsets: Tensor, scale: Tensor | None, n: int, k: int) -> Tensor:
+    return expansion.multiply_transposed(grad, _lookup(weight, mask, offsets, scale, n, k).packed)
 
 
-def _grad_fake(grad: Tensor, weight: Tensor, mask: Tensor, offsets: Tensor, n: int, k: int) -> Tensor:
+def _grad_fake(
+    grad: Tensor, weight: Tensor, mask: Tensor, offsets: Tensor, scale: Tensor | None, n: int, k: int
+) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], k))
 
 
 def _remember(ctx, inputs, output) -> None:
-    _, weight, mask, offsets, ctx.n, ctx.k, bias = inputs
-    ctx.save_for_backward(weight, mask, offsets)
+    _, *packed, ctx.n, ctx.k, bias = inputs
+    ctx.save_for_backward(*packed)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx, grad: Tensor):
-    weight, mask, offsets = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.alphaprune.spmm_grad(grad.contiguous(), weight, mask, offsets, ctx.n, ctx.k)
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[6]:
+        grad_x = torch.ops.alphaprune.spmm_grad(grad.contiguous(), *ctx.saved_tensors, ctx.n, ctx.k)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[7]:
         grad_bias = grad.float().flatten(0, -2).sum(0).to(ctx.bias_dtype)
-    return grad_x, None, None, None, None, None, grad_bias
+    return grad_x, *[None] * 6, grad_bias
 
 
+_PACKED = "Tensor weight, Tensor mask, Tensor offsets, Tensor? scale, SymInt n, SymInt k"
 _library = torch.library.Library("alphaprune", "DEF")
-_library.define(
-    "spmm(Tensor x, Tensor weight, Tensor mask, Tensor offsets, SymInt n, SymInt k, Tensor? bias) -> Tensor"
-)
-_library.define("spmm_grad(Tensor grad, Tensor weight, Tensor mask, Tensor offsets, SymInt n, SymInt k) -> Tensor")
+_library.define(f"spmm(Tensor x, {_PACKED}, Tensor? bias) -> Tensor")
+_library.define(f"spmm_grad(Tensor grad, {_PACKED}) -> Tensor")
 for _name, _impl, _fake in (("spmm", _spmm, _spmm_fake), ("spmm_grad", _grad, _grad_fake)):
     _library.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"alphaprune::{_name}", _fake, lib=_library)

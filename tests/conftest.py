@@ -11,6 +11,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
+os.environ["ALPHAPRUNE_TIMES"] = "off"  # nor depend on what a machine was tuned for
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +36,30 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def use_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Makes a time table the current one, and returns its file."""
+    from alphaprune.kernels import table
+
+    def take(found: "table.Table") -> Path:
+        found.save(tmp_path / "times.json")
+        monkeypatch.setenv("ALPHAPRUNE_TIMES", str(tmp_path / "times.json"))
+        table.forget()
+        return tmp_path / "times.json"
+
+    yield take
+    table.forget()
+
+
+@pytest.fixture
+def native_only() -> None:
+    """Skips, with the reason, where there are no native kernels."""
+    from alphaprune.formats import native
+
+    if native.load() is None:
+        pytest.skip(native.status())
 
 
 def shared(name: str) -> Path:

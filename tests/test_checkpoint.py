@@ -24,17 +24,27 @@ def make_plan(source, sparsity: float = 0.7):
     return alphaprune.plan(alphaprune.analyze(source, fit=None), sparsity, allocator="uniform")
 
 
-def write(directory: Path, out: Path, stop_after: int | None = None, packed: bool = True, **identity):
+def write(
+    directory: Path,
+    out: Path,
+    stop_after: int | None = None,
+    packed: bool = True,
+    values: str | None = None,
+    group: int | None = None,
+    **identity,
+):
     source = open_source(directory)
     chosen = make_plan(directory)
 
-    def run(restore):
-        for count, block in enumerate(prune_blocks(source, chosen, "wanda", TOKENS, restore=restore)):
+    def run(restore, finish):
+        blocks = prune_blocks(source, chosen, "wanda", TOKENS, restore=restore, finish=finish)
+        for count, block in enumerate(blocks):
             if count == stop_after:
                 raise KeyboardInterrupt
             yield block
 
-    return checkpoint.write_pruned(source, out, {"seed": 0, **identity}, {"made": "here"}, run, packed)
+    identity = {"seed": 0, **identity}
+    return checkpoint.write_pruned(source, out, identity, {"made": "here"}, run, packed, values, group)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -74,15 +84,18 @@ def test_dense_format_is_plain(directory: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 2])
-def test_an_interrupted_run_continues_to_identical_bytes(directory: Path, tmp_path: Path, stop_after: int) -> None:
-    write(directory, tmp_path / "whole")
+@pytest.mark.parametrize("values", [None, "int8"])
+def test_an_interrupted_run_continues_to_identical_bytes(
+    directory: Path, tmp_path: Path, stop_after: int, values: str | None
+) -> None:
+    write(directory, tmp_path / "whole", values=values)
     with pytest.raises(KeyboardInterrupt):
-        write(directory, tmp_path / "out", stop_after=stop_after)
+        write(directory, tmp_path / "out", stop_after=stop_after, values=values)
     assert not (tmp_path / "out").exists()
     part = tmp_path / "out.part"
     done = {f.name: f.stat().st_mtime_ns for f in part.glob("*.safetensors")}
     assert len(done) == stop_after
-    write(directory, tmp_path / "out")
+    write(directory, tmp_path / "out", values=values)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert all((tmp_path / "out" / name).stat().st_mtime_ns == when for name, when in done.items())  # not redone
 

@@ -9,7 +9,7 @@ import torch
 from conftest import make_model
 from torch import nn
 
-from alphaprune import SparseLinear, sparsify
+from alphaprune import SparseLinear, formats, sparsify
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -117,6 +117,11 @@ def test_corrupt_buffers_are_found_before_a_kernel_sees_them() -> None:
     sparse.weight_offsets = sparse.weight_offsets + 1000
     with pytest.raises(ValueError, match="offsets"):
         sparse(torch.randn(1, 70))
+    _, sparse = rounded_pair()
+    sparse(torch.randn(1, 70))
+    sparse.weight_scale = sparse.weight_scale[:-1]
+    with pytest.raises(ValueError, match=r"need a float32 scale \(50,\) or \(50, 1\), got torch.float32 \(49,\)"):
+        sparse(torch.randn(1, 70))
 
 
 def test_sparsify_from_zeros_in_the_model_leaves_dense_layers_alone() -> None:
@@ -133,8 +138,124 @@ def test_sparsify_from_zeros_in_the_model_leaves_dense_layers_alone() -> None:
     assert "format=sbt" in repr(live.model.layers[0].mlp.up_proj)
 
 
-def test_works_in_torch_compile() -> None:
+@pytest.mark.parametrize("values", [None, "int8"])
+def test_works_in_torch_compile(values) -> None:
     linear, sparse = make_pair()
+    if values:
+        linear, sparse = rounded_pair()
     compiled = torch.compile(sparse, fullgraph=True, backend="aot_eager")
     x = torch.randn(3, 70)
     close(compiled(x), linear(x))
+
+
+def rounded_pair(k: int = 70, dtype=torch.float32, group: int | None = None, sparsity: float = 0.7):
+    """The int8 twin of a layer, and a dense layer with what it holds."""
+    linear, _ = make_pair(k=k, dtype=dtype, sparsity=sparsity)
+    sparse = SparseLinear.from_linear(linear, None, values="int8", group=group)
+    return sparse.to_linear(torch.float32).to(dtype), sparse
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("k", "group"), [(70, None), (300, None), (300, 128)])
+@pytest.mark.parametrize("sparsity", [0.7, 0.0])
+def test_int8_values(dtype, k: int, group, sparsity: float) -> None:
+    linear, _ = make_pair(k=k, dtype=dtype, sparsity=sparsity)
+    sparse = SparseLinear.from_linear(linear, None, values="int8", group=group)
+    assert sparse.weight.dtype == torch.int8 and sparse.weight_scale.dtype == torch.float32
+    assert sparse.weight_scale.shape == ((50,) if group is None else (50, 3))
+    lost = sparse.quantization_error
+    off = sparse.to_linear(torch.float32).weight.double() - linear.weight.double()
+    assert 0 < lost.relative < 0.01 and 0 < lost.largest < 0.005
+    assert lost.relative == pytest.approx((off.norm() / linear.weight.double().norm()).item(), rel=1e-3)
+    x = torch.randn(2, 3, k).to(dtype)
+    close(sparse(x), sparse.to_linear(dtype)(x))
+    leaf = torch.randn(4, k, requires_grad=True)
+    weights = torch.randn(4, 50)
+    (sparse(leaf) * weights).sum().backward()
+    torch.testing.assert_close(leaf.grad, weights @ sparse.to_linear(torch.float32).weight, rtol=1e-4, atol=1e-5)
+    assert "values=int8" in repr(sparse) and f"quantization_error={lost.relative:.2g}" in repr(sparse)
+    assert sparse.to_linear().weight.dtype == sparse.to_linear().bias.dtype == dtype
+    assert torch.equal(sparse.to_linear().bias, linear.bias)
+
+
+def test_a_kept_weight_that_rounds_to_zero_stays_kept() -> None:
+    linear = nn.Linear(64, 1, bias=False)
+    linear.weight.data = torch.full((1, 64), 1e-6)
+    linear.weight.data[0, 0] = 1
+    mask = torch.ones(1, 64, dtype=torch.bool)
+    mask[0, 1] = False
+    for keep, count in ((mask, 63), (None, 64)):
+        sparse = SparseLinear.from_linear(linear, keep, values="int8")
+        assert formats.get("sbt").kept(sparse.packed) == count
+        assert sparse.to_linear().weight.count_nonzero() == 1
+        assert sparse(torch.full((1, 64), float("inf"))).isnan().all()  # as in a dense layer with those zeros
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.to("cpu").float()])
+@pytest.mark.parametrize("group", [None, 128])
+def test_casting_leaves_integers_and_their_scale_alone(cast, group) -> None:
+    _, sparse = rounded_pair(k=300, group=group)
+    values, scale, x = sparse.weight.clone(), sparse.weight_scale.clone(), torch.randn(3, 300)
+    wanted = sparse(x)
+    model = cast(nn.Sequential(sparse, nn.Linear(50, 2)))
+    assert model[0].bias.dtype == model[1].weight.dtype
+    assert sparse.weight.dtype == torch.int8 and torch.equal(sparse.weight, values)
+    assert sparse.weight_scale.dtype == torch.float32 and torch.equal(sparse.weight_scale, scale)
+    moved = x.to(model[1].weight.dtype)
+    close(sparse(moved), wanted.to(moved.dtype))
+    assert model.to("meta")[0].weight_scale.is_meta and model[0].weight_scale.dtype == torch.float32
+
+
+def test_state_dicts_cross_between_floats_and_integers() -> None:
+    _, floats = make_pair(k=300)
+    by_row, by_group = rounded_pair(k=300)[1], rounded_pair(k=300, group=128, sparsity=0.2)[1]
+    x = torch.randn(3, 300)
+    assert set(by_row.state_dict()) == {"weight", "weight_mask", "weight_offsets", "weight_scale", "bias"}
+    for source in (floats, by_row, by_group):
+        for target in (floats, by_row, by_group):
+            loaded = copy.deepcopy(target)
+            loaded(x)
+            loaded.load_state_dict(source.state_dict())
+            assert torch.equal(loaded(x), source(x)) and loaded.weight.dtype == source.weight.dtype
+            assert set(loaded.state_dict()) == set(source.state_dict())
+            twin = pickle.loads(pickle.dumps(loaded))
+            assert torch.equal(twin(x), source(x))
+    short = {name: tensor for name, tensor in by_row.state_dict().items() if name != "weight_scale"}
+    for target in (floats, by_row):
+        with pytest.raises(RuntimeError, match="weight_scale"):
+            copy.deepcopy(target).load_state_dict(short)
+
+
+def test_sparsify_to_int8_packs_dense_layers_too() -> None:
+    live = make_model(dtype=torch.bfloat16)
+    wanted = {n: m.weight.detach().clone() for n, m in live.model.layers.named_modules() if isinstance(m, nn.Linear)}
+    x = torch.arange(20)[None]
+    with torch.no_grad():
+        logits = live(x).logits
+        assert sparsify(live, values="int8", group=128) is live
+        assert (live(x).logits - logits).norm() / logits.norm() < 0.03
+    sparse = {n: m for n, m in live.model.layers.named_modules() if isinstance(m, SparseLinear)}
+    assert set(sparse) == set(wanted)  # no zeros in it, and all the same smaller
+    for name, layer in sparse.items():
+        assert layer.name == f"model.layers.{name}"
+        assert layer.packed.nbytes < wanted[name].nbytes and layer.quantization_error.relative < 0.01
+        assert formats.get("sbt").kept(layer.packed) == wanted[name].count_nonzero()
+
+
+def test_sparsify_to_int8_by_masks() -> None:
+    live = make_model()
+    layer = live.model.layers[1].mlp.up_proj
+    name, weight = "model.layers.1.mlp.up_proj", layer.weight.detach().clone()
+    mask = torch.rand(200, 96) > 0.8
+    sparsify(live, {name: mask}, values="int8")
+    assert [n for n, m in live.named_modules() if isinstance(m, SparseLinear)] == [name]
+    dense = live.get_submodule(name).to_linear().weight
+    step = (weight * mask).abs().amax(1, keepdim=True) / 127
+    assert ((dense - weight * mask).abs() <= 0.5001 * step).all()
+    live.model.layers[0].mlp.up_proj.weight.data[3, 5] = float("nan")
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\.mlp\.up_proj: NaN and infinity have no place"):
+        sparsify(live, values="int8")
+    with pytest.raises(ValueError, match="values 'int4': wanted int8"):
+        sparsify(live, values="int4")
+    with pytest.raises(ValueError, match="group 64"):
+        SparseLinear.from_linear(live.lm_head, None, "int8", 64)

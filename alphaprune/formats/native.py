@@ -3,10 +3,13 @@
 import functools
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch  # before _native, whose OpenMP symbols resolve to the libgomp that torch loads
 
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/layout.h
+from alphaprune.formats.packed import Packed
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}  # csrc/layout.h
 REASON_FILE = Path(__file__).resolve().parents[1] / "_native_reason.txt"  # written by setup.py when it could not build
 
 
@@ -26,6 +29,13 @@ def _find() -> tuple[ModuleType | None, str]:
 def load() -> ModuleType | None:
     """alphaprune._native, or None where it was not built."""
     return _find()[0]
+
+
+def weight(packed: Packed, isa: str) -> Any:
+    """The native view of a validated weight, bound to an instruction set; it does not keep the tensors alive."""
+    addresses = packed.weight.data_ptr(), packed.mask.data_ptr(), packed.offsets.data_ptr()
+    scale, groups = (0, 0) if packed.scale is None else (packed.scale.data_ptr(), packed.scale[0].numel())
+    return load().Weight(*addresses, scale, *packed.shape, groups, DTYPES[packed.dtype], isa)
 
 
 def status() -> str:

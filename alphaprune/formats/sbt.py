@@ -1,14 +1,16 @@
-"""SBT, the sub-tile bitmap: 2d + 1/8 bytes per bfloat16 weight of density d, and about 1 % of padding.
+"""SBT, the sub-tile bitmap: 2d + 1/8 bytes per bfloat16 weight of density d, and about 1 % of padding; int8 d + 1/8.
 
 The byte layout is described in csrc/layout.h: macro tiles of 16 rows x 64 columns, each 32 mask words in the order
 [step of 16 columns][pair of rows], bit = 16 * (row of the pair) + column; then its values in bit order.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from alphaprune.formats import native
+from alphaprune.formats import native, quantize
 from alphaprune.formats.packed import Format, Packed
 
 ROWS, COLS, WORDS, UNIT = 16, 64, 32, 8
@@ -38,12 +40,23 @@ def _from_tiles(tiles: Tensor, shape: tuple[int, int]) -> Tensor:
 
 def _integers(tensor: Tensor) -> Tensor:
     """The same bits as integers, so that no NaN payload is touched."""
-    return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
+    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
 
 
 def _unsigned(offsets: Tensor) -> Tensor:
     """int32 bit patterns as the numbers they mean, int64."""
     return offsets.to(torch.int64) & 0xFFFFFFFF
+
+
+def _padded(dtype: torch.dtype) -> int:
+    """Units that the values of a tile are padded to: 8 values, and 16 for int8, so that tiles start on 16 bytes."""
+    return 2 if dtype == torch.int8 else 1
+
+
+def _units(count: Tensor, dtype: torch.dtype) -> Tensor:
+    """Units that tiles with so many values take."""
+    step = _padded(dtype)
+    return (count + UNIT * step - 1) // (UNIT * step) * step
 
 
 def _length(units: int, dtype: torch.dtype) -> int:
@@ -62,22 +75,38 @@ def _chunks(shape: tuple[int, int]) -> list[tuple[int, int]]:
     return [(first, min(first + step, r)) for first in range(0, r, step)]
 
 
-def pack(weight: Tensor, mask: Tensor | None = None) -> Packed:
+def pack(weight: Tensor, mask: Tensor | None = None, scale: Tensor | None = None) -> Packed:
     """The weight [N, K] in SBT: only values where `mask` is True, bits unchanged.
 
-    Without a mask every weight but +0 and -0 is kept; NaN and infinities are. ValueError on a shape or dtype that the
-    format does not know.
+    Without a mask every weight but +0 and -0 is kept; NaN and infinities are. scale: of an int8 weight, float32 [N] or
+    [N, ceil(K / 128)]. ValueError on a shape or dtype that the format does not know.
     """
     if weight.dim() != 2 or weight.numel() == 0:
         raise ValueError(f"sbt needs a 2-D weight with rows and columns, got shape {tuple(weight.shape)}")
     if weight.dtype not in native.DTYPES:
-        raise ValueError(f"sbt holds float32, float16 and bfloat16, got {weight.dtype}; convert the weight first")
+        raise ValueError(f"sbt holds float32, float16, bfloat16 and int8, got {weight.dtype}; convert the weight first")
     if mask is not None and (mask.shape != weight.shape or mask.dtype != torch.bool):
         raise ValueError(f"sbt needs a bool mask of shape {tuple(weight.shape)}, got {mask.dtype} {tuple(mask.shape)}")
+    if misfit := _scale_misfit(tuple(weight.shape), weight.dtype, scale):
+        raise ValueError(misfit)
+    if scale is not None and (weight == -128).any():
+        raise ValueError("sbt holds int8 values from -127 to 127, got -128; clamp them")
     weight = weight.detach().contiguous()
     mask = None if mask is None else mask.to(weight.device).contiguous()
     route = _pack_native if native.load() is not None and weight.device.type == "cpu" else _pack_torch
-    return route(weight, mask)
+    packed = route(weight, mask)
+    return packed if scale is None else replace(packed, scale=scale.detach().to(weight.device).contiguous())
+
+
+def _scale_misfit(shape: tuple[int, int], dtype: torch.dtype, scale: Tensor | None) -> str | None:
+    """Why a scale does not fit the values, or None."""
+    if dtype != torch.int8:
+        return None if scale is None else f"only int8 values have a scale, got {dtype} with one"
+    wanted = [(shape[0],), (shape[0], quantize.groups(shape[1], quantize.GROUP))]
+    if scale is not None and scale.dtype == torch.float32 and tuple(scale.shape) in wanted:
+        return None
+    got = "none" if scale is None else f"{scale.dtype} {tuple(scale.shape)}"
+    return f"int8 values of a weight {shape} need a float32 scale {wanted[0]} or {wanted[1]}, got {got}"
 
 
 def _pack_native(weight: Tensor, mask: Tensor | None) -> Packed:
@@ -103,7 +132,7 @@ def _pack_torch(weight: Tensor, mask: Tensor | None) -> Packed:
         tiles = _to_tiles(keep[first * ROWS : last * ROWS])  # [r, C, 32, 32] bool
         words.append((tiles.to(torch.int64) * place).sum(-1).to(torch.int32))
         count = tiles.sum((-2, -1)).flatten()  # [r * C]
-        counts.append((count + UNIT - 1) // UNIT)
+        counts.append(_units(count, weight.dtype))
         ends = counts[-1].cumsum(0) * UNIT
         chunk = bits.new_zeros(int(ends[-1]))
         start = (ends - counts[-1] * UNIT) - (count.cumsum(0) - count)  # shift of a tile by the padding before it
@@ -122,7 +151,7 @@ def _pack_torch(weight: Tensor, mask: Tensor | None) -> Packed:
 def unpack(packed: Packed) -> tuple[Tensor, Tensor]:
     """The dense weight [N, K], packed bits unchanged and +0 elsewhere, and its keep-mask, bool [N, K].
 
-    ValueError if the packed tensors disagree.
+    int8 values come as the integers, without their scale. ValueError if the packed tensors disagree.
     """
     validate(packed, "unpack")
     module = native.load()
@@ -131,9 +160,7 @@ def unpack(packed: Packed) -> tuple[Tensor, Tensor]:
     weight = torch.empty(packed.shape, dtype=packed.dtype)
     kept = torch.empty(packed.shape, dtype=torch.bool)
     isa = next(name for name, missing in module.isas() if not missing)
-    addresses = packed.weight.data_ptr(), packed.mask.data_ptr(), packed.offsets.data_ptr()
-    handle = module.Weight(*addresses, *packed.shape, native.DTYPES[packed.dtype], isa)
-    handle.expand(0, packed.shape[0], weight.data_ptr())
+    native.weight(packed, isa).expand(0, packed.shape[0], weight.data_ptr(), native.DTYPES[packed.dtype])
     module.unpack_mask(packed.mask.data_ptr(), *packed.shape, kept.data_ptr())
     return weight, kept
 
@@ -158,11 +185,27 @@ def unpack_torch(packed: Packed) -> tuple[Tensor, Tensor]:
     return torch.cat(weights).view(packed.dtype), torch.cat(masks)
 
 
-def nbytes(shape: tuple[int, int], kept: int, dtype: torch.dtype) -> int:
-    """Bytes that `kept` weights of a [N, K] weight never exceed: every tile may waste up to seven values of padding."""
+def dense(packed: Packed, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """The weight [N, K] as a dense layer holds it, int8 multiplied by its scale, and its keep-mask, bool [N, K].
+
+    dtype: None keeps the bits of floats and gives float32 for int8. ValueError if the packed tensors disagree.
+    """
+    weight, kept = unpack(packed)
+    if packed.scale is None:
+        return weight.to(dtype or weight.dtype), kept
+    return quantize.dequantize(weight, packed.scale, dtype or torch.float32), kept
+
+
+def nbytes(shape: tuple[int, int], kept: int, dtype: torch.dtype, scales: int = 0) -> int:
+    """Bytes that `kept` weights of a [N, K] weight never exceed: every tile may waste padding but for one value.
+
+    scales: float32 numbers per row, for int8.
+    """
     r, c = _tiles(shape)
-    values = min(kept + (UNIT - 1) * r * c, r * c * ROWS * COLS)
-    return _length(-(-values // UNIT), dtype) * dtype.itemsize + r * c * (WORDS + 1) * 4 + 4
+    step = UNIT * _padded(dtype)
+    values = min(kept + (step - 1) * r * c, r * c * ROWS * COLS)
+    units = -(-values // step) * _padded(dtype)
+    return _length(units, dtype) * dtype.itemsize + r * c * (WORDS + 1) * 4 + 4 + shape[0] * scales * 4
 
 
 def kept(packed: Packed) -> int:
@@ -184,16 +227,18 @@ def _popcount(words: Tensor) -> Tensor:
 
 def validate(packed: Packed, name: str) -> None:
     """Nothing, if a kernel can trust the packed tensors; ValueError naming the layer and the disagreement if not."""
-    for what, tensor in (("values", packed.weight), ("mask", packed.mask), ("offsets", packed.offsets)):
+    for what, tensor in packed.tensors.items():
         if not tensor.is_contiguous() or tensor.device != packed.weight.device:
             raise ValueError(f"{name}: sbt needs contiguous tensors on one device, got {what} on {tensor.device}")
     if len(packed.shape) != 2 or min(packed.shape) < 1:
         raise ValueError(f"{name}: sbt needs the shape (N, K) of a weight, got {tuple(packed.shape)}")
     if packed.weight.dim() != 1 or packed.dtype not in native.DTYPES:
         raise ValueError(
-            f"{name}: sbt needs 1-D values in float32, float16 or bfloat16, "
+            f"{name}: sbt needs 1-D values in float32, float16, bfloat16 or int8, "
             f"got {packed.dtype} {tuple(packed.weight.shape)}"
         )
+    if misfit := _scale_misfit(packed.shape, packed.dtype, packed.scale):
+        raise ValueError(f"{name}: {misfit}; the file is damaged or belongs to another model")
     r, c = _tiles(packed.shape)
     for what, tensor, wanted in (("mask", packed.mask, (r, c, WORDS)), ("offsets", packed.offsets, (r * c + 1,))):
         if tensor.dtype != torch.int32 or tuple(tensor.shape) != wanted:
@@ -222,11 +267,13 @@ FAULTS = {  # csrc/cpu/pack.h
 def _fault(packed: Packed) -> tuple[int, int]:
     """(code, tile) of the first fault of mask and offsets, (0, 0) if there is none."""
     if native.load() is not None and packed.weight.device.type == "cpu":
-        return native.load().fault(packed.mask.data_ptr(), packed.offsets.data_ptr(), *packed.shape)
+        return native.load().fault(
+            packed.mask.data_ptr(), packed.offsets.data_ptr(), *packed.shape, native.DTYPES[packed.dtype]
+        )
     offsets = _unsigned(packed.offsets)
     if offsets[0] != 0:
         return 1, 0
-    units = (_popcount(packed.mask).sum(-1).flatten() + UNIT - 1) // UNIT
+    units = _units(_popcount(packed.mask).sum(-1).flatten(), packed.dtype)
     bad = torch.where(offsets.diff() != units, 2, 0)
     inside = _to_tiles(torch.ones(packed.shape, dtype=torch.bool, device=packed.device))  # [R, C, 32, 32]
     place = torch.ones(32, dtype=torch.int64, device=packed.device) << torch.arange(32, device=packed.device)
@@ -236,4 +283,4 @@ def _fault(packed: Packed) -> tuple[int, int]:
     return (int(bad[faults[0]]), int(faults[0])) if faults.numel() else (0, 0)
 
 
-FORMAT = Format("sbt", pack, unpack, nbytes, kept, validate)
+FORMAT = Format("sbt", pack, unpack, dense, nbytes, kept, validate)
