@@ -9,20 +9,26 @@ from typing import Any
 
 import torch
 
-from alphaprune import formats, generate, hf, timing
+from alphaprune import decoding, formats, generate, hf, timing
 from alphaprune import model as models
 from alphaprune.layer import SparseLinear
 from alphaprune.pattern import NM, parse
 
-# Shapes [N, K] of the linears of one block, by model.
-MODELS = {
-    "llama2-7b": ((4096, 4096), (11008, 4096), (4096, 11008)),
-    "llama3-8b": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
-    "mistral-7b": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
-}
 DERIVED = ("ratio", "weights_per_second", "bytes_per_second", "of_bandwidth")
 Bar = Callable[[int, str, str], AbstractContextManager[Callable[[str], None]]]
-COLUMNS = ["shape", "tokens", "sparsity", "kernel", "seconds", "dense seconds", "speed-up", "GB/s", "% of memory"]
+COLUMNS = [
+    "shape",
+    "tokens",
+    "sparsity",
+    "values",
+    "kernel",
+    "seconds",
+    "dense seconds",
+    "speed-up",
+    "GB/s",
+    "% of memory",
+]
+DECODING = ["weights", "values", "decoder", "tokens/s", "step seconds", "step / kernels"]
 
 
 def bench_shapes(
@@ -33,14 +39,21 @@ def bench_shapes(
     dtype: str,
     kernel: str | None,
     bar: Bar,
+    values: str | None = None,
+    decode: bool = False,
 ) -> dict[str, Any]:
     """Rows for every shape × tokens × sparsity with random weights read from memory (see timing.time_linear).
 
-    bar: (total, description, unit) → context that yields what to call after each step.
+    bar: (total, description, unit) → context that yields what to call after each step. values: int8, or as `dtype`.
+    decode: time whole models in the shapes of `shape` afterwards.
 
     ValueError if an argument is no list of what it should be, or the kernel cannot run here.
     """
     shapes, chosen = parse_shapes(shape), parse(pattern)
+    if decode and shape not in decoding.MODELS:
+        raise ValueError(f"--decode needs the shapes of a whole model: --shape with {', '.join(decoding.MODELS)}")
+    if decode and isinstance(chosen, NM):
+        raise ValueError("--decode times unstructured sparsity: leave out --pattern")
     sparsities = [chosen.sparsity] if isinstance(chosen, NM) else parse_sparsities(sparsity)
     counts = parse_numbers(tokens, int, "--tokens")
     if any(count < 1 for count in counts):
@@ -49,14 +62,26 @@ def bench_shapes(
     bandwidth, kind, rows = timing.read_bandwidth(), getattr(torch, dtype), []
     with bar(len(problems), "bench", "row") as tick:
         for one, count, share in problems:
-            found = timing.time_linear(one, share, count, kind, kernel, bandwidth=bandwidth, pattern=chosen)
+            found = timing.time_linear(
+                one, share, count, kind, kernel, bandwidth=bandwidth, pattern=chosen, values=values and torch.int8
+            )
             rows.append(asdict(found) | {name: getattr(found, name) for name in DERIVED})
             tick("×".join(map(str, one)))
-    return {"machine": timing.machine(), "threads": torch.get_num_threads(), "bandwidth": bandwidth, "rows": rows}
+    found = {"machine": timing.machine(), "threads": torch.get_num_threads(), "bandwidth": bandwidth, "rows": rows}
+    if decode:
+        found["decoding"] = decoding.time_models(shape, sparsities, kind, values and torch.int8, bar)
+    return found
 
 
 def bench_model(
-    model: str, sparsity: str, pattern: str, tokens: str, dtype: str, kernel: str | None, bar: Bar
+    model: str,
+    sparsity: str,
+    pattern: str,
+    tokens: str,
+    dtype: str,
+    kernel: str | None,
+    bar: Bar,
+    values: str | None = None,
 ) -> dict[str, Any]:
     """Decoding of a packed model beside its dense twin, tokens per second, and rows for the shapes of its layers.
 
@@ -72,11 +97,11 @@ def bench_model(
         kept = sum(formats.get("sbt").kept(m.packed) for m in packed.values())
         sparsity = f"{1 - kept / sum(m.out_features * m.in_features for m in packed.values()):.4f}"
         result["tokens_per_second"] = generate.decode_rate(loaded)
-        result["dense_tokens_per_second"] = generate.decode_rate(loaded.dequantize())
-    else:
-        result["dense_tokens_per_second"] = generate.decode_rate(loaded)
+        loaded = loaded.dequantize()
+    result["dense_tokens_per_second"] = generate.decode_rate(loaded)
+    result["transformers_tokens_per_second"] = generate.decode_rate(loaded, ours=False)
     named = ",".join(f"{n}x{k}" for n, k in sorted(shapes))
-    return result | bench_shapes(named, sparsity, pattern, tokens, dtype, kernel, bar)
+    return result | bench_shapes(named, sparsity, pattern, tokens, dtype, kernel, bar, values)
 
 
 def _linear(module: torch.nn.Module) -> bool:
@@ -86,16 +111,21 @@ def _linear(module: torch.nn.Module) -> bool:
 def tables(result: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """Heading, columns and cells of what `bench` prints."""
     if "model" in result:
-        rows = [["dense", f"{result['dense_tokens_per_second']:.1f}"]]
+        rows = [
+            ["dense", "transformers", f"{result['transformers_tokens_per_second']:.1f}"],
+            ["dense", generate.OURS, f"{result['dense_tokens_per_second']:.1f}"],
+        ]
         if "tokens_per_second" in result:
-            rows.append([f"packed ({result['packed_layers']} layers)", f"{result['tokens_per_second']:.1f}"])
-        yield f"{result['model']}: greedy decoding, 1 sequence", ["weights", "tokens/s"], rows
+            packed = f"packed ({result['packed_layers']} layers)"
+            rows.append([packed, generate.OURS, f"{result['tokens_per_second']:.1f}"])
+        yield f"{result['model']}: greedy decoding, 1 sequence", ["weights", "decoder", "tokens/s"], rows
     heading = f"{result['machine']}, {result['threads']} threads, reads {result['bandwidth'] / 1e9:.1f} GB/s; medians"
     rows = [
         [
             f"{row['shape'][0]}×{row['shape'][1]}",
             str(row["tokens"]),
             f"{row['sparsity']:.2f}",
+            row["values"],
             row["kernel"],
             f"{row['seconds']:.3e}",
             f"{row['dense_seconds']:.3e}",
@@ -106,17 +136,31 @@ def tables(result: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[s
         for row in result["rows"]
     ]
     yield heading, COLUMNS, rows
+    if "decoding" in result:
+        rows = [_decoding_cells(row) for row in result["decoding"]]
+        yield "whole models, greedy decoding of 1 sequence", DECODING, rows
+
+
+def _decoding_cells(row: dict[str, Any]) -> list[str]:
+    weights = "dense" if row["sparsity"] is None else f"packed, {row['sparsity']:.2f}"
+    cells = [weights, row["values"], row["decoder"]]
+    if "skipped" in row:
+        return [*cells, "", "", row["skipped"]]
+    over = f"{row['step_over_kernels']:.3f}" if "step_over_kernels" in row else ""
+    return [*cells, f"{row['tokens_per_second']:.2f}", f"{row['step_seconds']:.3e}", over]
 
 
 def parse_shapes(text: str) -> list[tuple[int, int]]:
     """`11008x4096,4096x4096` or the name of a model → [(N, K), …]."""
-    if text in MODELS:
-        return list(MODELS[text])
+    if text in decoding.MODELS:
+        return decoding.shapes(text)
     found = []
     for part in text.lower().split(","):
         sizes = part.split("x")
         if len(sizes) != 2 or not all(s.strip().isdigit() and int(s) > 0 for s in sizes):
-            raise ValueError(f"--shape {text}: wanted NxK[,NxK…] such as 11008x4096, or one of {', '.join(MODELS)}")
+            raise ValueError(
+                f"--shape {text}: wanted NxK[,NxK…] such as 11008x4096, or one of {', '.join(decoding.MODELS)}"
+            )
         found.append((int(sizes[0]), int(sizes[1])))
     return found
 

@@ -37,6 +37,8 @@ def _analysis_commands(sub) -> None:
     plan.add_argument("analysis", metavar="ANALYSIS", help="what `alphaprune analyze` wrote")
     plan.add_argument("--sparsity", type=float, help="zeros / weights of the prunable layers; N:M patterns imply it")
     _plan_options(plan)
+    plan.add_argument("--times", metavar="FILE", help="time table, or auto: layers that would lose by it stay dense")
+    plan.add_argument("--tokens", type=int, default=1, help="with --times: rows of x that the layers are to gain at")
     plan.add_argument("-o", "--output", metavar="FILE", default="plan.json")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON, too")
 
@@ -64,6 +66,8 @@ def _prune_command(sub) -> None:
     prune.add_argument("--samples", type=int, default=128, help="calibration windows")
     prune.add_argument("--length", type=int, help="tokens per window (default 2048, or the context if shorter)")
     prune.add_argument("--seed", type=int, default=0, help="which windows of the text")
+    prune.add_argument("--values", choices=("int8",), help="round kept weights to 8 bits; without it they keep theirs")
+    prune.add_argument("--group", type=int, choices=(128,), help="with --values int8: a scale per so many columns")
     prune.add_argument("--format", choices=("sbt", "dense"), default="sbt", help="packed, or dense with zeros")
     prune.add_argument("--json", action="store_true")
 
@@ -96,11 +100,17 @@ def _measure_commands(sub) -> None:
     bench.add_argument("--pattern", default="unstructured", help="unstructured or N:M")
     bench.add_argument("--tokens", default="1", help="rows of x, such as 1,4,16")
     bench.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
+    bench.add_argument("--values", choices=("int8",), help="of the packed weights; without it those of --dtype")
     bench.add_argument("--kernel", help="time this kernel only; see `alphaprune info`")
+    bench.add_argument("--decode", action="store_true", help="with --shape llama2-7b: whole models too, some minutes")
+    bench.add_argument("--tune", action="store_true", help="measure the time table of this machine, some 15 minutes")
+    bench.add_argument("--quick", action="store_true", help="with --tune: fewer shapes and dtypes, some 3 minutes")
+    bench.add_argument("-o", "--output", metavar="FILE", help="with --tune: instead of the user's cache folder")
     bench.add_argument("--json", action="store_true")
 
     info = sub.add_parser("info", help="what is in a checkpoint; without MODEL, what runs on this machine")
     info.add_argument("model", metavar="MODEL", nargs="?")
+    info.add_argument("--tokens", type=int, default=1, help="rows of x to choose kernels for and predict times of")
     info.add_argument("--json", action="store_true")
 
     demo = sub.add_parser("demo", help="the whole flow on the embedded model, in about a minute")

@@ -7,12 +7,12 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from alphaprune import model as models
+from alphaprune.console import bar, size, table
 
 LONGEST = 2048  # tokens per window, unless the model's context is shorter
 
@@ -43,11 +43,17 @@ def _alpha_cells(columns: dict[str, float]) -> list[str]:
     ]
 
 
-def plan(analysis: str, output: str, json: bool, **options: Any) -> None:
+def plan(analysis: str, output: str, json: bool, times: str | None, tokens: int, **options: Any) -> None:
     from alphaprune.analysis import Analysis
 
     _check_file(output)
-    made = _make_plan(Analysis.load(analysis), **options)
+    stats, break_even = Analysis.load(analysis), None
+    if times is not None:
+        from alphaprune import tuning
+
+        shapes = {name: stat.shape for name, stat in stats.layers.items()}
+        break_even = tuning.break_evens(shapes, stats.dtype, times, tokens)
+    made = _make_plan(stats, **options, break_even=break_even)
     made.save(output)
     if json:
         print(made.to_json())
@@ -57,7 +63,9 @@ def plan(analysis: str, output: str, json: bool, **options: Any) -> None:
     print(f"{output}: sparsity {made.sparsity:.6g}, allocator {made.allocator}, epsilon {made.epsilon:.4g}")
 
 
-def _make_plan(analysis, sparsity, allocator, epsilon, pattern, per, min_sparsity, max_sparsity):
+def _make_plan(
+    analysis, sparsity, allocator, epsilon, pattern, per, min_sparsity, max_sparsity, break_even=None
+) -> Any:
     from alphaprune import planning
 
     if epsilon != "auto":
@@ -73,6 +81,7 @@ def _make_plan(analysis, sparsity, allocator, epsilon, pattern, per, min_sparsit
         pattern=pattern,
         granularity=per,
         bounds=(min_sparsity, max_sparsity),
+        break_even=break_even,
     )
 
 
@@ -88,6 +97,8 @@ def prune(
     length: int | None,
     seed: int,
     format: str,  # noqa: A002
+    values: str | None,
+    group: int | None,
     json: bool,
     **options: Any,
 ) -> None:
@@ -95,9 +106,12 @@ def prune(
 
     pruner = _pruner(method, calibration)
     _check_plan_options(plan, options)
+    _check_values(values, group, format)
     checkpoint.check_free(Path(output))
     source = models.open_source(model)
     tokens, identity = None, {"method": pruner.name, "selection": select or pruner.selection, "format": format}
+    if values is not None:
+        identity |= {"values": values, "group": group}
     if pruner.needs_calibration:
         tokens, read = _calibration(source, calibration, samples, _window(length, source.config), seed)
         identity |= read
@@ -107,16 +121,38 @@ def prune(
     recipe = {"alphaprune": __version__, "source": source.name, **identity, "plan": chosen.to_dict()}
     with bar(source.block_count(), f"prune ({pruner.name})", "block") as tick:
 
-        def run(restore: Any) -> Iterator[Any]:
-            return pruning.prune_blocks(source, chosen, pruner.name, tokens, select, restore, tick)
+        def run(restore: Any, finish: Any) -> Iterator[Any]:
+            return pruning.prune_blocks(source, chosen, pruner.name, tokens, select, restore, tick, finish)
 
-        written = checkpoint.write_pruned(source, output, identity, recipe, run, packed=format == "sbt")
+        written = checkpoint.write_pruned(source, output, identity, recipe, run, format == "sbt", values, group)
     if json:
-        print(_dump({**vars(written), "folder": str(written.folder), "sparsity": chosen.realized}))
+        errors = {name: error._asdict() for name, error in written.errors.items()}
+        found = {**vars(written), "folder": str(written.folder), "sparsity": chosen.realized}
+        found.pop("errors")
+        print(_dump(found | ({"quantization_error": errors} if values else {})))
         return
     print(
         f"{written.folder}: sparsity {chosen.realized:.4f}, linears {size(written.dense_bytes)} → "
         f"{size(written.stored_bytes)}, {written.packed_layers} of {written.layers} layers packed"
+    )
+    if written.errors:
+        print(_loss(written.errors))
+
+
+def _check_values(values: str | None, group: int | None, format: str) -> None:  # noqa: A002
+    if group is not None and values is None:
+        raise ValueError(f"--group {group} belongs to --values int8")
+    if values is not None and format == "dense":
+        raise ValueError(f"--values {values} is a way to pack weights: leave out --format dense")
+
+
+def _loss(errors: dict[str, Any]) -> str:
+    """One line about what int8 values lost; per layer it stands in alphaprune.json."""
+    relative = {name: error.relative for name, error in errors.items()}
+    worst = max(relative, key=relative.__getitem__)
+    return (
+        f"int8 values: relative error {sum(relative.values()) / len(relative):.2%} on average over {len(relative)} "
+        f"layers, at most {relative[worst]:.2%} ({worst})"
     )
 
 
@@ -231,36 +267,74 @@ def generate(
         print(_dump(vars(made)))
     else:
         rate = made.new_tokens / made.seconds
-        print(f"{made.new_tokens} tokens in {made.seconds:.2f} s, {rate:.1f} tokens/s", file=sys.stderr)
+        print(
+            f"{made.new_tokens} tokens in {made.seconds:.2f} s, {rate:.1f} tokens/s, decoder {made.decoder}",
+            file=sys.stderr,
+        )
 
 
-def info(model: str | None, json: bool) -> None:
+def info(model: str | None, tokens: int, json: bool) -> None:
     from alphaprune import inspection
 
-    found = inspection.describe_model(model) if model else inspection.describe_machine()
+    if tokens < 1:
+        raise ValueError(f"--tokens {tokens}: wanted a whole number from 1")
+    found = inspection.describe_model(model, tokens) if model else inspection.describe_machine()
     if json:
         print(_dump(found))
     elif model:
-        table(["layer", "shape", "stored as", "sparsity", "bytes", "kernel", "why"], inspection.model_rows(found))
+        table(inspection.COLUMNS, inspection.model_rows(found))
         print(inspection.model_summary(found))
     else:
         table(["", ""], inspection.machine_rows(found), header=False)
 
 
-def bench(model: str | None, shape: str | None, json: bool, **options: Any) -> None:
+def bench(
+    model: str | None,
+    shape: str | None,
+    json: bool,
+    tune: bool,
+    quick: bool,
+    output: str | None,
+    decode: bool,
+    **options: Any,
+) -> None:
     from alphaprune import benchmark
 
+    if tune:
+        return _tune(model or shape, quick, output, json)
+    if quick or output:
+        raise ValueError("--quick and --output belong to --tune")
     if (model is None) == (shape is None):
         raise ValueError("give either MODEL or --shape, such as --shape llama2-7b or --shape 11008x4096")
-    result = (
-        benchmark.bench_model(model, bar=bar, **options) if model else benchmark.bench_shapes(shape, bar=bar, **options)
-    )
+    if model and decode:
+        raise ValueError("--decode belongs to --shape; the decoding of a MODEL is timed without it")
+    if model:
+        result = benchmark.bench_model(model, bar=bar, **options)
+    else:
+        result = benchmark.bench_shapes(shape, bar=bar, decode=decode, **options)
     if json:
         print(_dump(result))
     else:
         for heading, columns, rows in benchmark.tables(result):
             print(heading)
             table(columns, rows)
+
+
+def _tune(problem: str | None, quick: bool, output: str | None, json: bool) -> None:
+    from alphaprune import tuning
+
+    if problem:
+        raise ValueError(f"{problem}: --tune measures a table for all models; name neither MODEL nor --shape")
+    if output:
+        _check_file(output)
+    made = tuning.tune(tuning.QUICK if quick else tuning.FULL, bar)
+    path, rows = tuning.write(made, output), tuning.rows(made)
+    if json:
+        print(_dump({"path": str(path), "machine": str(made.machine), "threads": made.threads, "rows": rows}))
+        return
+    print(f"{made.machine}, {made.threads} threads, reads {made.bandwidth / 1e9:.1f} GB/s; dense torch = 1.00×")
+    table(*tuning.cells(rows))
+    print(f"{path}: used from now on where torch has {made.threads} threads" if not output else path)
 
 
 def demo(output: str, json: bool) -> None:
@@ -271,44 +345,6 @@ def demo(output: str, json: bool) -> None:
         print(_dump(result))
     else:
         run.show(result, table)
-
-
-def table(columns: list[str], rows: list[list[str]], header: bool = True) -> None:
-    """Prints rows; in a terminal with rules and colours, in a pipe as plain aligned text."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    made = Table(box=box.SIMPLE_HEAD, show_header=header, pad_edge=False)
-    for place, name in enumerate(columns):
-        made.add_column(name, justify="left" if place == 0 or not header else "right", no_wrap=place == 0)
-    for row in rows:
-        made.add_row(*row)
-    console.print(made)
-
-
-@contextmanager
-def bar(total: int, description: str, unit: str) -> Iterator[Callable[[str], None]]:
-    """A progress bar on stderr; yields what to call after each step."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=description, unit=unit, leave=False, disable=not sys.stderr.isatty()) as progress:
-
-        def tick(step: str) -> None:
-            progress.set_postfix_str(step)
-            progress.update()
-
-        yield tick
-
-
-def size(count: float) -> str:
-    """Bytes for a person: 1.2 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
 
 
 def _window(length: int | None, config: Any) -> int:

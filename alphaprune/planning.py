@@ -3,8 +3,9 @@
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,34 +101,33 @@ def plan(
     pattern: "str | Pattern" = "unstructured",
     granularity: Granularity = "block",
     bounds: Bounds | None = None,
+    break_even: Mapping[str, float] | None = None,
 ) -> Plan:
     """How much to prune in every layer of the analysed model; the zeros sum to round(sparsity · weights).
 
     epsilon: spread of the ratios, 0 ≤ ε < 1, or "auto" (`auto_epsilon`).   bounds: least and most sparsity of a layer.
     pattern: "unstructured"; a fixed one such as "2:4", which implies the sparsity; or "N:8" with a literal N, which
     chooses N of 1…8 per layer and meets the sparsity to within one step (1/8) of the smallest layer.
+    break_even: of each layer the sparsity from which on it is faster than dense (see kernels/table.py). One that would
+    stay below gets no zeros at all, the others get its share: first the one that is farthest below, and so on.
 
     Raises ValueError for a sparsity outside [0, 1) or unreachable inside the bounds, a column that the analysis lacks,
-    or a layer whose K is no multiple of M.
+    a layer whose K is no multiple of M, or a budget that the layers which gain cannot take.
     """
     text = str(pattern)
     family = int(found[1]) if (found := re.fullmatch(r"N:(\d+)", text)) else None
     fixed = None if family is not None else parse(pattern)
     need(family is None or family >= 2, f"pattern {text}: N:M needs M of 2 at least")
     if isinstance(fixed, NM):
-        return _fixed(analysis, sparsity, fixed, bounds)
+        return _fixed(analysis, sparsity, fixed, bounds, break_even or {})
     need(sparsity is not None, f"pattern {text} implies no sparsity: give one, such as 0.7")
     need(is_number(sparsity) and 0 <= sparsity < 1, f"sparsity {sparsity}: wanted 0 ≤ sparsity < 1")
     low, high = limits(sparsity, bounds)
     spread = _epsilon(epsilon, sparsity, high)
-    wanted = real_sparsities(analysis, sparsity, allocator, spread, granularity, (low, high))
+    ratios = _ratios(analysis, sparsity, allocator, spread, granularity)
     shapes = {name: stat.shape for name, stat in analysis.layers.items()}
-    if family is None:
-        sizes = [n * k for n, k in shapes.values()]
-        zeros = share_counts(sizes, list(wanted.values()), round(sparsity * sum(sizes)), low, high)
-        layers = {n: LayerPlan(shape, z, Unstructured()) for (n, shape), z in zip(shapes.items(), zeros, strict=True)}
-    else:
-        layers = _family_layers(shapes, wanted, family, sparsity, low, high)
+    fill = partial(_counts, family=family, sparsity=sparsity, low=low, high=high)
+    layers = _gaining(shapes, ratios, sparsity, low, high, break_even, fill) if break_even else fill(shapes, ratios)
     return Plan(analysis.model, analysis.fingerprint, float(sparsity), allocator, spread, text, layers)
 
 
@@ -143,6 +143,15 @@ def real_sparsities(
 
     Without bounds this is the published formula s_k = η·r_k, η = S·ΣN_k / ΣN_k·r_k, which may exceed 1.
     """
+    ratios = _ratios(analysis, sparsity, allocator, epsilon, granularity)
+    sizes = [stat.shape[0] * stat.shape[1] for stat in analysis.layers.values()]
+    return dict(zip(ratios, water_fill(sizes, list(ratios.values()), sparsity, *bounds), strict=True))
+
+
+def _ratios(
+    analysis: Analysis, sparsity: float, allocator: str, epsilon: float, granularity: Granularity
+) -> dict[str, float]:
+    """r_k of every layer by the allocator, whose columns the analysis must have."""
     chosen = allocators.get(allocator)
     need(granularity in ("block", "matrix"), f"granularity {granularity!r}: wanted 'block' or 'matrix'")
     for column in chosen.columns:
@@ -152,9 +161,70 @@ def real_sparsities(
                 f"{name}: allocator {allocator} reads {column}, which this analysis lacks; run `alphaprune analyze` "
                 f"with a --fit, or choose --allocator uniform",
             )
-    ratios = chosen.ratios(analysis.layers, sparsity, epsilon, granularity)
-    sizes = [stat.shape[0] * stat.shape[1] for stat in analysis.layers.values()]
-    return dict(zip(ratios, water_fill(sizes, list(ratios.values()), sparsity, *bounds), strict=True))
+    return chosen.ratios(analysis.layers, sparsity, epsilon, granularity)
+
+
+def _counts(
+    shapes: dict[str, tuple[int, int]],
+    ratios: dict[str, float],
+    budget: int | None = None,
+    *,
+    family: int | None,
+    sparsity: float,
+    low: float,
+    high: float,
+) -> dict[str, LayerPlan]:
+    """Zeros of the layers in `shapes`, which share the budget; where none is given, it is that of the sparsity."""
+    sizes = [n * k for n, k in shapes.values()]
+    share = sparsity if budget is None else min(max(budget / sum(sizes), low), high)
+    budget = round(sparsity * sum(sizes)) if budget is None else budget
+    wanted = water_fill(sizes, [ratios[name] for name in shapes], share, low, high)
+    if family is not None:
+        return _family_layers(shapes, dict(zip(shapes, wanted, strict=True)), family, budget, low, high)
+    zeros = share_counts(sizes, wanted, budget, low, high)
+    return {n: LayerPlan(shape, z, Unstructured()) for (n, shape), z in zip(shapes.items(), zeros, strict=True)}
+
+
+def _gaining(
+    shapes: dict[str, tuple[int, int]],
+    ratios: dict[str, float],
+    sparsity: float,
+    low: float,
+    high: float,
+    break_even: Mapping[str, float],
+    fill: Callable[..., dict[str, LayerPlan]],
+) -> dict[str, LayerPlan]:
+    """The layers' zeros, none in layers that would be slower than dense for them."""
+    budget, active = round(sparsity * sum(n * k for n, k in shapes.values())), dict(shapes)
+    while True:
+        need(
+            budget <= sum(math.floor(high * n * k + SLACK) for n, k in active.values()),
+            f"sparsity {sparsity} cannot be reached: {len(shapes) - len(active)} of {len(shapes)} layers stay dense, "
+            f"since their share of it would make them slower, and {high} of the others' weights is too little; raise "
+            f"the most sparsity of a layer, or leave out the time table",
+        )
+        found = fill(active, ratios, budget if len(active) < len(shapes) else None)
+        below = {name: break_even[name] - p.sparsity for name, p in found.items() if _loses(p, break_even[name])}
+        if not below:
+            return {name: found.get(name) or _untouched(p, found) for name, p in shapes.items()}
+        loser = max(below, key=below.__getitem__)
+        need(
+            low == 0,
+            f"{loser}: it would be faster dense, but every layer is to have a sparsity of {low} at least; leave out "
+            f"the least sparsity or the time table",
+        )
+        del active[loser]
+
+
+def _loses(planned: LayerPlan, break_even: float) -> bool:
+    """Whether a layer has zeros, and more than one too few to gain from them."""
+    return planned.zeros > 0 and planned.zeros + 1 <= break_even * planned.shape[0] * planned.shape[1]
+
+
+def _untouched(shape: tuple[int, int], others: dict[str, LayerPlan]) -> LayerPlan:
+    """A layer without zeros, its pattern of the same kind as the others'."""
+    kind = next(iter(others.values())).pattern
+    return LayerPlan(shape, 0, NM(kind.of, kind.of) if isinstance(kind, NM) else kind)
 
 
 def limits(sparsity: float, bounds: Bounds | None = None) -> tuple[float, float]:
@@ -186,7 +256,9 @@ def _epsilon(epsilon: "float | str", sparsity: float, high: float) -> float:
     return float(epsilon)
 
 
-def _fixed(analysis: Analysis, sparsity: float | None, pattern: NM, bounds: Bounds | None) -> Plan:
+def _fixed(
+    analysis: Analysis, sparsity: float | None, pattern: NM, bounds: Bounds | None, break_even: Mapping[str, float]
+) -> Plan:
     """The same N:M everywhere; there is nothing to allocate."""
     agrees = sparsity is None or (is_number(sparsity) and abs(sparsity - pattern.sparsity) < 1e-9)
     need(agrees, f"pattern {pattern} has sparsity {pattern.sparsity:g}, not {sparsity}; leave the sparsity out")
@@ -195,19 +267,24 @@ def _fixed(analysis: Analysis, sparsity: float | None, pattern: NM, bounds: Boun
     for name, stat in analysis.layers.items():
         _check_divisible(name, stat.shape, pattern.of)
         layers[name] = LayerPlan(stat.shape, _zeros(stat.shape, pattern), pattern)
+        need(
+            not _loses(layers[name], break_even.get(name, 0)),
+            f"{name}: {pattern} would be slower than dense, which needs a sparsity of {break_even.get(name, 0):g}, and "
+            f"no other layer can take its zeros; choose another pattern, or leave out the time table",
+        )
     return Plan(analysis.model, analysis.fingerprint, pattern.sparsity, "uniform", 0.0, str(pattern), layers)
 
 
 def _family_layers(
-    shapes: dict[str, tuple[int, int]], wanted: dict[str, float], of: int, sparsity: float, low: float, high: float
+    shapes: dict[str, tuple[int, int]], wanted: dict[str, float], of: int, budget: int, low: float, high: float
 ) -> dict[str, LayerPlan]:
     """Each layer its own N:`of`, N from 1 to `of` (dense), near the wanted sparsities and on the budget."""
     for name, shape in shapes.items():
         _check_divisible(name, shape, of)
     most = min(math.floor(high * of + SLACK), of - 1) / of
-    need(sparsity <= most, f"sparsity {sparsity} cannot be reached: N:{of} has {most:g} at most inside the bounds")
     units = [n * k // of for n, k in shapes.values()]  # zeros per step of N
-    budget = round(sparsity * sum(units) * of)
+    share = budget / (sum(units) * of)
+    need(share <= most, f"sparsity {share:g} cannot be reached: N:{of} has {most:g} at most inside the bounds")
     drops = share_steps(units, [wanted[name] * of for name in shapes], budget, low * of, min(high * of, of - 1))
     patterns = [NM(of - drop, of) for drop in drops]
     return {n: LayerPlan(s, _zeros(s, p), p) for (n, s), p in zip(shapes.items(), patterns, strict=True)}

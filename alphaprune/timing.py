@@ -1,23 +1,26 @@
 """Seconds of one linear layer, packed and dense side by side, from memory rather than from a cache."""
 
-import os
-import platform
+import contextlib
+import itertools
+import mmap
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from alphaprune import formats
-from alphaprune.kernels import spmm
+from alphaprune.formats import native, quantize
+from alphaprune.kernels import spmm, table
 from alphaprune.mask import keep_mask
 from alphaprune.pattern import NM, Pattern, Unstructured
 
-PROBE_BYTES = 1 << 29
+PROBE_BYTES = 1 << 30
+STREAMS = (1, 2, 3, 4)
+FINALISTS = 8
 MOST_COPIES = 1024  # smaller weights than a MB are not worth the minutes: their row says how much they went round
 UNSTRUCTURED = Unstructured()
 
@@ -44,6 +47,7 @@ class Row:
     nbytes: int
     dense_nbytes: int
     bandwidth: float
+    values: str  # dtype of the packed weight's values; `dtype` is that of x and of the dense weight
 
     @property
     def ratio(self) -> float:
@@ -68,23 +72,80 @@ class Row:
 
 def machine() -> str:
     """The CPU's name and the cores that this process may use."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = lines[0].partition(":")[2].strip() if lines else name
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores"
+    return str(table.Machine.here())
 
 
-def read_bandwidth(repeats: int = 9) -> float:
-    """Bytes per second that torch's threads read from memory together: the best of a few dot products.
+def read_bandwidth(total_bytes: int = PROBE_BYTES, repeats: int = 3) -> float:
+    """Bytes per second that the kernels' threads read from memory together: the best of all loops of `read_loops`.
 
-    The best, where everything else here is a median, because it is a ceiling.
+    The best, where everything else here is a median, because it is a ceiling. Each loop reads a quarter once, the
+    fastest the whole. Without the native module, torch's dot.
     """
-    left = torch.ones(PROBE_BYTES // 8)
-    right = torch.ones(PROBE_BYTES // 8)
-    return PROBE_BYTES / min(_seconds(torch.dot, left, right) for _ in range(repeats))
+    if native.load() is None:
+        left, right = torch.ones(total_bytes // 8), torch.ones(total_bytes // 8)
+        return total_bytes / min(seconds_of(torch.dot, left, right) for _ in range(3 * repeats))
+    blocks = _blocks(total_bytes)
+    quarters = {pages: block[: block.nbytes // 256 * 64] for pages, block in blocks.items()}
+    tried = itertools.product(native.load().read_loops(), blocks, STREAMS)
+    ranked = sorted(tried, key=lambda way: _read_seconds(quarters, *way))
+    best = min(_read_seconds(blocks, *way) for _ in range(repeats) for way in ranked[:FINALISTS])
+    return blocks["normal"].nbytes / best
+
+
+def read_loops(total_bytes: int = PROBE_BYTES, repeats: int = 3) -> Iterator[dict[str, str | int | float]]:
+    """What every way to read this machine's memory gives: the best of `repeats` rounds over all of them by turns.
+
+    Rows of loop (load width and prefetch, see csrc/cpu/bandwidth.h), pages (normal or huge), streams (places that a
+    thread reads from at the same time), huge_bytes (on huge pages indeed), nbytes, bytes_per_second.
+    ValueError without the native module.
+    """
+    module = native.load()
+    if module is None:
+        raise ValueError(f"the read loops are native code: {native.status()}")
+    blocks = _blocks(total_bytes)
+    tried = list(itertools.product(module.read_loops(), blocks, STREAMS))
+    seconds = [[_read_seconds(blocks, *way) for way in tried] for _ in range(repeats)]
+    for (loop, pages, streams), taken in zip(tried, map(min, zip(*seconds, strict=True)), strict=True):
+        yield {
+            "loop": loop,
+            "pages": pages,
+            "streams": streams,
+            "huge_bytes": _on_huge_pages(blocks[pages].data_ptr()),
+            "nbytes": blocks[pages].nbytes,
+            "bytes_per_second": blocks[pages].nbytes / taken,
+        }
+
+
+def _read_seconds(blocks: dict[str, Tensor], loop: str, pages: str, streams: int) -> float:
+    block = blocks[pages]
+    return seconds_of(native.load().read_loop, loop, block.data_ptr(), block.nbytes, streams)
+
+
+def _blocks(nbytes: int) -> dict[str, Tensor]:
+    """Anonymous memory as bytes on normal and, as far as the system gives them, huge pages; each page touched."""
+    blocks, nbytes = {}, max(1, nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    for pages, advice in (("normal", "MADV_NOHUGEPAGE"), ("huge", "MADV_HUGEPAGE")):
+        block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(AttributeError, OSError):  # a system without transparent huge pages
+            block.madvise(getattr(mmap, advice))
+        blocks[pages] = torch.frombuffer(block, dtype=torch.uint8).fill_(1)  # keeps the mapping alive
+    return blocks
+
+
+def _on_huge_pages(address: int) -> int:
+    """Bytes of the mapping at `address` that lie on huge pages, as Linux counts them; 0 where it does not say."""
+    inside = False
+    try:
+        with open("/proc/self/smaps") as lines:
+            for line in lines:
+                if (bounds := line.split(" ", 1)[0]).count("-") == 1 and not bounds.endswith(":"):
+                    first, last = (int(bound, 16) for bound in bounds.split("-"))
+                    inside = first <= address < last
+                elif inside and line.startswith("AnonHugePages:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
 
 
 def time_linear(
@@ -97,27 +158,26 @@ def time_linear(
     repeats: int = 3,
     bandwidth: float | None = None,
     pattern: Pattern = UNSTRUCTURED,
+    values: torch.dtype | None = None,
 ) -> Row:
     """The median seconds of y = x Wᵀ with a packed random W [N, K] and with the dense one, called by turns.
 
     Both go round copies of their weight in distinct memory, `total_bytes` each but MOST_COPIES at most, `repeats` times
     the packed ones.
-    bandwidth: of read_bandwidth(), measured if not given. pattern: N:M instead of zeros anywhere.
+    bandwidth: of read_bandwidth(), measured if not given. pattern: N:M instead of zeros anywhere. values: int8 to store
+    the kept weights so; the dense layer beside them stays in `dtype`, as x.
     ValueError if the kernel cannot run, or K does not fit the pattern.
     """
-    n, k = shape
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(n, k, generator=generator).to(dtype)
-    packed = formats.get("sbt").pack(weight, _random_mask((n, k), sparsity, pattern, generator))
-    x = torch.randn(tokens, k, generator=generator).to(dtype)
+    weight, packed = random_packed(shape, sparsity, dtype, values or dtype, pattern)
+    x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
     name = spmm.prepare(packed, "bench", kernel).choice(tokens, dtype)[0].name
     sparse = [spmm.prepare(copy, "bench", kernel) for copy in copies(packed, total_bytes)]
-    dense = [weight.clone() for _ in range(_count(weight.nbytes, total_bytes))]
+    dense = [weight.clone() for _ in range(copy_count(weight.nbytes, total_bytes))]
     times, dense_times = [], []
     with torch.inference_mode():
         for i in range(max(repeats * len(sparse), 20)):
-            times.append(_seconds(sparse[i % len(sparse)], x))
-            dense_times.append(_seconds(functional.linear, x, dense[i % len(dense)]))
+            times.append(seconds_of(sparse[i % len(sparse)], x))
+            dense_times.append(seconds_of(functional.linear, x, dense[i % len(dense)]))
     return Row(
         machine=machine(),
         threads=torch.get_num_threads(),
@@ -125,6 +185,7 @@ def time_linear(
         sparsity=sparsity,
         tokens=tokens,
         dtype=str(dtype).removeprefix("torch."),
+        values=str(packed.dtype).removeprefix("torch."),
         kernel=name,
         calls=len(times),
         rotated=len(sparse) * packed.nbytes,
@@ -136,25 +197,35 @@ def time_linear(
     )
 
 
-def _random_mask(shape: tuple[int, int], sparsity: float, pattern: Pattern, generator: torch.Generator) -> Tensor:
+def random_packed(
+    shape: tuple[int, int], sparsity: float, dtype: torch.dtype, values: torch.dtype, pattern: Pattern = UNSTRUCTURED
+) -> tuple[Tensor, formats.Packed]:
+    """A dense random weight [N, K] in `dtype`, and the same pruned and packed as `values`, int8 or `dtype` itself."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator).to(dtype)
     scores = torch.rand(shape, generator=generator)
     if isinstance(pattern, NM):
-        return keep_mask(scores, round(pattern.sparsity * scores.numel()), pattern)
-    return scores >= sparsity
+        mask = keep_mask(scores, round(pattern.sparsity * scores.numel()), pattern)
+    else:
+        mask = scores >= sparsity
+    if values != torch.int8:
+        return weight, formats.get("sbt").pack(weight, mask)
+    integers, scale, _ = quantize.quantize(weight, mask)
+    return weight, formats.get("sbt").pack(integers, mask, scale)
 
 
-def _seconds(call: Callable[..., Tensor], *arguments: Tensor) -> float:
+def seconds_of(call: Callable[..., Tensor], *arguments: Tensor) -> float:
     start = time.perf_counter()
     call(*arguments)
     return time.perf_counter() - start
 
 
-def _count(nbytes: int, total: int) -> int:
+def copy_count(nbytes: int, total: int) -> int:
+    """Copies of a weight that fill `total` bytes; two at least, MOST_COPIES at most."""
     return min(max(2, -(-total // nbytes)), MOST_COPIES)
 
 
 def copies(packed: formats.Packed, total: int) -> Iterator[formats.Packed]:
     """As many copies in distinct memory as fill `total` bytes."""
-    for _ in range(_count(packed.nbytes, total)):
-        tensors = packed.weight.clone(), packed.mask.clone(), packed.offsets.clone()
-        yield formats.Packed(*tensors, packed.shape)
+    for _ in range(copy_count(packed.nbytes, total)):
+        yield packed.map(Tensor.clone)

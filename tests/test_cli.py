@@ -8,6 +8,7 @@ import pytest
 from conftest import make_model, shared, write_tokenizer
 
 from alphaprune import cli
+from alphaprune.kernels import base
 
 
 @pytest.fixture
@@ -43,13 +44,14 @@ def test_the_whole_line(run, directory: Path, text_file: Path) -> None:
         assert status == 0 and wanted <= quality[str(model)].keys()
     assert quality["out"]["data_sha256"] == quality[str(directory)]["data_sha256"]
     status, out, err = run("generate", "out", "--prompt", "the ", "--max-new", 8)
-    assert status == 0 and "tokens/s" in err
+    assert status == 0 and "tokens/s, decoder alphaprune" in err and len(err.strip().splitlines()) == 1
     status, again, _ = run("generate", "out", "--prompt", "the ", "--max-new", 8, "--json")
     assert json.loads(again)["new_tokens"] <= 8 and json.loads(again)["text"].strip() == out.strip()
+    assert json.loads(again)["decoder"] == "alphaprune"
     status, out, _ = run("info", "out", "--json")
     found = json.loads(out)
     assert status == 0 and found["sparsity"] == pytest.approx(0.7, abs=1e-6)
-    assert {row["kernel"] for row in found["layers"]} <= {"avx512", "avx2", "scalar", "reference", "expand"}
+    assert {row["kernel"] for row in found["layers"]} <= set(base.MEMBERS)
     assert run("info", "out")[0] == 0
 
 
@@ -89,6 +91,18 @@ def test_bench_prints_dense_beside(run) -> None:
     status, out, _ = run("bench", "--shape", "64x128", "--sparsity", "0.5,0.8", "--tokens", "1,3", "--json")
     rows = json.loads(out)["rows"]
     assert status == 0 and len(rows) == 4 and all(r["dense_seconds"] > 0 and r["seconds"] > 0 for r in rows)
+
+
+def test_bench_decodes_whole_models(run) -> None:
+    options = ("--shape", "tiny", "--sparsity", "0.5", "--decode", "--json")
+    status, out, _ = run("bench", *options)
+    rows = json.loads(out)["decoding"]
+    assert status == 0 and [(r["sparsity"], r["decoder"]) for r in rows] == [
+        (0.5, "alphaprune"),
+        (None, "transformers"),
+        (None, "alphaprune"),
+    ]
+    assert all(row["tokens_per_second"] > 0 for row in rows) and rows[0]["step_over_kernels"] > 0
 
 
 BAD = {
@@ -132,6 +146,8 @@ BAD = {
     "bench": (("bench",), "--shape"),
     "bench shape": (("bench", "--shape", "11x"), "11x"),
     "bench tokens": (("bench", "--shape", "8x8", "--tokens", "one"), "one"),
+    "bench decode": (("bench", "--shape", "8x8", "--decode"), "llama2-7b"),
+    "bench decode model": (("bench", "MODEL", "--decode"), "--shape"),
     "bench kernel": (("bench", "--shape", "8x8", "--kernel", "magic"), "magic"),
     "demo folder": (("demo", "-o", "short.txt/x"), "short.txt"),
     "output folder": (("analyze", "MODEL", "-o", "nowhere/a.json"), "nowhere"),

@@ -204,3 +204,64 @@ def test_a_column_that_was_not_measured_says_how_to_get_it() -> None:
     assert plan(bare, 0.7, "ramp").allocator == "ramp"
     with pytest.raises(ValueError, match=r"model\.layers\.0\.q: allocator alpha reads alpha.*alphaprune analyze"):
         plan(bare, 0.7, "alpha")
+
+
+LAYERS = list(TOY.layers)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.floats(0, 0.9),
+    st.sampled_from(["uniform", "ramp", "alpha"]),
+    st.lists(st.sampled_from([0.0, 0.2, 0.45, 0.7, 1.0]), min_size=len(LAYERS), max_size=len(LAYERS)),
+    st.sampled_from(["unstructured", "N:8"]),
+)
+def test_layers_that_would_lose_get_no_zeros(sparsity, allocator, points, pattern) -> None:
+    break_even = dict(zip(LAYERS, points, strict=True))
+    try:
+        plain = plan(TOY, sparsity, allocator, 0.3, pattern)
+    except ValueError:
+        return
+    try:
+        found = plan(TOY, sparsity, allocator, 0.3, pattern, break_even=break_even)
+    except ValueError as error:
+        assert "layers stay dense" in str(error) or pattern == "N:8"  # whose steps may miss the rest of the budget
+        assert any(p.sparsity < break_even[n] for n, p in plain.layers.items())
+        return
+    assert list(found.layers) == LAYERS
+    if pattern == "unstructured":
+        assert sum(p.zeros for p in found.layers.values()) == round(sparsity * TOTAL)
+    for name, p in found.layers.items():
+        size = p.shape[0] * p.shape[1]
+        assert p.zeros == 0 or p.zeros + 1 > break_even[name] * size
+        assert p.zeros <= 0.95 * size + 1e-6 and (pattern == "unstructured" or p.pattern.of == 8)
+    if all(p.sparsity >= break_even[n] for n, p in plain.layers.items()):
+        assert found == plain
+
+
+def test_the_farthest_below_gives_its_share_first() -> None:
+    every = dict.fromkeys(LAYERS, 0.0)
+    assert plan(TOY, 0.3, break_even=every) == plan(TOY, 0.3)
+    one = plan(TOY, 0.3, break_even={**every, LAYER: 0.9})
+    assert one.layers[LAYER].zeros == 0 and sum(p.zeros for p in one.layers.values()) == round(0.3 * TOTAL)
+    shares = [p.sparsity for n, p in one.layers.items() if n != LAYER]
+    assert min(shares) > 0.3 and max(shares) - min(shares) < 0.002
+    # Uniform 0.3 below 0.4 everywhere: just so many layers go dense that the others reach it.
+    some = plan(TOY, 0.3, break_even=dict.fromkeys(LAYERS, 0.4))
+    dense = [n for n, p in some.layers.items() if p.zeros == 0]
+    assert dense and min(p.sparsity for n, p in some.layers.items() if n not in dense) > 0.399
+    family = plan(TOY, 0.5, pattern="N:8", break_even={**every, LAYER: 1.0})
+    assert family.layers[LAYER].pattern == NM(8, 8) and family.layers[LAYER].zeros == 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"sparsity": 0.5, "break_even": dict.fromkeys(LAYERS, 1.0)}, "8 of 12 layers stay dense, since"),
+        ({"sparsity": 0.5, "bounds": (0.2, None), "break_even": dict.fromkeys(LAYERS, 0.9)}, "leave out the least"),
+        ({"pattern": "2:4", "break_even": dict.fromkeys(LAYERS, 0.6)}, r"layers\.0\.q: 2:4 would be slower than dense"),
+    ],
+)
+def test_budgets_that_nobody_can_take(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(TOY, **{"sparsity": None, **options})

@@ -1,5 +1,6 @@
 """The clock around one linear: consistent rows, and the script in front of it. No test asserts a time."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from alphaprune import timing
+from alphaprune.formats import native
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,6 +26,22 @@ def test_a_row_says_what_was_timed() -> None:
     assert row.of_bandwidth == row.nbytes / row.seconds / 2
 
 
+def test_int8_values_beside_the_dense_layer_in_the_dtype_of_x() -> None:
+    options = {"total_bytes": 1 << 14, "repeats": 1, "bandwidth": 1.0}
+    row = timing.time_linear((48, 130), 0.5, 2, torch.bfloat16, "reference", values=torch.int8, **options)
+    plain = timing.time_linear((48, 130), 0.5, 2, torch.bfloat16, "reference", **options)
+    assert (row.dtype, row.values, plain.values) == ("bfloat16", "int8", "bfloat16")
+    assert row.dense_nbytes == plain.dense_nbytes == 48 * 130 * 2 and row.nbytes < plain.nbytes
+    weight, packed = timing.random_packed((48, 130), 0.5, torch.bfloat16, torch.int8)
+    assert packed.dtype == torch.int8 and packed.scale.shape == (48,)
+    from alphaprune.formats import sbt
+
+    dense, kept = sbt.dense(packed)
+    assert 0.4 < kept.float().mean() < 0.6
+    step = packed.scale[:, None] / 2 * (1 + 1e-5)
+    assert ((dense - weight.float()).abs() <= step).masked_select(kept).all()
+
+
 def test_copies_lie_in_distinct_memory() -> None:
     from alphaprune.formats import sbt
 
@@ -32,8 +50,55 @@ def test_copies_lie_in_distinct_memory() -> None:
 
 
 def test_a_kernel_that_cannot_run_is_refused() -> None:
-    with pytest.raises(ValueError, match="no kernel is called 'amx'"):
-        timing.time_linear((16, 64), 0.5, kernel="amx", total_bytes=1, bandwidth=1.0)
+    with pytest.raises(ValueError, match="no kernel is called 'magic'"):
+        timing.time_linear((16, 64), 0.5, kernel="magic", total_bytes=1, bandwidth=1.0)
+
+
+@pytest.mark.parametrize("lines", [0, 1, 2, 3, 5, 7, 64, 65_536 + 3, 2 * 65_536 + 9])  # parts have 65536 lines
+def test_read_loops_read_every_byte_once(native_only, lines: int) -> None:
+    """They return the sum of what they read."""
+    module, generator = native.load(), torch.Generator().manual_seed(lines)
+    words = torch.randint(-(2**62), 2**62, (8 * lines + 24,), dtype=torch.int64, generator=generator)
+    first = -words.data_ptr() % 64 // 8
+    block = words[first : first + 8 * lines]
+    loops = module.read_loops()
+    assert len(loops) == len(set(loops)) and len(loops) >= 3
+    for loop, streams in itertools.product(loops, (1, 2, 3, 4)):
+        total = module.read_loop(loop, block.data_ptr(), block.nbytes, streams)
+        assert total == int(block.sum()) % 2**64, (loop, streams)
+
+
+def test_read_loops_refuse_what_they_cannot_read(native_only) -> None:
+    module = native.load()
+    for arguments, message in (
+        (("magic", 0, 64, 1), "no read loop is called magic"),
+        ((module.read_loops()[0], 8, 64, 1), "whole lines"),
+        ((module.read_loops()[0], 0, 65, 1), "whole lines"),
+        ((module.read_loops()[0], 0, -64, 1), "whole lines"),
+        ((module.read_loops()[0], 0, 64, 5), "1 to 4 streams"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            module.read_loop(*arguments)
+
+
+def test_bandwidth_is_the_best_of_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert timing.read_bandwidth(1 << 20, 1) > 0
+    monkeypatch.setattr(native, "_find", lambda: (None, "no C++ compiler was found"))
+    assert timing.read_bandwidth(1 << 20, 1) > 0
+    with pytest.raises(ValueError, match="native code: not built: no C"):
+        next(timing.read_loops(1 << 20))
+
+
+def test_the_bandwidth_script_writes_a_row_per_way_to_read(native_only, tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    command = [sys.executable, str(ROOT / "bench" / "bandwidth.py"), "--gigabytes=0.001", "--repeats=1", "--json"]
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, check=True, cwd=ROOT)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert rows == [json.loads(line) for line in out.read_text().splitlines()]
+    ways = {(row["loop"], row["pages"], row["streams"]) for row in rows}
+    assert ways == set(itertools.product(native.load().read_loops(), ("normal", "huge"), (1, 2, 3, 4)))
+    assert all(row["bytes_per_second"] > 0 and row["nbytes"] <= 0.001 * 2**30 for row in rows)
+    assert all(row["huge_bytes"] == 0 for row in rows if row["pages"] == "normal")
 
 
 def test_the_script_writes_rows(tmp_path: Path) -> None:

@@ -1,0 +1,103 @@
+"""Measuring a time table on a tiny grid, and the commands that ask one. No test asserts a time."""
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from tables import curve, linear, made
+
+from alphaprune import cli, tuning
+from alphaprune.kernels import table
+from alphaprune.kernels.table import Table
+
+BF16, INT8 = torch.bfloat16, torch.int8
+
+
+@contextmanager
+def no_bar(*_):
+    yield lambda step: None
+
+
+TINY = tuning.Grid(((16, 64), (32, 64)), ((BF16, BF16), (INT8, BF16)), (0.0, 0.5), (1, 2), 1, 0.0)
+
+
+def test_tuning_measures_every_contender_and_is_found_again(native_only, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tuning.timing, "read_bandwidth", lambda: 1e9)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("ALPHAPRUNE_TIMES")
+    found = tuning.tune(TINY, no_bar)
+    names = {c.kernel for c in found.curves}
+    assert names == {table.DENSE, *tuning.contenders((16, 64), BF16, BF16)} and "reference" not in names
+    assert {c.kernel for c in found.curves if c.weight == "int8"} <= names - {table.DENSE}
+    assert {(c.shape, c.sparsity) for c in found.curves if c.kernel == "expand"} == {
+        (s, d) for s in TINY.shapes for d in TINY.sparsities
+    }
+    assert all(c.tokens == (1, 2) for c in found.curves if c.kernel in ("expand", table.DENSE))
+    path = tuning.write(found, None)
+    assert path.parent == tmp_path / "alphaprune" / "tables" and table.current().curves == found.curves
+    assert len(tuning.rows(found)) == 2 * 2 * 2
+    columns, cells = tuning.cells(tuning.rows(found))
+    assert all(len(line) == len(columns) for line in cells)
+    table.forget()
+
+
+def test_a_kernel_far_behind_is_given_up_unless_it_is_made_for_many_tokens(native_only, monkeypatch) -> None:
+    seconds = {"scalar": 9.0, "expand": 9.0, table.DENSE: 0.1}
+    monkeypatch.setattr(tuning, "_rounds", lambda calls, *_: {name: [seconds.get(name, 1.0)] for name in calls})
+    fast = [name for name in tuning.contenders((16, 64), BF16, BF16) if name not in seconds]
+    if not fast:
+        pytest.skip("only the scalar kernel runs here")
+    times = tuning._measure(TINY, (16, 64), BF16, BF16, 0.5)
+    assert list(times["scalar"]) == [1] and all(list(times[name]) == [1, 2] for name in (*fast, "expand", "dense"))
+
+
+def test_commands_ask_the_table(use_table, native_only, directory, capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = use_table(made(*linear("scalar", 1.6, 0.6), curve("dense", 0, [1] * 4)))
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        status = cli.main([str(a) for a in arguments])
+        return status, *capsys.readouterr()
+
+    info = json.loads(run("info", "--json")[1])
+    assert str(path) in info["times"] and info["break_even"]["float32 4096×4096"]["1"] == 0.61
+    assert "break-even float32 4096×4096" in run("info")[1]
+    assert run("analyze", directory, "-o", "a.json")[0] == 0
+    assert run("plan", "a.json", "--sparsity", 0.5, "--times", "auto", "-o", "p.json")[0] == 0
+    layers = json.loads(Path("p.json").read_text())["layers"].values()
+    shares = [p["zeros"] / (p["shape"][0] * p["shape"][1]) for p in layers]
+    assert 0 in shares and all(share == 0 or share > 0.609 for share in shares)
+    assert run("prune", directory, "-o", "o", "--plan", "p.json", "--method", "magnitude")[0] == 0
+    rows = json.loads(run("info", "o", "--json", "--tokens", 4)[1])["layers"]
+    sparse = [row for row in rows if row["zeros"]]
+    assert {row["kernel"] for row in sparse} == {"scalar"} and all("time table" in row["why"] for row in sparse)
+    assert all(row["seconds"] < row["dense_seconds"] for row in sparse)
+    assert all(row["seconds"] == row["dense_seconds"] for row in rows if not row["zeros"])
+    assert "predicted" in run("info", "o")[1]
+    for arguments, message in (
+        (("plan", "a.json", "--sparsity", 0.5, "--times", "x.json"), "x.json: cannot be read"),
+        (("plan", "a.json", "--sparsity", 0.5, "--times", path, "--tokens", 0), "--tokens 0"),
+        (("info", "--tokens", 0), "--tokens 0"),
+        (("bench", "--shape", "8x8", "--tune"), "8x8: --tune measures"),
+        (("bench", "--shape", "8x8", "--quick"), "belong to --tune"),
+        (("bench", "--tune", "-o", "nowhere/t.json"), "no folder"),
+    ):
+        status, _, err = run(*arguments)
+        assert status == 2 and message in err and len(err.strip().splitlines()) == 1, err
+    monkeypatch.setenv("ALPHAPRUNE_TIMES", "off")
+    assert "no time table for this machine" in run("plan", "a.json", "--sparsity", 0.5, "--times", "auto")[2]
+    assert "bench --tune" in run("info")[1]
+
+
+def test_bench_tune_writes_a_table(native_only, capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(tuning.timing, "read_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(tuning, "QUICK", TINY)
+    assert cli.main(["bench", "--tune", "--quick", "-o", str(tmp_path / "t.json")]) == 0
+    assert "break-even" in capsys.readouterr().out
+    assert Table.load(tmp_path / "t.json").threads == torch.get_num_threads()
+    assert cli.main(["bench", "--tune", "--quick", "-o", str(tmp_path / "t.json"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["path"] == str(tmp_path / "t.json")
+    with pytest.raises(ValueError, match="has no times of float32 weights"):
+        tuning.break_evens({"layer": (64, 64)}, "float32", str(tmp_path / "t.json"), 1)
