@@ -1,0 +1,337 @@
+"""One lean decoder for the LLaMA family: the modules of a loaded transformers model, a static cache, and no more.
+
+transformers' own forward spends milliseconds per token around the products; here a block is about twenty calls of
+torch. Weights are shared with the model, never copied. `Decoder` is stateless, `State` is one batch of sequences:
+
+    decoder = Decoder(model)
+    state = decoder.state(batch=1, capacity=512)
+    logits = decoder.prefill(state, prompt)      # [batch, tokens] → [batch, vocabulary]
+    logits = decoder.step(state, logits.argmax(-1))   # [batch] → [batch, vocabulary]
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from alphaprune.kernels import spmm as op
+from alphaprune.layer import SparseLinear
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length
+GROWING_ROPE = ("dynamic", "longrope")
+CHUNK = 1024  # tokens per pass of a prefill: bounds the activations, and the mask where one is needed
+
+Linear = Callable[[Tensor], Tensor]  # x [M, K] → y [M, N]
+Group = Callable[[Tensor], Sequence[Tensor]]  # x [M, K] → [y [M, N], …]
+Norm = Callable[[Tensor], Tensor]
+
+
+def why_not(config: Any, model: nn.Module | None = None) -> str | None:
+    """Why this decoder does not run models of such a config (or this very model), in one sentence; None if it does."""
+    kind = getattr(config, "model_type", None)
+    if kind not in FAMILIES:
+        return f"model type {kind} is none of {', '.join(FAMILIES)}"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") not in STATIC_ROPE + GROWING_ROPE:
+        return f"rope type {rope.get('rope_type')} is none of {', '.join(STATIC_ROPE + GROWING_ROPE)}"
+    if (rope.get("partial_rotary_factor") or 1.0) != 1.0:
+        return "only a part of each head is rotated (partial_rotary_factor)"
+    others = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
+    if others:
+        return f"attention of type {', '.join(sorted(others))} is not known"
+    if model is not None and not hasattr(getattr(model, "model", None), "layers"):
+        return f"{type(model).__name__} is no plain causal language model of transformers"
+    if model is not None and len({tensor.device for tensor in model.parameters()}) > 1:
+        return "the model is spread over several devices"
+    return None
+
+
+class State:
+    """A batch of sequences of equal length: their keys and values, and how many positions are taken.
+
+    cache: [blocks, 2, batch, key heads, capacity, head dim] in the model's dtype. cos, sin: [capacity, 1, 2, dim / 2],
+    the sine with its sign for each half of a head.
+    """
+
+    def __init__(self, decoder: "Decoder", batch: int, capacity: int) -> None:
+        shape = (len(decoder.blocks), 2, batch, decoder.key_heads, capacity, decoder.head_dim)
+        self.cache = torch.empty(shape, dtype=decoder.dtype, device=decoder.device)
+        self.batch, self.capacity, self.length = batch, capacity, 0
+        self.cos, self.sin = decoder.rotations(0, min(capacity, decoder.table_end), decoder.table_end)
+        self.one = _Heads(decoder, batch, 1)
+
+    def reset(self) -> None:
+        """Forgets the sequences; the memory stays."""
+        self.length = 0
+
+    def take(self, tokens: int) -> tuple[int, int]:
+        """Positions [start, end) of the next tokens; ValueError if the cache does not hold so many."""
+        end = self.length + tokens
+        if end > self.capacity:
+            raise ValueError(
+                f"the cache holds {self.capacity} positions, {self.length} are taken and {tokens} more are wanted; "
+                f"make a state with a larger capacity"
+            )
+        return self.length, end
+
+
+class _Heads:
+    """The projections of one pass, side by side in one buffer that all blocks share, and the views that they need.
+
+    rows: [tokens of all sequences, heads × dim], heads of q, k, v. turned: q and k [batch, tokens, heads, 2, dim / 2].
+    """
+
+    def __init__(self, decoder: "Decoder", batch: int, tokens: int) -> None:
+        d, per_key = decoder, decoder.heads // decoder.key_heads
+        # On CPUs the product of a single half-precision row with the keys takes 3 times as long as that of two.
+        self.twice = tokens == per_key == 1 and d.device.type == "cpu" and d.dtype.itemsize == 2
+        queries = d.heads * (1 + self.twice)
+        rows = queries + 2 * d.key_heads
+        self.batch, self.tokens, self.shared = batch, tokens, tokens > 1 and per_key > 1
+        self.rows = torch.empty(batch * tokens, rows * d.head_dim, dtype=d.dtype, device=d.device)
+        self.halves = self.rows.view(batch, tokens, rows, 2, d.head_dim // 2)[:, :, : queries + d.key_heads]
+        heads = self.rows.view(batch, tokens, rows, d.head_dim)
+        self.turned = heads[:, :, : queries + d.key_heads]  # the same memory as halves
+        if tokens == 1:  # the queries that share a key head are the rows of one product
+            self.q = heads[:, 0, :queries].unflatten(1, (2, -1) if self.twice else (d.key_heads, per_key))
+            self.q = self.q.transpose(1, 2) if self.twice else self.q  # [batch, key heads, rows, dim]
+        else:
+            self.q = heads[:, :, :queries].transpose(1, 2)  # [batch, heads, tokens, dim]
+        kv = heads[:, :, queries:].view(batch, tokens, 2, d.key_heads, d.head_dim)
+        self.kv = kv.permute(2, 0, 3, 1, 4)  # [2, batch, key heads, tokens, dim]
+
+    def fill(self, parts: Sequence[Tensor]) -> None:
+        """Takes the projections q, k, v, each [tokens of all sequences, heads × dim]."""
+        q, k, v = parts
+        torch.cat((q, q, k, v) if self.twice else (q, k, v), -1, out=self.rows)
+
+    def attend(self, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """Attention of the queries over keys and values [batch, key heads, length, dim] → [tokens, heads × dim]."""
+        found = functional.scaled_dot_product_attention(
+            self.q, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=self.shared
+        )
+        if self.tokens > 1:
+            found = found.transpose(1, 2)
+        elif self.twice:
+            found = found[:, :, 0]
+        return found.reshape(self.batch * self.tokens, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """The parts of one decoder block as plain calls."""
+
+    norm: Norm
+    qkv: Group
+    head_norm: Callable[[Tensor], None] | None
+    out: Linear
+    mlp_norm: Norm
+    gate_up: Group
+    act: Callable[[Tensor], Tensor]
+    down: Linear
+
+    def run(self, h: Tensor, heads: _Heads, rope: tuple, slot: Tensor, context: tuple) -> None:
+        """Adds the block's work to h [M, hidden], in place; slot: where keys and values of the new tokens go."""
+        heads.fill(self.qkv(self.norm(h)))
+        if self.head_norm is not None:
+            self.head_norm(heads.turned)
+        cos, sin = rope
+        swapped = heads.halves.flip(3)
+        heads.halves.mul_(cos).addcmul_(swapped, sin)
+        slot.copy_(heads.kv)
+        h.add_(self.out(heads.attend(*context)))
+        gate, up = self.gate_up(self.mlp_norm(h))
+        h.add_(self.down(self.act(gate).mul_(up)))
+
+
+class Decoder:
+    """The decoder of a loaded model as it is now: make it again after layers were exchanged.
+
+    Raises ValueError with the reason of `why_not` for a model that it does not run.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        config, inner = model.config, getattr(model, "model", None)
+        if reason := why_not(config, model):
+            raise ValueError(f"this decoder does not run the model: {reason}")
+        attention = inner.layers[0].self_attn
+        self.config, self.embedding = config, inner.embed_tokens.weight
+        self.dtype, self.device = self.embedding.dtype, self.embedding.device
+        self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = attention.head_dim
+        self._rotary = inner.rotary_emb
+        self._rope = (config.rope_parameters or {}).get("rope_type", "default")
+        rope = config.rope_parameters or {}
+        context = rope.get("original_max_position_embeddings") if self._rope == "longrope" else None
+        # Up to this length the frequencies are those that the model was made with.
+        self.table_end = (context or config.max_position_embeddings) if self._rope in GROWING_ROPE else 1 << 62
+        with torch.inference_mode():
+            self.blocks = [_block(layer, self) for layer in inner.layers]
+        self._windows = [_window(config, layer.self_attn) for layer in inner.layers]
+        self._norm, self._head = _norm(inner.norm), _linear(model.lm_head)
+
+    @torch.inference_mode()
+    def state(self, batch: int = 1, capacity: int | None = None) -> State:
+        """An empty cache for `batch` sequences of up to `capacity` positions, by default the context of the model."""
+        if batch < 1 or (capacity is not None and capacity < 1):
+            raise ValueError(f"a state needs at least one sequence and one position, got {batch} and {capacity}")
+        return State(self, batch, capacity or self.config.max_position_embeddings)
+
+    @torch.inference_mode()
+    def prefill(self, state: State, tokens: Tensor, chunk: int = CHUNK) -> Tensor:
+        """Logits [batch, vocabulary] after the last of `tokens` [batch, count], in the model's dtype.
+
+        They continue what the state holds. ValueError if they do not fit into it.
+        """
+        if tokens.dim() != 2 or tokens.shape[0] != state.batch or tokens.shape[1] == 0:
+            raise ValueError(
+                f"prefill of {state.batch} sequences needs tokens [{state.batch}, 1…], got {[*tokens.shape]}"
+            )
+        _, end = state.take(tokens.shape[1])
+        for part in tokens.split(chunk, 1):
+            h = self._run(state, part, end)
+        return self._logits(h[:, -1])
+
+    @torch.inference_mode()
+    def step(self, state: State, tokens: Tensor) -> Tensor:
+        """Logits [batch, vocabulary] after one more token of each sequence: tokens [batch]."""
+        if tokens.shape != (state.batch,):
+            raise ValueError(f"a step of {state.batch} sequences needs tokens [{state.batch}], got {[*tokens.shape]}")
+        _, end = state.take(1)
+        return self._logits(self._run(state, tokens[:, None], end)[:, -1])
+
+    def products(self) -> list[tuple[Callable[[Tensor], Any], int]]:
+        """Every product of a step with a weight, in order: what to call with x [batch, K], and K. For timing."""
+        hidden, inside = self.config.hidden_size, self.config.intermediate_size
+        found: list[tuple[Callable[[Tensor], Any], int]] = []
+        for block in self.blocks:
+            found += [(block.qkv, hidden), (block.out, self.heads * self.head_dim)]
+            found += [(block.gate_up, hidden), (block.down, inside)]
+        return [*found, (self._head, hidden)]
+
+    def rotations(self, start: int, end: int, length: int) -> tuple[Tensor, Tensor]:
+        """Cosine and signed sine [end - start, 1, 2, dim / 2] for positions [start, end) of a sequence of `length`.
+
+        Frequencies and scaling are transformers' own; the formula is that of its rotary embedding.
+        """
+        frequencies, scaling = self._rotary.original_inv_freq, self._rotary.attention_scaling
+        if length > self.table_end:
+            frequencies, scaling = ROPE_INIT_FUNCTIONS[self._rope](self.config, self.device, seq_len=length)
+        position = torch.arange(start, end, device=self.device).float()
+        angles = position[:, None] * frequencies.to(self.device, torch.float32)  # [positions, dim / 2]
+        cos, sin = ((f(angles) * scaling).to(self.dtype) for f in (torch.cos, torch.sin))
+        return torch.stack((cos, cos), 1)[:, None], torch.stack((-sin, sin), 1)[:, None]
+
+    def _run(self, state: State, tokens: Tensor, length: int) -> Tensor:
+        """Hidden states [batch, count, hidden] of tokens [batch, count], whose keys and values the state then holds.
+
+        length: of the whole sequence that they are a part of.
+        """
+        batch, count = tokens.shape
+        start, end = state.take(count)
+        if length > self.table_end:
+            rope = self.rotations(start, end, length)
+        else:
+            rope = state.cos[start:end], state.sin[start:end]
+        heads = state.one if count == 1 else _Heads(self, batch, count)
+        slots = state.cache[:, :, :, :, start:end].unbind(0)  # per block [2, batch, key heads, count, dim]
+        contexts = self._contexts(state, start, end)
+        h = functional.embedding(tokens, self.embedding).view(batch * count, -1)
+        for index, (block, slot, window) in enumerate(zip(self.blocks, slots, self._windows, strict=True)):
+            keys, values, mask, causal = contexts[window]
+            block.run(h, heads, rope, slot, (keys[index], values[index], mask, causal))
+        state.length = end
+        return h.view(batch, count, -1)
+
+    def _contexts(self, state: State, start: int, end: int) -> dict[int | None, tuple]:
+        """What queries [start, end) see, by window: keys and values per block, the mask if one is needed, causal."""
+        found = {}
+        for window in {*self._windows}:
+            first = 0 if window is None else max(0, start - window + 1)
+            seen = state.cache[:, :, :, :, first:end]
+            plain = start == first == 0 and (window is None or end <= window)
+            mask = None if end - start == 1 or plain else _mask(first, start, end, window, self.device)
+            found[window] = (*(part.unbind(0) for part in seen.unbind(1)), mask, plain and end > 1)
+        return found
+
+    def _logits(self, h: Tensor) -> Tensor:
+        return self._head(self._norm(h))
+
+
+def _mask(first: int, start: int, end: int, window: int | None, device: torch.device) -> Tensor:
+    """Which of the keys [first, end) each query in [start, end) sees: bool [end - start, end - first]."""
+    distance = torch.arange(start, end, device=device)[:, None] - torch.arange(first, end, device=device)
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+def _window(config: Any, attention: nn.Module) -> int | None:
+    """How many positions back a block sees, itself included; None for all."""
+    if config.model_type == "mistral":
+        return config.sliding_window
+    return getattr(attention, "sliding_window", None)
+
+
+def _block(layer: nn.Module, decoder: Decoder) -> _Block:
+    attention, mlp = layer.self_attn, layer.mlp
+    return _Block(
+        norm=_norm(layer.input_layernorm),
+        qkv=_group([attention.q_proj, attention.k_proj, attention.v_proj]),
+        head_norm=_head_norm(attention, decoder) if hasattr(attention, "q_norm") else None,
+        out=_linear(attention.o_proj),
+        mlp_norm=_norm(layer.post_attention_layernorm),
+        gate_up=_group([mlp.gate_proj, mlp.up_proj]),
+        act=partial(functional.silu, inplace=True) if decoder.config.hidden_act == "silu" else mlp.act_fn,
+        down=_linear(mlp.down_proj),
+    )
+
+
+def _norm(module: nn.Module) -> Norm:
+    """transformers' RMSNorm with its rounding: in half precision it rounds once more before the weight."""
+    weight, epsilon = module.weight, module.variance_epsilon
+    shape = tuple(weight.shape)
+    if weight.dtype == torch.float32:
+        return lambda x: functional.rms_norm(x, shape, weight, epsilon)
+    return lambda x: functional.rms_norm(x, shape, None, epsilon).mul_(weight)
+
+
+def _head_norm(attention: nn.Module, decoder: Decoder) -> Callable[[Tensor], None]:
+    """Qwen3's RMSNorm of each head of q and k, in place on [batch, tokens, heads, dim]: one call for both."""
+    weights, keys = (attention.q_norm.weight, attention.k_norm.weight), decoder.key_heads
+    epsilon, shape = attention.q_norm.variance_epsilon, (decoder.head_dim,)
+    tables: dict[int, Tensor] = {}  # by the number of heads: their weights, [heads, dim]
+
+    def run(turned: Tensor) -> None:
+        count = turned.shape[2]
+        if count not in tables:
+            tables[count] = torch.cat([weights[0].expand(count - keys, -1), weights[1].expand(keys, -1)])
+        torch.mul(functional.rms_norm(turned, shape, None, epsilon), tables[count], out=turned)
+
+    return run
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _linear(module: nn.Module) -> Linear:
+    """The shortest call with the result of the module's; anything but a plain linear layer is called as it is."""
+    if type(module) is nn.Linear and not _hooked(module):
+        return partial(functional.linear, weight=module.weight, bias=module.bias)
+    if type(module) is SparseLinear and not _hooked(module):
+        return partial(module.prepared().run, bias=module.bias)
+    return module
+
+
+def _group(modules: Sequence[nn.Module]) -> Group:
+    """Several layers of one x: one call of the kernel if all are packed."""
+    if all(type(module) is SparseLinear and not _hooked(module) for module in modules):
+        prepared, biases = [module.prepared() for module in modules], [module.bias for module in modules]
+        return lambda x: op.spmm_group(x, prepared, biases)
+    calls = [_linear(module) for module in modules]
+    return lambda x: [call(x) for call in calls]

@@ -1,0 +1,165 @@
+"""Whole-model decoding: packed weights in our decoder beside transformers' dense bfloat16, in processes by turns.
+
+python bench/decode.py --model llama2-7b --sparsity 0.5,0.7,0.8 --values bfloat16,int8 --out bench/results/decode.jsonl
+
+A dense and a packed model of 7e9 weights do not fit into 24 GB together. So for each sparsity and kind of values, and
+`--pairs` times, one process decodes the dense model and the next one the packed model. Every process warms up, decodes
+`--new` tokens greedily after 16 random ones, and measures the read bandwidth of the moment. Weights are random; every
+block lies in memory of its own. Rows, one JSON object each, seconds and bytes throughout:
+
+machine, threads, torch   where it ran
+model, blocks             the shapes, and how many decoder blocks
+weights, values           dense or packed, and the dtype of the values; activations and dense layers are bfloat16
+sparsity                  zeros / weights inside the blocks; 0 for dense
+pair                      which process of its kind it was, from 0
+decoder                   transformers (its generate), or alphaprune
+new, tokens_per_second    tokens timed, and their number over their seconds, without the prompt
+step_seconds              median of the steps
+weight_bytes              of all weights that a step reads
+kernel_seconds            all products of a step with weights, called alone, median; only with decoder alphaprune
+step_over_kernels         median of step / kernels, measured by turns in this process; only with decoder alphaprune
+bandwidth                 bytes/s that this machine read at that moment (alphaprune.timing.read_bandwidth)
+
+After the pairs of a packed model follows its summary: ratio, the median over pairs of its tokens/s over those of
+transformers' dense model in the same pair; ratio_of_weights, the same over our decoder's with dense weights; ratios,
+one per pair; pairs.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+PROMPT = 16
+COLUMNS = ("model", "sparsity", "values", "decoder", "tokens/s", "step s", "over kernels", "weights GB", "GB/s")
+
+
+def measure(model: str, sparsity: float | None, values: str, new: int, bandwidth_bytes: int) -> list[dict[str, Any]]:
+    """The rows of one process: of a packed model one, of a dense model two, transformers' decoder and ours."""
+    import torch
+
+    from alphaprune import decoding, timing
+
+    made = decoding.random_model(model, sparsity, values=getattr(torch, values))
+    tensors = [tensor for name, tensor in made.state_dict().items() if "embed_tokens" not in name]
+    common = {
+        "machine": timing.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "model": model,
+        "blocks": made.config.num_hidden_layers,
+        "weights": "dense" if sparsity is None else "packed",
+        "values": values,
+        "sparsity": sparsity or 0.0,
+        "new": new,
+        "weight_bytes": sum(tensor.nbytes for tensor in tensors),
+        "bandwidth": timing.read_bandwidth(bandwidth_bytes),
+    }
+    rows = []
+    for ours in (False, True) if sparsity is None else (True,):
+        row = common | {"decoder": "alphaprune" if ours else "transformers"}
+        row |= decoding.time_generation(made, ours, PROMPT, new)
+        rows.append(row | (decoding.time_kernels(made, PROMPT, max(4, new // 2)) if ours else {}))
+    return rows
+
+
+def in_process(options: argparse.Namespace, sparsity: float | None, values: str) -> list[dict[str, Any]]:
+    """`measure` in a process of its own, whose memory is free again afterwards."""
+    asked = {"model": options.model, "sparsity": sparsity, "values": values, "new": options.new}
+    asked["bandwidth_bytes"] = int(options.gigabytes * 1e9)
+    command = [sys.executable, __file__, "--measure", json.dumps(asked)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why
+    return json.loads(done.stdout)
+
+
+def summary(pairs: list[tuple[list[dict[str, Any]], dict[str, Any]]]) -> dict[str, Any]:
+    """The ratios of (rows of the dense process, row of the packed one)."""
+    packed = pairs[0][1]
+    by_decoder = [{row["decoder"]: row["tokens_per_second"] for row in dense} for dense, _ in pairs]
+    rates = [row["tokens_per_second"] for _, row in pairs]
+    ratios = [rate / dense["transformers"] for rate, dense in zip(rates, by_decoder, strict=True)]
+    weights = [rate / dense["alphaprune"] for rate, dense in zip(rates, by_decoder, strict=True)]
+    kept = {name: packed[name] for name in ("machine", "threads", "torch", "model", "blocks", "values", "sparsity")}
+    return kept | {
+        "ratio": statistics.median(ratios),
+        "ratio_of_weights": statistics.median(weights),
+        "ratios": ratios,
+        "pairs": len(pairs),
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table; a summary is a sentence."""
+    if "ratio" in row:
+        return (
+            f"{row['model']} at {row['sparsity']:.0%}, {row['values']}: {row['ratio']:.2f} times transformers' dense "
+            f"tokens/s (median of {row['pairs']} pairs), {row['ratio_of_weights']:.2f} times our decoder's dense"
+        )
+    over = row.get("step_over_kernels")
+    cells = [
+        row["model"],
+        f"{row['sparsity']:.2f}",
+        row["values"],
+        row["decoder"],
+        f"{row['tokens_per_second']:.2f}",
+        f"{row['step_seconds']:.4f}",
+        f"{over:.3f}" if over else "",
+        f"{row['weight_bytes'] / 1e9:.2f}",
+        f"{row['bandwidth'] / 1e9:.1f}",
+    ]
+    return "  ".join(f"{cell:>12}" for cell in cells)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="llama2-7b", help="a name of alphaprune.decoding.MODELS")
+    parser.add_argument("--sparsity", default="0.5,0.7,0.8")
+    parser.add_argument(
+        "--values", default="bfloat16", help="of the packed weights: bfloat16, int8, or both by a comma"
+    )
+    parser.add_argument("--pairs", type=int, default=3, help="dense and packed processes, by turns")
+    parser.add_argument("--new", type=int, default=32, help="tokens timed in each")
+    parser.add_argument("--gigabytes", type=float, default=1, help="read for the bandwidth")
+    parser.add_argument("--json", action="store_true", help="one JSON object per row instead of the table")
+    parser.add_argument("--out", help="append the rows to this file, one JSON object each")
+    parser.add_argument("--measure", metavar="JSON", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.measure:
+        try:
+            print(json.dumps(measure(**json.loads(options.measure))))
+        except ValueError as error:  # no such model, or no memory for it
+            print(f"decode.py: {error}", file=sys.stderr)
+            return 2
+        return 0
+
+    def show(row: dict[str, Any]) -> None:
+        print(json.dumps(row) if options.json else line(row), flush=True)
+        if options.out:
+            with open(options.out, "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    if not options.json:
+        print("  ".join(f"{name:>12}" for name in COLUMNS))
+    for values in options.values.split(","):
+        for sparsity in map(float, options.sparsity.split(",")):
+            pairs = []
+            for pair in range(options.pairs):
+                dense = [row | {"pair": pair} for row in in_process(options, None, "bfloat16")]
+                packed = [row | {"pair": pair} for row in in_process(options, sparsity, values)]
+                for row in dense + packed:
+                    show(row)
+                pairs.append((dense, packed[0]))
+            show(summary(pairs))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Random models in published shapes, and the script that decodes with them by turns."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from alphaprune import decoding
+from alphaprune.layer import SparseLinear
+from alphaprune.model import prunable
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SCRIPT = Path(__file__).parent.parent / "bench" / "decode.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_decode", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_shapes_are_those_of_the_models() -> None:
+    assert decoding.shapes("llama2-7b") == [(4096, 4096), (11008, 4096), (4096, 11008)]
+    assert decoding.shapes("llama3-8b") == [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]
+    assert decoding.shapes("mistral-7b") == decoding.shapes("llama3-8b")
+    with pytest.raises(ValueError, match="no shapes of a model 'other'; there are: llama2-7b"):
+        decoding.config_of("other")
+
+
+def test_every_block_lies_in_memory_of_its_own() -> None:
+    for values in (torch.bfloat16, torch.int8):
+        model = decoding.random_model("tiny", 0.75, values=values)
+        layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+        assert len(layers) == 2 * 7 and {layer.weight.dtype for layer in layers} == {values}
+        assert len({layer.weight.data_ptr() for layer in layers}) == 14
+        kept = sum(int((layer.to_linear().weight != 0).sum()) for layer in layers)
+        assert kept / sum(n * k for n, k in (layer.packed.shape for layer in layers)) == pytest.approx(0.25, abs=0.02)
+    dense = decoding.random_model("tiny")
+    weights = list(prunable(dense, "model.layers").values())
+    assert len({layer.weight.data_ptr() for layer in weights}) == 14
+    assert all(not p.is_meta and p.dtype == torch.bfloat16 for p in dense.parameters())
+
+
+def test_bytes_are_about_those_of_the_model() -> None:
+    config = decoding.config_of("llama2-7b")
+    dense = decoding.nbytes(config, None, torch.bfloat16, None)
+    assert 13.4e9 < dense < 14.4e9
+    sizes = [decoding.nbytes(config, sparsity, torch.bfloat16, torch.int8) for sparsity in (0.5, 0.8)]
+    assert dense > 2 * sizes[0] > 2 * sizes[1] > 0
+
+
+def test_a_model_too_large_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "memory", lambda: 10**10)
+    with pytest.raises(ValueError, match=r"llama2-7b needs 1[34]\.\d GB of memory, 10\.0 GB are free"):
+        decoding.random_model("llama2-7b")
+
+
+def test_what_does_not_fit_is_a_row_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    from contextlib import nullcontext
+
+    monkeypatch.setattr(decoding, "memory", lambda: 10)
+    rows = decoding.time_models("tiny", [0.5], torch.bfloat16, None, lambda *_: nullcontext(lambda _: None))
+    assert [row["sparsity"] for row in rows] == [0.5, None] and all("GB are free" in row["skipped"] for row in rows)
+
+
+def test_the_script_alternates_and_sums_up(script: ModuleType, tmp_path: Path, monkeypatch, capsys) -> None:
+    asked = []
+
+    def here(options, sparsity, values) -> list[dict]:
+        asked.append((sparsity, values))
+        rows = script.measure(options.model, sparsity, values, options.new, 1 << 20)
+        for row in rows:
+            row["tokens_per_second"] = {(0.0, "transformers"): 2.0, (0.0, "alphaprune"): 4.0}.get(
+                (row["sparsity"], row["decoder"]), 5.0 + len(asked)
+            )
+        return rows
+
+    monkeypatch.setattr(script, "in_process", here)
+    out = tmp_path / "rows.jsonl"
+    options = ["--model=tiny", "--sparsity=0.5", "--values=int8", "--pairs=3", "--new=4", f"--out={out}"]
+    assert script.main([*options, "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows == [json.loads(line) for line in out.read_text().splitlines()]
+    assert asked == [(None, "bfloat16"), (0.5, "int8")] * 3
+    assert [row["decoder"] for row in rows[:-1]] == ["transformers", "alphaprune", "alphaprune"] * 3
+    assert [row["pair"] for row in rows[:-1]] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert rows[-1]["ratios"] == [3.5, 4.5, 5.5] and rows[-1]["ratio"] == 4.5 and rows[-1]["ratio_of_weights"] == 2.25
+    assert all(row["step_over_kernels"] > 0 for row in rows[:-1] if row["decoder"] == "alphaprune")
+    assert all(row["bandwidth"] > 0 and row["step_seconds"] > 0 for row in rows[:-1])
+    assert rows[0]["weight_bytes"] > rows[2]["weight_bytes"]
+    assert "4.50 times transformers'" in script.line(rows[-1])
+
+
+def test_the_script_says_what_it_cannot_measure(script: ModuleType, capsys) -> None:
+    asked = {"model": "other", "sparsity": None, "values": "bfloat16", "new": 4, "bandwidth_bytes": 1 << 20}
+    assert script.main(["--measure", json.dumps(asked)]) == 2
+    assert capsys.readouterr().err.startswith("decode.py: no shapes of a model 'other'")
