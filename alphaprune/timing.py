@@ -29,8 +29,9 @@ UNSTRUCTURED = Unstructured()
 class Row:
     """What one packed linear layer takes beside torch's dense one: medians of calls made by turns.
 
-    seconds, dense_seconds: of one call. nbytes, dense_nbytes: of the weight. rotated: bytes of copies of the packed
-    weight that the calls went round, so that none is found in a cache. bandwidth: measured read bytes/s of the machine.
+    seconds, dense_seconds: of one call. nbytes, dense_nbytes: of the weight. dense_dtype: what torch is fastest in,
+    that of x or float32, which a CPU without bfloat16 arithmetic prefers. rotated: bytes of copies of the packed weight
+    that the calls went round, so that none is found in a cache. bandwidth: measured read bytes/s of the machine.
     """
 
     machine: str
@@ -47,7 +48,8 @@ class Row:
     nbytes: int
     dense_nbytes: int
     bandwidth: float
-    values: str  # dtype of the packed weight's values; `dtype` is that of x and of the dense weight
+    values: str  # dtype of the packed weight's values; `dtype` is that of x
+    dense_dtype: str
 
     @property
     def ratio(self) -> float:
@@ -160,24 +162,27 @@ def time_linear(
     pattern: Pattern = UNSTRUCTURED,
     values: torch.dtype | None = None,
 ) -> Row:
-    """The median seconds of y = x Wᵀ with a packed random W [N, K] and with the dense one, called by turns.
+    """The median seconds of y = x Wᵀ with a packed random W [N, K] and with dense ones, called by turns.
 
-    Both go round copies of their weight in distinct memory, `total_bytes` each but MOST_COPIES at most, `repeats` times
+    All go round copies of their weight in distinct memory, `total_bytes` each but MOST_COPIES at most, `repeats` times
     the packed ones.
     bandwidth: of read_bandwidth(), measured if not given. pattern: N:M instead of zeros anywhere. values: int8 to store
-    the kept weights so; the dense layer beside them stays in `dtype`, as x.
+    the kept weights so. The dense layer beside them is in `dtype`, as x, or in float32 with x, whichever is faster.
     ValueError if the kernel cannot run, or K does not fit the pattern.
     """
     weight, packed = random_packed(shape, sparsity, dtype, values or dtype, pattern)
     x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
     name = spmm.prepare(packed, "bench", kernel).choice(tokens, dtype)[0].name
     sparse = [spmm.prepare(copy, "bench", kernel) for copy in copies(packed, total_bytes)]
-    dense = [weight.clone() for _ in range(copy_count(weight.nbytes, total_bytes))]
-    times, dense_times = [], []
+    dense = {kind: _dense(weight.to(kind), total_bytes) for kind in dict.fromkeys((dtype, torch.float32))}
+    times, dense_times = [], {kind: [] for kind in dense}
     with torch.inference_mode():
         for i in range(max(repeats * len(sparse), 20)):
             times.append(seconds_of(sparse[i % len(sparse)], x))
-            dense_times.append(seconds_of(functional.linear, x, dense[i % len(dense)]))
+            for kind, copied in dense.items():
+                dense_times[kind].append(seconds_of(functional.linear, x.to(kind), copied[i % len(copied)]))
+    medians = {kind: statistics.median(found) for kind, found in dense_times.items()}
+    best = min(medians, key=medians.get)
     return Row(
         machine=machine(),
         threads=torch.get_num_threads(),
@@ -190,11 +195,16 @@ def time_linear(
         calls=len(times),
         rotated=len(sparse) * packed.nbytes,
         seconds=statistics.median(times),
-        dense_seconds=statistics.median(dense_times),
+        dense_seconds=medians[best],
+        dense_dtype=str(best).removeprefix("torch."),
         nbytes=packed.nbytes,
-        dense_nbytes=weight.nbytes,
+        dense_nbytes=dense[best][0].nbytes,
         bandwidth=bandwidth or read_bandwidth(),
     )
+
+
+def _dense(weight: Tensor, total_bytes: int) -> list[Tensor]:
+    return [weight.clone() for _ in range(copy_count(weight.nbytes, total_bytes))]
 
 
 def random_packed(

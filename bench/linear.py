@@ -55,6 +55,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sparsity", default="0.5,0.6,0.7,0.8,0.9")
     parser.add_argument("--tokens", default="1")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"))
+    parser.add_argument("--values", choices=("int8",), help="how the packed weight is stored, if not in --dtype")
     parser.add_argument("--kernel", help="one kernel instead of the automatic choice")
     parser.add_argument("--gigabytes", type=float, default=1, help="of weights that the calls go round")
     parser.add_argument("--repeats", type=int, default=3, help="times round them")
@@ -82,6 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
                     int(args.gigabytes * (1 << 30)),
                     args.repeats,
                     bandwidth,
+                    values=args.values and getattr(torch, args.values),
                 )
                 text = json.dumps(row_dict(row))
                 print(text if args.json else line(row), flush=True)

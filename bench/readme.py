@@ -62,12 +62,18 @@ def verdict(found: dict) -> str:
 
 
 def linear() -> str:
-    found = rows("linear.jsonl")
+    """A table for every machine that has rows, the newest last."""
+    machines = dict.fromkeys(row["machine"] for row in rows("linear.jsonl"))
+    return "\n\n".join(linear_of([r for r in rows("linear.jsonl") if r["machine"] == name]) for name in machines)
+
+
+def linear_of(found: list[dict]) -> str:
     cells = [
         [
             f"{r['shape'][0]}×{r['shape'][1]}",
             str(r["tokens"]),
             f"{r['sparsity']:.0%}",
+            r.get("values", r["dtype"]),
             r["kernel"],
             f"{r['seconds']:.2e}",
             f"{r['dense_seconds']:.2e}",
@@ -77,19 +83,15 @@ def linear() -> str:
         for r in found
     ]
     columns = [
-        "layer",
-        "tokens",
-        "sparsity",
-        "kernel",
-        "seconds",
-        "dense bf16, seconds",
-        "of read bandwidth",
-        "speed-up",
+        *("layer", "tokens", "sparsity", "values", "kernel", "seconds"),
+        *("dense, seconds", "of read bandwidth", "speed-up"),
     ]
     first = found[0]
+    dense = dict.fromkeys(r.get("dense_dtype", r["dtype"]) for r in found)
     note = (
         f"`python bench/linear.py`, {first['machine']}, {first['threads']} threads, which read "
-        f"{first['bandwidth'] / 1e9:.1f} GB/s; medians of interleaved calls, weights from memory."
+        f"{first['bandwidth'] / 1e9:.1f} GB/s; medians of interleaved calls, weights from memory; dense is torch in "
+        f"{' or '.join(dense)}."
     )
     return f"{table(columns, cells)}\n\n{note}"
 

@@ -12,9 +12,9 @@ from test_checkpoint import make_plan, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import alphaprune
-from alphaprune import SparseLinear, checkpoint, cli, inspection, shards
+from alphaprune import SparseLinear, checkpoint, cli, hf, inspection, shards
 from alphaprune.formats import quantize, sbt
-from alphaprune.model import open_source
+from alphaprune.model import make_skeleton, open_source, read_config
 from alphaprune.pruning import prune_blocks
 
 LAYER = "model.layers.1.mlp.gate_proj"
@@ -102,6 +102,19 @@ def test_a_dtype_on_loading_leaves_integers_alone(directory: Path, tmp_path: Pat
     assert rounded.weight.dtype == torch.int8 and torch.equal(rounded.weight_scale, stored(tmp_path / "out")[PACKED[3]])
     plain = model.dequantize().get_submodule(LAYER).weight
     assert plain.dtype in (dtype, torch.bfloat16) and not hasattr(model.config, "quantization_config")
+
+
+def test_a_dtype_casts_the_places_of_floats_only(directory: Path, tmp_path: Path) -> None:
+    """Not every version of transformers passes the dtype on; where it does, integers keep their own."""
+    for values, wanted in (("int8", torch.int8), (None, torch.bfloat16)):
+        write(directory, tmp_path / str(values), values=values)
+        model = make_skeleton(read_config(directory))
+        quantizer = hf.AlphaPruneQuantizer(hf.AlphaPruneConfig())
+        files = [str(file) for file in (tmp_path / str(values)).glob("*.safetensors")]
+        quantizer._process_model_before_weight_loading(model, files, dtype=torch.bfloat16)
+        layer = model.get_submodule(LAYER)
+        assert layer.weight.dtype == wanted and (layer.weight_scale is None) == (values is None)
+        assert values is None or layer.weight_scale.dtype == torch.float32
 
 
 def test_saved_again_it_is_the_same(directory: Path, tmp_path: Path) -> None:

@@ -26,12 +26,15 @@ def test_a_row_says_what_was_timed() -> None:
     assert row.of_bandwidth == row.nbytes / row.seconds / 2
 
 
-def test_int8_values_beside_the_dense_layer_in_the_dtype_of_x() -> None:
+def test_int8_values_beside_the_fastest_dense_layer() -> None:
     options = {"total_bytes": 1 << 14, "repeats": 1, "bandwidth": 1.0}
     row = timing.time_linear((48, 130), 0.5, 2, torch.bfloat16, "reference", values=torch.int8, **options)
     plain = timing.time_linear((48, 130), 0.5, 2, torch.bfloat16, "reference", **options)
     assert (row.dtype, row.values, plain.values) == ("bfloat16", "int8", "bfloat16")
-    assert row.dense_nbytes == plain.dense_nbytes == 48 * 130 * 2 and row.nbytes < plain.nbytes
+    for one in (row, plain):
+        assert one.dense_dtype in ("bfloat16", "float32")
+        assert one.dense_nbytes == 48 * 130 * getattr(torch, one.dense_dtype).itemsize
+    assert row.nbytes < plain.nbytes
     weight, packed = timing.random_packed((48, 130), 0.5, torch.bfloat16, torch.int8)
     assert packed.dtype == torch.int8 and packed.scale.shape == (48,)
     from alphaprune.formats import sbt
