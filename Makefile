@@ -1,6 +1,6 @@
 # make demo    set-up, then the whole flow on the embedded model
 # make test    set-up, then what everybody should run: lint, formatting, all quick tests
-# make check   adds the slow and the strict: sanitizers, kill tests, clean installs
+# make check   adds the slow and the strict: sanitizers, memcheck, aarch64 in an emulator, kill tests, clean installs
 # Set TORCH_INDEX to PyTorch's CPU index on a machine without an NVIDIA GPU: it saves several GB of CUDA packages.
 
 PYTHON ?= python3
@@ -21,6 +21,7 @@ test: $(VENV)/test.stamp lint
 
 check: $(VENV)/test.stamp
 	$(BIN)/python tests/native/sanitize.py
+	$(BIN)/python tests/native/cross.py
 	$(BIN)/python -m pytest --durations=20 -m slow
 
 lint: $(VENV)/test.stamp

@@ -1,6 +1,7 @@
 """Installing: with a compiler, without one, editable, and from the source archive."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -130,3 +131,21 @@ def test_an_editable_install_builds_in_place_and_forgets_failures(tree: Path, tm
     assert status_of(tree).startswith("built: ")
     install(**NO_COMPILER)
     assert status_of(tree).startswith("not built: "), "an old module outlived a failed build"
+
+
+def test_every_isa_file_is_built_and_offered() -> None:
+    build = (ROOT / "CMakeLists.txt").read_text()
+    dispatch = (ROOT / "csrc" / "cpu" / "dispatch.cpp").read_text()
+    names = {path.stem.removeprefix("sbt_") for path in (ROOT / "csrc" / "cpu").glob("sbt_*.cpp")}
+    assert {"scalar", "avx2", "neon"} <= names
+    for name in names - {"scalar"}:
+        assert re.search(rf"add_isa\({name}[ )]", build), f"nothing builds sbt_{name}.cpp"
+        assert f"defined(ALPHAPRUNE_{name.upper()})" in dispatch, f"dispatch.cpp does not know {name}"
+
+
+def test_without_a_cross_compiler_the_check_says_so_and_passes(tmp_path: Path) -> None:
+    environment = os.environ | {"PATH": str(tmp_path)}
+    script = [sys.executable, str(ROOT / "tests" / "native" / "cross.py")]
+    done = subprocess.run(script, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert re.match("aarch64 is not tested: (there is no .*; on Debian: apt-get install |this machine)", done.stdout)

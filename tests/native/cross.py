@@ -1,16 +1,19 @@
 """Builds the C++ tests for aarch64 and runs them in qemu-aarch64, plainly and under the sanitizers.
 
-Without a cross compiler or without the emulator it says what to install and passes.
+The compiler is Debian's g++-aarch64-linux-gnu or else the ziglang wheel, which has neither OpenMP nor the sanitizers.
+Without a compiler or without the emulator it says what to install and passes.
 """
 
+import importlib.util
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-from sanitize import SANITIZERS, run
+from sanitize import ROOT, SANITIZERS, run
 
 COMPILER = "aarch64-linux-gnu-g++"
 EMULATORS = ("qemu-aarch64", "qemu-aarch64-static")
@@ -19,15 +22,26 @@ BUILDS = {  # name → options of CMake, arguments of the test
     "plain": ((), ()),
     "sanitized": ((f"-DALPHAPRUNE_SANITIZE={SANITIZERS}",), ("neon",)),
 }
+ONE_THREAD = """
+inline int omp_get_max_threads() { return 1; }
+inline int omp_get_thread_num() { return 0; }
+inline int omp_in_parallel() { return 0; }
+inline void omp_set_num_threads(int) {}
+"""
+
+
+def found(names: tuple[str, ...]) -> str | None:
+    """The path of the first of these programs that is installed."""
+    return next(filter(None, map(shutil.which, names)), None)
 
 
 def missing() -> str:
     """Why nothing can be run for aarch64 here, or an empty string."""
     if platform.machine() in ("aarch64", "arm64"):
         return "this machine is one itself, and sanitize.py has run its tests"
-    if shutil.which(COMPILER) is None:
-        return f"there is no {COMPILER}; on Debian: apt-get install g++-aarch64-linux-gnu"
-    if not any(map(shutil.which, EMULATORS)):
+    if found((COMPILER,)) is None and importlib.util.find_spec("ziglang") is None:
+        return f"there is no {COMPILER}; on Debian: apt-get install g++-aarch64-linux-gnu (or: pip install ziglang)"
+    if found(EMULATORS) is None:
         return f"there is no {' or '.join(EMULATORS)}; on Debian: apt-get install qemu-user"
     return ""
 
@@ -38,12 +52,28 @@ def sysroot(compiler: str) -> Path:
     return Path(library).resolve().parent.parent
 
 
+def zig(emulator: str) -> None:
+    """Build without CMake, on one thread, and test; SystemExit if anything fails."""
+    sources = [f"csrc/cpu/{name}.cpp" for name in ("bandwidth", "dispatch", "pack", "sbt_scalar", "sbt_neon")]
+    with tempfile.TemporaryDirectory(prefix="alphaprune-zig-") as build:
+        (Path(build) / "omp.h").write_text(ONE_THREAD)
+        test = str(Path(build) / "test_sbt")
+        compiler = [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-musl", "-std=c++17", "-O3"]
+        flags = [f"-I{build}", "-Icsrc", "-DALPHAPRUNE_NEON", "-Wno-unknown-pragmas"]
+        for command in ([*compiler, *flags, *sources, "tests/native/test_sbt.cpp", "-o", test], [emulator, test]):
+            print("+", " ".join(command), flush=True)
+            if status := subprocess.run(command, cwd=ROOT).returncode:
+                raise SystemExit(status)
+
+
 def main(names: list[str]) -> None:
     if reason := missing():
         print(f"aarch64 is not tested: {reason}")
         return
-    compiler = shutil.which(COMPILER)
-    emulator = next(filter(None, map(shutil.which, EMULATORS)))
+    emulator, compiler = found(EMULATORS), found((COMPILER,))
+    if compiler is None:
+        zig(emulator)
+        return
     before = [emulator, "-L", str(sysroot(compiler))]
     for name in names or BUILDS:
         options, arguments = BUILDS[name]
