@@ -30,10 +30,12 @@ MCA = "llvm-mca"
 
 # Weights that one instruction puts in their places; through a table, those of a mask byte.
 EXPAND = {"vpexpandb": 64, "vpexpandw": 32, "vpexpandd": 16}
+COUNTS = {"vpmulld": 256}  # one multiplication counts what is kept before each of so many weights
 TABLES = {"vpshufb": 8, "vpermd": 8, "vpermps": 8, "vpcompressd": 16}
 EXPANSIONS = {
     "amx": EXPAND,
     "avx512": EXPAND,
+    "avx512vnni": COUNTS,
     "avx512bw": TABLES,
     "avx2": TABLES,
     "neon": {"tbl": 4},
@@ -54,6 +56,7 @@ WIDTHS = {"%zmm": 1.0, "%ymm": 0.5, "%xmm": 0.25}
 TARGETS = {
     "amx": ("sapphirerapids",),
     "avx512": ("icelake-server", "sapphirerapids", "znver4"),
+    "avx512vnni": ("cascadelake",),
     "avx512bw": ("skylake-avx512",),
     "avx2": ("haswell", "skylake", "znver3"),
     "neon": ("neoverse-n1", "neoverse-v2", "apple-m1"),
@@ -97,8 +100,12 @@ class Loop:
         if self.part != "fused":
             return None
         ratio = self.products / self.weights
-        integers = any(opcode.startswith("vpdp") for opcode in self.opcodes)
-        return max(1, math.floor(ratio / 2) if integers else round(ratio))
+        return max(1, math.floor(ratio / 2) if self.integers else round(ratio))
+
+    @property
+    def integers(self) -> bool:
+        """Whether activations are integers, too."""
+        return any(opcode.startswith("vpdp") for opcode in self.opcodes)
 
     @property
     def dtype(self) -> str | None:
@@ -197,7 +204,7 @@ def hottest(found: list[Loop]) -> list[Loop]:
     """Of each kernel, part, dtype and number of tokens the loop that does most; of equals the longest."""
     groups: dict[tuple, Loop] = {}
     for loop in sorted(found, key=lambda loop: (loop.weights or loop.products, len(loop.instructions))):
-        groups[loop.isa, loop.part, loop.dtype, loop.tokens] = loop
+        groups[loop.isa, loop.part, loop.dtype, loop.tokens, loop.integers] = loop
     return list(groups.values())
 
 
@@ -315,7 +322,7 @@ def main(arguments: list[str] | None = None) -> None:
                 file.write(text + "\n")
 
 
-COLUMNS = (9, 9, 9, 4, 7, 16, 6, 7, 8, 17)
+COLUMNS = (10, 9, 9, 4, 7, 16, 6, 7, 8, 17)
 
 
 def line(row: dict) -> str:

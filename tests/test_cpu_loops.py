@@ -35,6 +35,8 @@ def test_every_compiled_kernel_has_a_loop(objects: list[Path]) -> None:
             assert loop.isa in file.name and loop.function and "_Z" not in loop.function
         isa = file.name.removeprefix("sbt_").removesuffix(".cpp.o")
         fused = {(loop.dtype, loop.tokens) for loop in found if loop.part == "fused"}
+        if isa == "avx512vnni":
+            assert {("int8", 1), ("int8", 2)} <= fused, fused
         if isa in ("avx2", "avx512bw", "avx512"):
             assert {(dtype, 1) for dtype in ("bfloat16", "float16", "float32", "int8")} <= fused, (isa, fused)
 

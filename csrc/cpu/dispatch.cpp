@@ -26,7 +26,7 @@ constexpr bool kEmulated = true;
 
 #if defined(__x86_64__)
 struct Cpu {
-  bool avx2 = false, avx512bw = false, avx512 = false;
+  bool avx2 = false, avx512bw = false, avx512vnni = false, avx512 = false;
   bool os_ymm = false, os_zmm = false;
   std::string without_amx = "this CPU has no AMX with BF16 and INT8";
 
@@ -44,7 +44,8 @@ struct Cpu {
     const bool has_avx2 = b >> 5 & 1, bmi = (b >> 3 & 1) && (b >> 8 & 1);
     avx2 = has_avx2 && bmi && fma && f16c && popcnt;
     avx512bw = avx2 && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1);
-    avx512 = avx512bw && (c >> 6 & 1) && (c >> 11 & 1);
+    avx512vnni = avx512bw && (c >> 11 & 1);
+    avx512 = avx512vnni && (c >> 6 & 1);
     const bool amx = (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1);  // BF16, tiles, INT8
     if (!avx512 || !amx) return;
     // Linux gives tile registers only to a process that asks: ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA.
@@ -190,6 +191,9 @@ const Isa* const* isas() {
 #if defined(ALPHAPRUNE_AVX512)
       &kAvx512,
 #endif
+#if defined(ALPHAPRUNE_AVX512VNNI)
+      &kAvx512vnni,
+#endif
 #if defined(ALPHAPRUNE_AVX512BW)
       &kAvx512bw,
 #endif
@@ -199,7 +203,7 @@ const Isa* const* isas() {
 #if defined(ALPHAPRUNE_NEON)
       &kNeon,
 #endif
-      &kScalar,   nullptr};
+      &kScalar,     nullptr};
   return all;
 }
 
@@ -211,6 +215,7 @@ std::string unavailable(const Isa& isa) {
   if (name.rfind("avx512", 0) == 0) {
     if (!cpu().os_zmm) return "the operating system does not save AVX-512 registers";
     if (name == "avx512" && !cpu().avx512) return "this CPU has no AVX-512 with VBMI2 and VNNI";
+    if (name == "avx512vnni" && !cpu().avx512vnni) return "this CPU has no AVX-512 with BW, DQ, VL and VNNI";
     if (!cpu().avx512bw) return "this CPU has no AVX-512 with BW, DQ and VL";
   }
   if (name == "avx2") {

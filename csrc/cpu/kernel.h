@@ -53,6 +53,7 @@ struct Isa {
 extern const Isa kScalar;
 extern const Isa kAvx2;
 extern const Isa kAvx512bw;
+extern const Isa kAvx512vnni;
 extern const Isa kAvx512;
 extern const Isa kAmx;
 extern const Isa kNeon;

@@ -5,7 +5,8 @@
 // C[16 rows, 16 tokens] += A[16 rows, 64 bytes] B[64 bytes, 16 tokens]: weights are A, row by row as they are expanded;
 // activations are B, laid out once: groups of 4 bytes along K, 16 tokens beside each other, zeros for tokens and
 // columns that do not exist.
-#include "avx512.h"
+#include "integer.h"
+#include "vbmi2.h"
 
 namespace alphaprune {
 namespace {
@@ -468,7 +469,7 @@ void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
   const Layout layout(p.weight);
   for (int64_t t = 0; t < p.tokens; ++t)
     if (layout.units(layout.block(p.x, t))[layout.groups * kTokens + t % kTokens] != 0)
-      exact_integers(p, begin, end, t);
+      exact_integers<ExpandedBytes>(p, begin, end, t);
 }
 
 void expand(const sbt::View& weight, int64_t begin, int64_t end, Dtype out_dtype, void* out) {
