@@ -8,6 +8,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
        $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+FORMATTED := $(wildcard $(foreach kind,h cpp cu cuh c,csrc/*.$(kind) csrc/*/*.$(kind) tests/native/*.$(kind) bench/*.$(kind)))
+# The kernels' machine code is counted with nvcc: that of the machine, or else the package's.
+COMMA := ,
+EXTRAS := demo,test$(if $(shell command -v nvcc),,$(COMMA)nvcc)
 NATIVE := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt setup.py
 
 .PHONY: demo test check lint format clean
@@ -27,12 +31,12 @@ check: $(VENV)/test.stamp
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/native/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: $(VENV)/test.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/native/*.cpp)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -42,7 +46,7 @@ $(VENV)/demo.stamp: $(BIN)/python constraints.txt pyproject.toml $(NATIVE)
 	touch $@
 
 $(VENV)/test.stamp: $(BIN)/python constraints.txt pyproject.toml $(NATIVE)
-	$(PIP) -e ".[demo,test]"
+	$(PIP) -e ".[$(EXTRAS)]"
 	touch $@ $(VENV)/demo.stamp
 
 clean:

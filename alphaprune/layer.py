@@ -188,14 +188,21 @@ def worth_packing(weight: Tensor, mask: Tensor | None, values: str | None = None
     return nbytes(shape, kept, torch.int8, quantize.groups(shape[1], group)) < weight.nbytes
 
 
-def loses(shape: tuple[int, int], density: float, dtype: torch.dtype, device: torch.device, tokens: int | None) -> bool:
-    """Whether the time table of this machine says that dense is faster for so many tokens; False without one.
+def loses(
+    shape: tuple[int, int],
+    density: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokens: int | None,
+    fits: Callable[[base.Kernel], str | None] | None = None,
+) -> bool:
+    """Whether the time table of the device says that dense is faster for so many tokens; False without one.
 
-    Integers never lose: expanded they would be other numbers. tokens: None asks nothing.
+    Integers never lose: expanded they would be other numbers. tokens: None asks nothing. fits: as `base.choose` has it.
     """
     if tokens is None or dtype == torch.int8:
         return False
-    seconds = base.gain(shape, tokens, dtype, dtype, device.type, density)
+    seconds = base.gain(shape, tokens, dtype, dtype, str(device), density, fits)
     return seconds is not None and seconds[0] > NOISE * seconds[1]
 
 
@@ -208,7 +215,9 @@ def expand_losers(model: nn.Module, tokens: int | None) -> nn.Module:
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLinear)}
     for name, layer in layers.items():
         p = layer.packed
-        if loses(p.shape, p.density, p.dtype, p.device, tokens):
+        if loses(
+            p.shape, p.density, p.dtype, p.device, tokens, lambda kernel, layer=layer: layer.prepared().fits(kernel)
+        ):
             base.log.info("%s: dense is faster for %d tokens by the time table; expanded", name, tokens)
             linear = layer.to_linear()
             linear.packed_on_disk = True

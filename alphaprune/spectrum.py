@@ -13,12 +13,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from alphaprune import cusolver
+
 Need = Literal["tail", "all"]  # what must be exact: the eigenvalues around and above the median, or the smallest, too
 
 SOLVERS = ("auto", "float64")
 # CUDA devices whose float64 units are half as many as their float32 ones: P100, V100, A100, H100/H200, B200.
 CHEAP_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
-BATCHED_UP_TO = 256  # smaller side; above, one call per matrix is as fast and needs the memory of one
+BATCHED_UP_TO = 256  # smaller side, on a CPU; above, one call per matrix is as fast and needs the memory of one
+BYTES_PER_WEIGHT = 16  # on a GPU, at most: as it came, scaled in float32, and in float64
 STRIP = 256  # rows of a Gram matrix at once, at least: narrower ones do not fill the machine
 WORST_RATIO = 1e-3  # median λ / λ_max below which a float32 Gram matrix is not exact enough for a tail
 
@@ -79,7 +82,7 @@ def solve(
         raise ValueError(f"weights: wanted matrices of one shape [N, K], got {sorted(shapes)}")
     shape = shapes.pop()
     chosen = choose(shape, need, target, solver)
-    step = len(weights) if min(shape) <= BATCHED_UP_TO else 1
+    step = together(shape, len(weights), cusolver.free_bytes(target) if target.type == "cuda" else None)
     found: list[tuple[Tensor, Solver]] = []
     for start in range(0, len(weights), step):
         part = torch.stack([weight.detach().to(target) for weight in weights[start : start + step]])  # [b, N, K]
@@ -91,6 +94,15 @@ def solve(
                 values = _solve(part[row : row + 1], used)[0]
             found.append((values * scale[row] ** 2, used))
     return found
+
+
+def together(shape: tuple[int, int], count: int, free: int | None) -> int:
+    """How many of `count` matrices [N, K] are solved at once: on a CPU those that are small, on a GPU (free: its bytes)
+    what half of the memory holds with their Gram matrices; the other half is for the solver's copy and workspace."""
+    if free is None:
+        return count if min(shape) <= BATCHED_UP_TO else 1
+    each = BYTES_PER_WEIGHT * shape[0] * shape[1] + 8 * min(shape) ** 2
+    return max(1, min(count, free // 2 // each))
 
 
 def check(solver: str, device: str) -> torch.device:
@@ -132,7 +144,7 @@ def _solve(weights: Tensor, solver: Solver) -> Tensor:
     if solver.route == "svd":
         return torch.linalg.svdvals(weights).double().square().flip(-1).cpu()
     side = weights if weights.shape[1] <= weights.shape[2] else weights.mT  # [b, small, large]
-    return torch.linalg.eigvalsh(_lower_gram(side), UPLO="L").double().clamp_min(0).cpu()
+    return cusolver.eigvalsh(_lower_gram(side)).double().clamp_min(0).cpu()
 
 
 def _lower_gram(side: Tensor) -> Tensor:

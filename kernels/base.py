@@ -12,8 +12,12 @@ from torch import Tensor
 from alphaprune.formats import Packed
 from alphaprune.kernels import table
 
-MEMBERS = ("amx", "avx512", "avx512bw", "avx2", "neon", "scalar", "expand", "reference")  # in order of preference
-FILES = ("cpu", "expansion", "reference")  # each exports KERNELS
+MEMBERS = (  # in order of preference, on each device
+    *("amx", "avx512", "avx512vnni", "avx512bw", "avx2", "neon", "scalar", "expand"),
+    *("nm_mma_sp", "delta_spmv", "sbt_mma", "sbt_expand", "triton_ell", "triton", "triton_expand"),
+    "reference",
+)
+FILES = ("cpu", "cuda", "expansion", "portable", "reference")  # each exports KERNELS
 
 # Bound(x [M, K], bias [N] | None) -> y [M, N]: a kernel bound to one packed weight.
 Bound = Callable[[Tensor, Tensor | None], Tensor]
@@ -29,6 +33,10 @@ class Kernel:
     supports(shape, tokens, weight_dtype, x_dtype) -> None, or the sentence that says why it does not take this problem.
     bind(packed) -> Bound, for a packed weight that was validated; it keeps the tensors alive.
     most_tokens: without a time table, the automatic choice takes it up to so many; where None, for any number.
+    most_density: without a time table, the automatic choice takes it for weights of which so much is kept at most.
+    Both are the built-in default: predicted, not measured on the machine at hand. What `supports` says of
+    tokens changes at most_tokens or at a number that time tables measure, if at all.
+    fits(packed) -> None, or the sentence that says why it does not take this weight, whatever its shape and dtype.
     """
 
     name: str
@@ -37,6 +45,8 @@ class Kernel:
     supports: Callable[[tuple[int, int], int, torch.dtype, torch.dtype], str | None]
     bind: Callable[[Packed], Bound]
     most_tokens: int | None = None
+    most_density: float = 1.0
+    fits: Callable[[Packed], str | None] | None = None
 
 
 def kernels() -> dict[str, Kernel]:
@@ -66,21 +76,27 @@ def choose(
     x_dtype: torch.dtype,
     device: str = "cpu",
     density: float | None = None,
+    fits: Callable[[Kernel], str | None] | None = None,
 ) -> tuple[Kernel, str]:
     """The kernel for the problem, and why.
 
-    density: kept / weights. With it the fastest by the time table of this machine; without it, or where the table knows
-    none of the kernels, the first in order of preference. ValueError if no kernel takes the problem.
+    device: where the weight lies, such as "cuda:1". density: kept / weights. With it the fastest by that device's time
+    table; without it, or where the table knows none of the kernels, the first in order of preference, which is
+    predicted, not measured. ValueError if no kernel takes the problem.
+    fits: asked about kernels that do not take every weight; without it they are passed over.
     """
-    usable, passed = _usable(shape, tokens, weight_dtype, x_dtype, device)
+    usable, passed = _usable(shape, tokens, weight_dtype, x_dtype, device, fits)
     found = _table(device, density)
     best = found and found.best(shape, density, found.step(tokens), weight_dtype, x_dtype, usable)
     if best:
         return usable[best[0]], f"fastest by the time table, {best[1]:.1e} s"
     for kernel in usable.values():
-        if kernel.most_tokens is None or tokens <= kernel.most_tokens:
+        if kernel.most_tokens is not None and tokens > kernel.most_tokens:
+            passed.append(f"{kernel.name}: past {kernel.most_tokens} tokens another is faster")
+        elif kernel.most_density < 1 and (density is None or density > kernel.most_density):
+            passed.append(f"{kernel.name}: another is thought to be faster above a density of {kernel.most_density}")
+        else:
             return kernel, "; ".join(passed)
-        passed.append(f"{kernel.name}: past {kernel.most_tokens} tokens another is faster")
     raise ValueError(f"no kernel takes {shape} in {weight_dtype} with {x_dtype} on {device}: {'; '.join(passed)}")
 
 
@@ -90,17 +106,19 @@ def limits(
     x_dtype: torch.dtype,
     device: str = "cpu",
     density: float | None = None,
+    fits: Callable[[Kernel], str | None] | None = None,
 ) -> tuple[int, ...]:
     """The numbers of tokens past which `choose` may take another kernel, rising; between them it takes the same."""
     preferred = sorted({k.most_tokens for k in kernels().values() if k.most_tokens is not None})
     found = _table(device, density)
     if found is None:
         return tuple(preferred)
-    usable, _ = _usable(shape, found.tokens[0], weight_dtype, x_dtype, device)
-    best = [found.best(shape, density, tokens, weight_dtype, x_dtype, usable) for tokens in found.tokens]
-    names = [pair and pair[0] for pair in best]
-    changes = {border for border, (a, b) in zip(found.borders, pairwise(names), strict=True) if a != b}
-    return tuple(sorted(changes.union(preferred) if None in names else changes))
+    borders = sorted({*found.borders, *found.tokens, *preferred})
+    names = [
+        choose(shape, tokens, weight_dtype, x_dtype, device, density, fits)[0].name
+        for tokens in (*borders, borders[-1] + 1)
+    ]
+    return tuple(border for border, (a, b) in zip(borders, pairwise(names), strict=True) if a != b)
 
 
 def gain(
@@ -110,12 +128,13 @@ def gain(
     x_dtype: torch.dtype,
     device: str = "cpu",
     density: float = 1.0,
+    fits: Callable[[Kernel], str | None] | None = None,
 ) -> tuple[float, float] | None:
     """Predicted seconds packed, by the kernel that `choose` takes, and dense; None without a table that knows both."""
     found = _table(device, density)
     if found is None:
         return None
-    usable, _ = _usable(shape, tokens, weight_dtype, x_dtype, device)
+    usable, _ = _usable(shape, tokens, weight_dtype, x_dtype, device, fits)
     best = found.best(shape, density, found.step(tokens), weight_dtype, x_dtype, usable)
     packed = best and found.predict(best[0], shape, density, tokens, weight_dtype, x_dtype)
     dense = found.dense(shape, tokens, weight_dtype, x_dtype)
@@ -123,14 +142,22 @@ def gain(
 
 
 def _usable(
-    shape: tuple[int, int], tokens: int, weight_dtype: torch.dtype, x_dtype: torch.dtype, device: str
+    shape: tuple[int, int],
+    tokens: int,
+    weight_dtype: torch.dtype,
+    x_dtype: torch.dtype,
+    device: str,
+    fits: Callable[[Kernel], str | None] | None = None,
 ) -> tuple[dict[str, Kernel], list[str]]:
     """The kernels that take the problem, in order of preference, and why the others do not."""
-    usable, passed = {}, []
+    usable, passed, kind = {}, [], torch.device(device).type
     for kernel in kernels().values():
-        if kernel.device not in (device, "any"):
+        if kernel.device not in (kind, "any"):
             continue
-        if reason := kernel.available() or kernel.supports(shape, tokens, weight_dtype, x_dtype):
+        reason = kernel.available() or kernel.supports(shape, tokens, weight_dtype, x_dtype)
+        if reason is None and kernel.fits is not None:
+            reason = "it does not take every weight" if fits is None else fits(kernel)
+        if reason:
             passed.append(f"{kernel.name}: {reason}")
         else:
             usable[kernel.name] = kernel
@@ -138,5 +165,5 @@ def _usable(
 
 
 def _table(device: str, density: float | None) -> "table.Table | None":
-    """Tables hold times of CPUs, of packed weights whose density is known."""
-    return None if density is None or device != "cpu" else table.current()
+    """Tables hold times of packed weights whose density is known."""
+    return None if density is None else table.current(device)

@@ -1,14 +1,16 @@
 """Rows of W expanded into a scratch that stays in cache, multiplied by torch: for many tokens, and for gradients."""
 
 import functools
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from alphaprune.formats import Packed, native, quantize, sbt
-from alphaprune.kernels import cpu
+from alphaprune.kernels import cpu, cuda, portable
 from alphaprune.kernels.base import Bound, Kernel
 
 CHUNK_BYTES = 8 << 20  # of dense rows: large enough for the matmul, small enough for the last-level cache
@@ -35,6 +37,12 @@ def expand(packed: Packed, first: int = 0, last: int | None = None, out: Tensor 
     if native.load() is not None and packed.device.type == "cpu":
         cpu.handle(packed).expand(first, last, out.data_ptr(), cpu.CODES[out.dtype])
         return out
+    if packed.device.type == "cuda" and packed.dtype in cuda.HALVES and cuda.missing() is None:
+        return expand_on_gpu(packed, first, last, out)
+    if packed.device.type == "cuda" and portable.available() is None:
+        from alphaprune.kernels import triton_expand  # imports Triton
+
+        return triton_expand.expand(packed, first, last, out)
     c = packed.mask.shape[1]
     begin, end = first // sbt.ROWS, -(-last // sbt.ROWS)
     offsets = packed.offsets[begin * c : end * c + 1]
@@ -43,14 +51,29 @@ def expand(packed: Packed, first: int = 0, last: int | None = None, out: Tensor 
     return out.copy_(rows if packed.scale is None else quantize.dequantize(rows, packed.scale[first:last], out.dtype))
 
 
-def chunks(packed: Packed) -> Iterator[tuple[int, int, Tensor]]:
+_on_gpu: "weakref.WeakKeyDictionary[Packed, Any]" = weakref.WeakKeyDictionary()
+
+
+def expand_on_gpu(packed: Packed, first: int, last: int, out: Tensor) -> Tensor:
+    """`expand` by the compiled CUDA kernel, of 16-bit floats, on the current stream."""
+    if packed not in _on_gpu:
+        _on_gpu[packed] = cuda.handle(packed)
+    made, _ = _on_gpu[packed]
+    made.expand(first, last, out.data_ptr(), cuda.stream(out.device))
+    return out
+
+
+Fill = Callable[[Packed, int, int, Tensor], Tensor]  # (packed, first, last, out) -> out, as `expand`
+
+
+def chunks(packed: Packed, fill: Fill = expand) -> Iterator[tuple[int, int, Tensor]]:
     """(first, last, dense rows), from the top of W to the bottom; the rows are overwritten by the next."""
     n, k = packed.shape
     step = max(sbt.ROWS, CHUNK_BYTES // (k * packed.dense_dtype.itemsize) // sbt.ROWS * sbt.ROWS)
     scratch = packed.weight.new_empty((min(step, n), k), dtype=packed.dense_dtype)
     for first in range(0, n, step):
         last = min(first + step, n)
-        yield first, last, expand(packed, first, last, scratch[: last - first])
+        yield first, last, fill(packed, first, last, scratch[: last - first])
 
 
 @functools.cache
@@ -66,12 +89,12 @@ def has_instructions(dtype: torch.dtype) -> bool:
     return bool(known.get(f"avx512_{name}") or known.get(f"amx_{name}"))
 
 
-def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None, fill: Fill = expand) -> Tensor:
     """y [..., N] = x [..., K] Wᵀ + bias [N] in x's dtype, accumulated in float32; mixed dtypes compute in float32."""
     same = packed.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
-    compute = x.dtype if same and has_instructions(x.dtype) else torch.float32
+    compute = x.dtype if same and (x.is_cuda or has_instructions(x.dtype)) else torch.float32
     wide, y = x.to(compute), x.new_empty(*x.shape[:-1], packed.shape[0])
-    for first, last, rows in chunks(packed):
+    for first, last, rows in chunks(packed, fill):
         part = None if bias is None else bias[first:last].to(compute)
         y[..., first:last] = functional.linear(wide, rows.to(compute), part)
     return y
@@ -95,4 +118,13 @@ def available() -> str | None:
     return native.status() if native.load() is None else None
 
 
-KERNELS = (Kernel("expand", "cpu", available, cpu.supports, bind),)
+def bind_on_gpu(packed: Packed) -> Bound:
+    """`multiply` for one packed weight whose rows the compiled CUDA kernel expands."""
+    _on_gpu[packed] = cuda.handle(packed)
+    return lambda x, bias: multiply(x, packed, bias, expand_on_gpu)
+
+
+KERNELS = (
+    Kernel("expand", "cpu", available, cpu.supports, bind),
+    Kernel("sbt_expand", "cuda", cuda.missing, cuda.supports, bind_on_gpu),
+)

@@ -29,7 +29,9 @@ class Prepared:
         sbt.validate(packed, name)
         self.packed, self.name = packed, name
         self.rows, self.cols = packed.shape
+        self.device = packed.device
         self.kernel = None if kernel is None else base.named(kernel)
+        self._fits: dict[str, str | None] = {}  # by kernel: why it does not take this weight, looked at once
         self._limits: dict[torch.dtype, tuple[int, ...]] = {}  # by x's dtype: past which tokens another kernel runs
         self._bound: dict[tuple[torch.dtype, int], Bound] = {}  # by x's dtype and the limits that the tokens exceed
         self.number = next(_numbers)
@@ -52,6 +54,8 @@ class Prepared:
         """y without gradients: the direct call of the kernel."""
         if x.dim() == 0 or x.shape[-1] != self.cols or (bias is not None and bias.numel() != self.rows):
             raise ValueError(_misfit(self.name, (self.rows, self.cols), x, bias))
+        if x.device != self.device:
+            raise ValueError(f"{self.name}: x is on {x.device}, the packed weight on {self.device}; move one of them")
         tokens = x.numel() // self.cols
         limits = self._limits.get(x.dtype, ())
         bound = self._bound.get((x.dtype, bisect_left(limits, tokens))) or self._bind(x, tokens)
@@ -63,10 +67,21 @@ class Prepared:
         """The kernel for so many tokens, and why those before it in preference were passed over."""
         shape, dtype = self.packed.shape, self.packed.dtype
         if self.kernel is None:
-            return base.choose(shape, tokens, dtype, x_dtype, self.packed.device.type, self.packed.density)
-        if reason := self.kernel.supports(shape, tokens, dtype, x_dtype):
+            return base.choose(shape, tokens, dtype, x_dtype, str(self.device), self.packed.density, self.fits)
+        reason = self.kernel.supports(shape, tokens, dtype, x_dtype)
+        if self.kernel.device not in (self.device.type, "any"):
+            reason = f"it runs on {self.kernel.device}, the packed weight is on {self.device}"
+        if reason := reason or self.fits(self.kernel):
             raise ValueError(f"{self.name}: kernel {self.kernel.name} cannot run: {reason}")
         return self.kernel, "asked for"
+
+    def fits(self, kernel: Kernel) -> str | None:
+        """None, or why `kernel` does not take this weight."""
+        if kernel.fits is None:
+            return None
+        if kernel.name not in self._fits:
+            self._fits[kernel.name] = kernel.fits(self.packed)
+        return self._fits[kernel.name]
 
     def case(self, tokens: int, x_dtype: torch.dtype) -> int:
         """A number that two counts of tokens share only if they have the same kernel."""
@@ -74,12 +89,10 @@ class Prepared:
             return 0
         if x_dtype not in self._limits:
             p = self.packed
-            self._limits[x_dtype] = base.limits(p.shape, p.dtype, x_dtype, p.device.type, p.density)
+            self._limits[x_dtype] = base.limits(p.shape, p.dtype, x_dtype, str(p.device), p.density, self.fits)
         return bisect_left(self._limits[x_dtype], tokens)
 
     def _bind(self, x: Tensor, tokens: int) -> Bound:
-        if x.device != self.packed.device:
-            raise ValueError(f"{self.name}: x is on {x.device}, the packed weight on {self.packed.device}")
         if x.dtype not in FLOATS:
             raise ValueError(f"{self.name}: x is {x.dtype}, wanted float32, float16 or bfloat16")
         kernel, why = self.choice(tokens, x.dtype)

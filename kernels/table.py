@@ -1,8 +1,8 @@
 """Time tables: measured seconds of every kernel and of dense torch, by shape, tokens and density. Data, not code.
 
-A table belongs to a machine and a number of threads. Those of the package lie in kernels/tables, the user's own, which
-`alphaprune bench --tune` writes, in the cache folder; the user's go first. ALPHAPRUNE_TIMES=off rules all out, and
-ALPHAPRUNE_TIMES=FILE names the only one.
+A table belongs to a machine and a number of threads, or to a GPU. Those of the package lie in kernels/tables, the
+user's own, which `alphaprune bench --tune` writes, in the cache folder; the user's go first. ALPHAPRUNE_TIMES=off rules
+all out, and ALPHAPRUNE_TIMES=FILE names the only one, of the CPU or of the GPUs, as the file says.
 """
 
 import functools
@@ -65,6 +65,24 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """What a time on a GPU depends on besides the problem: its name, which tells memories and slices apart, and its
+    compute capability, such as "9.0"."""
+
+    gpu: str
+    capability: str
+
+    @classmethod
+    def at(cls, index: int) -> "Gpu":
+        """The CUDA device of that number."""
+        major, minor = torch.cuda.get_device_capability(index)
+        return cls(torch.cuda.get_device_name(index), f"{major}.{minor}")
+
+    def __str__(self) -> str:
+        return f"{self.gpu}, compute capability {self.capability}"
+
+
+@dataclass(frozen=True)
 class Curve:
     """Median seconds of one call, for each of `tokens` (rising), of a kernel on W [N, K] = shape at one sparsity.
 
@@ -92,17 +110,23 @@ class Curve:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """All curves of one machine with one number of threads.
+    """All curves of one machine with one number of threads, or of one GPU; its `threads` are 0.
 
-    bandwidth: bytes/s that its memory was read with. path: the file, empty if there is none.
+    bandwidth: bytes/s that its memory was read with, of a GPU read and written by copies. path: the file, empty if
+    there is none.
     """
 
-    machine: Machine
+    machine: Machine | Gpu
     threads: int
     curves: tuple[Curve, ...]
     bandwidth: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
     path: str = ""
+
+    @property
+    def place(self) -> str:
+        """Where the times hold, for a person."""
+        return str(self.machine) if isinstance(self.machine, Gpu) else f"{self.machine}, {self.threads} threads"
 
     @functools.cached_property
     def tokens(self) -> tuple[int, ...]:
@@ -172,14 +196,21 @@ class Table:
         kind = x if weight == torch.int8 else weight
         return self.predict(DENSE, shape, 1.0, tokens, kind, kind)
 
-    def break_even(self, shape: tuple[int, int], tokens: int, weight: torch.dtype, x: torch.dtype) -> float | None:
+    def break_even(
+        self,
+        shape: tuple[int, int],
+        tokens: int,
+        weight: torch.dtype,
+        x: torch.dtype,
+        kernels: Iterable[str] | None = None,
+    ) -> float | None:
         """The least sparsity, in steps of 0.01, from which on packed is faster than dense; NEVER, or None if unknown.
 
-        Past the sparsest measurement its time stands for all.
+        Past the sparsest measurement its time stands for all. kernels: as `best` takes them.
         """
         dense, found = self.dense(shape, tokens, weight, x), None
         for percent in range(99, -1, -1):
-            best = self.best(shape, 1 - percent / 100, tokens, weight, x)
+            best = self.best(shape, 1 - percent / 100, tokens, weight, x, kernels)
             if dense is None or best is None:
                 return None
             if best[1] >= dense:
@@ -210,9 +241,7 @@ class Table:
                 raise ValueError("it says of itself that it is something else")
             if found["version"] != VERSION:
                 raise ValueError(f"it has version {found['version']}, this release reads {VERSION}")
-            head = found["machine"]
-            isas = tuple(map(str, head["isas"]))
-            machine = Machine(str(head["cpu"]), str(head["model"]), isas, int(head["cores"]))
+            machine = _machine(found["machine"])
             curves = tuple(_curve(entry) for entry in found["curves"])
             if not curves:
                 raise ValueError("it has no curves")
@@ -225,6 +254,12 @@ class Table:
             raise ValueError(
                 f"{path}: is no time table: {why}; delete it, or run `alphaprune bench --tune` again"
             ) from error
+
+
+def _machine(entry: dict[str, Any]) -> Machine | Gpu:
+    if "gpu" in entry:
+        return Gpu(str(entry["gpu"]), str(entry["capability"]))
+    return Machine(str(entry["cpu"]), str(entry["model"]), tuple(map(str, entry["isas"])), int(entry["cores"]))
 
 
 def _curve(entry: dict[str, Any]) -> Curve:
@@ -283,19 +318,30 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alphaprune" / "tables"
 
 
-def file_name(machine: Machine, threads: int) -> str:
-    """What a table is called: readable, and its own for every machine and number of threads."""
-    words = "".join(c if c.isalnum() else " " for c in machine.cpu.lower()).split()
+def file_name(machine: Machine | Gpu, threads: int) -> str:
+    """What a table is called: readable, and its own for every machine and number of threads, and for every GPU."""
     digest = hashlib.sha256(json.dumps(asdict(machine)).encode()).hexdigest()[:8]
-    return f"{'-'.join(words)}-{machine.cores}-cores-{threads}-threads-{digest}.json"
+    if isinstance(machine, Gpu):
+        return f"{_words(machine.gpu)}-{machine.capability}-{digest}.json"
+    return f"{_words(machine.cpu)}-{machine.cores}-cores-{threads}-threads-{digest}.json"
 
 
-def current() -> Table | None:
-    """The table for this machine and torch's threads, or None. Read once, until `forget`.
+def _words(name: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
-    ValueError if ALPHAPRUNE_TIMES names a file that is none.
+
+def current(device: torch.device | str = "cpu") -> Table | None:
+    """The table of this CPU with torch's threads or, for a CUDA device, of that GPU; None if there is none.
+
+    Files are read once, until `forget`. ValueError if ALPHAPRUNE_TIMES names a file that is none.
     """
-    return _find(os.environ.get("ALPHAPRUNE_TIMES"), str(cache_folder()), torch.get_num_threads())
+    where, setting = torch.device(device), os.environ.get("ALPHAPRUNE_TIMES")
+    if where.type == "cpu":
+        return _find(setting, str(cache_folder()), torch.get_num_threads(), None)
+    if where.type != "cuda" or setting == "off" or not torch.cuda.is_available():
+        return None
+    index = torch.cuda.current_device() if where.index is None else where.index
+    return _find(setting, str(cache_folder()), 0, index)
 
 
 def forget() -> None:
@@ -304,20 +350,26 @@ def forget() -> None:
 
 
 @functools.cache
-def _find(setting: str | None, cache: str, threads: int) -> Table | None:
+def _find(setting: str | None, cache: str, threads: int, gpu: int | None) -> Table | None:
+    """gpu: the number of a CUDA device; None for the CPU."""
     if setting == "off":
         return None
     if setting:
-        return Table.load(setting)
-    return nearest(Machine.here(), threads, [*_tables(Path(cache), own=True), *_tables(SHIPPED, own=False)])
+        found = Table.load(setting)
+        return found if isinstance(found.machine, Gpu) == (gpu is not None) else None
+    machine = Machine.here() if gpu is None else Gpu.at(gpu)
+    return nearest(machine, threads, [*_tables(Path(cache), own=True), *_tables(SHIPPED, own=False)])
 
 
-def nearest(machine: Machine, threads: int, tables: Iterable[Table]) -> Table | None:
+def nearest(machine: Machine | Gpu, threads: int, tables: Iterable[Table]) -> Table | None:
     """The table of this very machine and number of threads; else of this processor with the most similar number.
 
-    Of equally near ones the first.
+    Of a GPU only its own. Of equally near ones the first.
     """
-    same = [t for t in tables if replace(t.machine, cores=machine.cores) == machine]
+    if isinstance(machine, Gpu):
+        return next((t for t in tables if t.machine == machine), None)
+    cpus = (t for t in tables if isinstance(t.machine, Machine))
+    same = [t for t in cpus if replace(t.machine, cores=machine.cores) == machine]
 
     def distance(found: Table) -> tuple[float, float]:
         return abs(math.log(found.threads / threads)), abs(math.log(found.machine.cores / machine.cores))

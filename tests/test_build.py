@@ -29,6 +29,7 @@ def tree(tmp_path: Path) -> Path:
 def pip(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     """pip without a network and with this environment's build tools."""
     clean = {name: value for name, value in os.environ.items() if name not in ("CXX", "ALPHAPRUNE_REQUIRE_EXT")}
+    clean["ALPHAPRUNE_CUDA"] = "0"  # nvcc takes a minute
     scripts = str(Path(sys.executable).parent)
     path = scripts + os.pathsep + os.environ.get("PATH", os.defpath)
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
@@ -85,6 +86,7 @@ def test_without_a_compiler_it_installs_and_says_why(tree: Path, tmp_path: Path)
     done, files = wheel(tree, **NO_COMPILER)
     assert done.returncode == 0, done.stderr
     assert not [name for name in files if name.endswith(".so")]
+    assert b"ALPHAPRUNE_CUDA=0 was set" in files["alphaprune/_cuda_reason.txt"]
     assert status_of(extract(files, tmp_path / "installed")).startswith("not built: no C++ compiler was found; install")
     for package in ("alphaprune", "kernels"):
         sources = {path.relative_to(tree / package).as_posix() for path in (tree / package).glob("*.py")}
@@ -111,10 +113,12 @@ def test_a_wheel_and_the_source_archive_hold_the_kernels(tree: Path, tmp_path: P
     with tarfile.open(next((tree / "dist").glob("*.tar.gz"))) as archive:
         archive.extractall(tmp_path / "source", filter="data")
     source = next((tmp_path / "source").iterdir())
-    done, files = wheel(source, ALPHAPRUNE_REQUIRE_EXT="1")
+    has_nvcc = shutil.which("nvcc") is not None
+    done, files = wheel(source, ALPHAPRUNE_REQUIRE_EXT="1", **({"ALPHAPRUNE_CUDA": "1"} if has_nvcc else {}))
     assert done.returncode == 0, done.stderr
-    assert len([name for name in files if name.startswith("alphaprune/_native.")]) == 1
-    assert "alphaprune/_native_reason.txt" not in files
+    for module in ("_native", "_cuda") if has_nvcc else ("_native",):
+        assert len([name for name in files if name.startswith(f"alphaprune/{module}.")]) == 1
+        assert f"alphaprune/{module}_reason.txt" not in files
     assert status_of(extract(files, tmp_path / "installed")).startswith("built: ")
 
 

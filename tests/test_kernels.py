@@ -32,7 +32,7 @@ def poisoned_new_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "new_empty", poisoned)
 
 
-@pytest.fixture(params=base.MEMBERS)
+@pytest.fixture(params=[name for name, kernel in base.kernels().items() if kernel.device != "cuda"])
 def kernel(request: pytest.FixtureRequest) -> str:
     """A kernel that runs here; the others skip with their reason."""
     if reason := base.kernels()[request.param].available():
@@ -160,7 +160,9 @@ def test_the_choice_and_its_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         assert spmm.prepare(packed, kernel="scalar").choice(10_000, torch.float32)[0].name == "scalar"
     monkeypatch.setenv("ALPHAPRUNE_ISA", "sse")
     if native.load():
-        with pytest.raises(ValueError, match="ALPHAPRUNE_ISA=sse: wanted one of amx, avx512, avx512bw, avx2, neon, sc"):
+        with pytest.raises(
+            ValueError, match="ALPHAPRUNE_ISA=sse: wanted one of amx, avx512, avx512vnni, avx512bw, avx2"
+        ):
             spmm.back_ends()
 
 

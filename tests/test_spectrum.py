@@ -109,6 +109,7 @@ def test_the_users_precision_is_neither_used_nor_changed() -> None:
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("shape", [(200, 200), (200, 320)])
 @pytest.mark.parametrize("need", ["tail", "all"])

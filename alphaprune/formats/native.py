@@ -1,6 +1,7 @@
-"""The compiled module alphaprune._native, if it was built: found once, on first use."""
+"""The compiled modules of the package, if they were built: found once, on first use."""
 
 import functools
+import importlib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,20 +11,28 @@ import torch  # before _native, whose OpenMP symbols resolve to the libgomp that
 from alphaprune.formats.packed import Packed
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}  # csrc/layout.h
-REASON_FILE = Path(__file__).resolve().parents[1] / "_native_reason.txt"  # written by setup.py when it could not build
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def find(name: str) -> tuple[ModuleType | None, str]:
+    """A compiled module of the package and an empty string, or None and the reason.
+
+    Where setup.py could not build it, it left the reason in a file.
+    """
+    try:
+        return importlib.import_module(f"alphaprune.{name}"), ""
+    except ModuleNotFoundError as error:
+        if error.name != f"alphaprune.{name}":
+            return None, str(error)
+        recorded = PACKAGE / f"{name}_reason.txt"
+        return None, recorded.read_text().strip() if recorded.exists() else "the extension was never compiled"
+    except ImportError as error:
+        return None, str(error)
 
 
 @functools.cache
 def _find() -> tuple[ModuleType | None, str]:
-    """The module and an empty string, or None and the reason."""
-    try:
-        from alphaprune import _native
-    except ImportError as error:
-        if "_native" not in str(error) or "cannot import name" not in str(error):
-            return None, str(error)
-        recorded = REASON_FILE.read_text().strip() if REASON_FILE.exists() else "the extension was never compiled"
-        return None, recorded
-    return _native, ""
+    return find("_native")
 
 
 def load() -> ModuleType | None:

@@ -275,12 +275,25 @@ def _fault(packed: Packed) -> tuple[int, int]:
         return 1, 0
     units = _units(_popcount(packed.mask).sum(-1).flatten(), packed.dtype)
     bad = torch.where(offsets.diff() != units, 2, 0)
-    inside = _to_tiles(torch.ones(packed.shape, dtype=torch.bool, device=packed.device))  # [R, C, 32, 32]
-    place = torch.ones(32, dtype=torch.int64, device=packed.device) << torch.arange(32, device=packed.device)
-    outside = (_unsigned(packed.mask) & ~(inside.to(torch.int64) * place).sum(-1)).any(-1).flatten()
+    outside = _outside(packed).flatten()
     bad = torch.where((bad == 0) & outside, 3, bad)
     faults = bad.nonzero().flatten()
     return (int(bad[faults[0]]), int(faults[0])) if faults.numel() else (0, 0)
+
+
+def _outside(packed: Packed) -> Tensor:
+    """Whether the mask of a tile keeps weights past the last row or column, bool [R, C]; only tiles there can."""
+    (n, k), words = packed.shape, _unsigned(packed.mask)
+    place = torch.ones(32, dtype=torch.int64, device=packed.device) << torch.arange(32, device=packed.device)
+
+    def allowed(rows: int, cols: int) -> Tensor:
+        tile = _to_tiles(torch.ones((rows, cols), dtype=torch.bool, device=packed.device))[0, 0]  # [32, 32]
+        return (tile.to(torch.int64) * place).sum(-1)
+
+    found = torch.zeros(words.shape[:2], dtype=torch.bool, device=packed.device)
+    found[:, -1] |= (words[:, -1] & ~allowed(ROWS, (k - 1) % COLS + 1)).any(-1)
+    found[-1] |= (words[-1] & ~allowed((n - 1) % ROWS + 1, COLS)).any(-1)
+    return found
 
 
 FORMAT = Format("sbt", pack, unpack, dense, nbytes, kept, validate)

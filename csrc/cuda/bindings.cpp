@@ -1,0 +1,220 @@
+// alphaprune._cuda: addresses and sizes in, exceptions out. Shapes, dtypes and devices were checked one layer up. The
+// same file makes the emulated module of the tests, whose addresses are the host's.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "launch.h"
+
+namespace py = pybind11;
+
+namespace alphaprune::cuda {
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check(Status status, const char* what) {
+  if (status) throw std::runtime_error(std::string(what) + ": " + describe(status));
+}
+
+Dtype half_of(int32_t code) {
+  if (code != static_cast<int32_t>(Dtype::float16) && code != static_cast<int32_t>(Dtype::bfloat16))
+    throw std::invalid_argument("the CUDA kernels take float16 and bfloat16, not the dtype " + std::to_string(code));
+  return static_cast<Dtype>(code);
+}
+
+// Makes a device current for as long as it lives.
+class Current {
+ public:
+  explicit Current(int device) : device_(device) { check(set_device(device, &before_), "cudaSetDevice"); }
+  ~Current() {
+    int other;
+    if (before_ != device_) set_device(before_, &other);
+  }
+  Current(const Current&) = delete;
+  Current& operator=(const Current&) = delete;
+
+ private:
+  int device_, before_ = 0;
+};
+
+Device described(int device) {
+  Device found;
+  check(query(device, &found), "cudaDeviceGetAttribute");
+  return found;
+}
+
+Call call_of(Dtype dtype, Address x, int64_t tokens, Address bias, int32_t bias_dtype, Address residual, Address y,
+             Address stream) {
+  return {at<const void>(x),
+          at<const void>(bias),
+          at<const void>(residual),
+          at<void>(y),
+          tokens,
+          dtype,
+          static_cast<Dtype>(bias_dtype),
+          at<void>(stream)};
+}
+
+// The product of all tokens, `most` at a time: run(call) starts one part.
+template <class Run>
+void launch(Call call, int device, int64_t most, int64_t cols, int64_t rows, Run run) {
+  const py::gil_scoped_release release;
+  const Current current(device);
+  const int64_t tokens = call.tokens;
+  const auto* x = static_cast<const uint16_t*>(call.x);
+  const auto* residual = static_cast<const uint16_t*>(call.residual);
+  auto* y = static_cast<uint16_t*>(call.y);
+  for (int64_t first = 0; first < tokens; first += most) {
+    call.tokens = std::min(most, tokens - first);
+    call.x = x + first * cols;
+    call.residual = residual ? residual + first * rows : nullptr;
+    call.y = y + first * rows;
+    run(call);
+  }
+}
+
+// A validated SBT weight on a device.
+class Weight {
+ public:
+  Weight(Address values, Address mask, Address offsets, int64_t rows, int64_t cols, int32_t dtype, uint32_t stage_units,
+         int warps, int device)
+      : view_{at<const void>(values), at<const uint32_t>(mask), at<const uint32_t>(offsets), rows, cols,
+              half_of(dtype)},
+        stage_units_(stage_units),
+        warps_(warps),
+        index_(device),
+        device_(described(device)) {
+    if (rows < 1 || cols < 1) throw std::invalid_argument("a packed weight has at least one row and one column");
+    if (warps < 1 || warps > 8) throw std::invalid_argument("1 to 8 warps share a row tile");
+    if (values % 16 || mask % 8 || offsets % 4)
+      throw std::invalid_argument("on a GPU values start on 16 bytes, the mask on 8 and offsets on 4");
+  }
+
+  void multiply(Address x, int64_t tokens, Address bias, int32_t bias_dtype, Address residual, Address y,
+                Address stream) const {
+    launch(call_of(view_.dtype, x, tokens, bias, bias_dtype, residual, y, stream), index_, kMostTokens, view_.cols,
+           view_.rows,
+           [&](const Call& part) { check(sbt_mma(view_, stage_units_, warps_, device_, part), "sbt_mma"); });
+  }
+
+  void expand(int64_t first, int64_t last, Address out, Address stream) const {
+    if (first < 0 || first % sbt::kTileRows || last < first || last > view_.rows)
+      throw std::invalid_argument("rows to expand start on a multiple of 16 and end inside the weight");
+    sbt::View part = view_;
+    part.rows = last;
+    const py::gil_scoped_release release;
+    const Current current(index_);
+    check(sbt_expand(part, stage_units_, first / sbt::kTileRows, ceil_div(last, sbt::kTileRows), at<void>(out),
+                     at<void>(stream)),
+          "sbt_expand");
+  }
+
+ private:
+  sbt::View view_;
+  uint32_t stage_units_;
+  int warps_, index_;
+  Device device_;
+};
+
+// Nibble-delta rows on a device, for few tokens.
+class DeltaWeight {
+ public:
+  DeltaWeight(Address values, Address deltas, Address first, Address starts, Address slots, Address row_of,
+              int64_t rows, int64_t cols, int64_t slot_count, int64_t block_cols, int32_t dtype, int device)
+      : view_{at<const void>(values),
+              at<const uint32_t>(deltas),
+              at<const uint32_t>(first),
+              at<const uint16_t>(starts),
+              at<const uint32_t>(slots),
+              at<const uint32_t>(row_of),
+              rows,
+              cols,
+              slot_count,
+              block_cols},
+        dtype_(half_of(dtype)),
+        device_(device) {
+    if (block_cols < 8 || block_cols % 8 || block_cols > kMostBlockCols)
+      throw std::invalid_argument("a block of columns has a multiple of 8, at most " + std::to_string(kMostBlockCols));
+  }
+
+  void multiply(Address x, int64_t tokens, Address bias, int32_t bias_dtype, Address residual, Address y,
+                Address stream) const {
+    launch(call_of(dtype_, x, tokens, bias, bias_dtype, residual, y, stream), device_, kMostDeltaTokens, view_.cols,
+           view_.rows, [&](const Call& part) { check(delta_spmv(view_, part), "delta_spmv"); });
+  }
+
+ private:
+  DeltaView view_;
+  Dtype dtype_;
+  int device_;
+};
+
+// 2:4 panels on a device.
+class NmWeight {
+ public:
+  NmWeight(Address panels, int64_t rows, int64_t cols, int32_t dtype, int device)
+      : view_{at<const void>(panels), rows, cols}, dtype_(half_of(dtype)), device_(device) {
+    if (panels % 16) throw std::invalid_argument("panels start on 16 bytes");
+  }
+
+  void multiply(Address x, int64_t tokens, Address bias, int32_t bias_dtype, Address residual, Address y,
+                Address stream) const {
+    launch(call_of(dtype_, x, tokens, bias, bias_dtype, residual, y, stream), device_, kMostTokens, view_.cols,
+           view_.rows, [&](const Call& part) { check(nm_mma_sp(view_, part), "nm_mma_sp"); });
+  }
+
+ private:
+  NmView view_;
+  Dtype dtype_;
+  int device_;
+};
+
+}  // namespace
+}  // namespace alphaprune::cuda
+
+PYBIND11_MODULE(ALPHAPRUNE_MODULE, m) {
+  using namespace alphaprune::cuda;
+  m.attr("COMPILER") = ALPHAPRUNE_COMPILER;
+  m.attr("ARCHITECTURES") = ALPHAPRUNE_ARCHITECTURES;
+  m.attr("CHUNK_TILES") = chunk_tiles();
+  m.attr("MOST_TOKENS") = kMostTokens;
+  m.attr("MOST_DELTA_TOKENS") = kMostDeltaTokens;
+  m.def(
+      "devices",
+      [] {
+        int count = 0;
+        const Status status = device_count(&count);
+        return py::make_tuple(count, status ? describe(status) : "");
+      },
+      "(number of devices, reason why there is none or '')");
+  m.def(
+      "device",
+      [](int index) {
+        const Device found = described(index);
+        return py::make_tuple(found.capability, found.multiprocessors, found.shared_bytes);
+      },
+      "(capability as major * 10 + minor, multiprocessors, bytes of shared memory of a block)");
+  m.def("prepare", [](int device) { check(prepare(device), "cudaFuncSetAttribute"); });
+#ifdef ALPHAPRUNE_EMULATE_CUDA
+  m.def("emulate_in_order", &emulate_in_order, "0 forwards, 1 backwards, 2 warps apart");
+#endif
+  py::class_<Weight>(m, "Weight")
+      .def(py::init<Address, Address, Address, int64_t, int64_t, int32_t, uint32_t, int, int>())
+      .def("multiply", &Weight::multiply)
+      .def("expand", &Weight::expand);
+  py::class_<DeltaWeight>(m, "DeltaWeight")
+      .def(py::init<Address, Address, Address, Address, Address, Address, int64_t, int64_t, int64_t, int64_t, int32_t,
+                    int>())
+      .def("multiply", &DeltaWeight::multiply);
+  py::class_<NmWeight>(m, "NmWeight")
+      .def(py::init<Address, int64_t, int64_t, int32_t, int>())
+      .def("multiply", &NmWeight::multiply);
+}

@@ -1,0 +1,54 @@
+// How a kernel is started: on the device by nvcc's syntax, in the emulator fiber by fiber.
+#pragma once
+
+#include "device.cuh"
+#include "launch.h"
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#endif
+
+namespace alphaprune::cuda {
+
+#ifdef __CUDACC__
+template <class... Parameters, class... Arguments>
+Status start(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, void* stream,
+             Arguments... arguments) {
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  return static_cast<Status>(cudaGetLastError());
+}
+// Lifts the limit of 48 KB; `shared_bytes` of the largest launch that the device allows.
+template <class... Parameters>
+Status allow_shared(void (*kernel)(Parameters...), int shared_bytes) {
+  return static_cast<Status>(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+}
+#else
+// The last failure of an emulated launch, and the order in which the threads of the next ones run.
+inline std::string& last_failure() {
+  static std::string text;
+  return text;
+}
+inline emulator::Order& order() {
+  static emulator::Order value = emulator::Order::forwards;
+  return value;
+}
+// Whether the next launches record the accesses to shared memory of their last block (bench/wavefronts.py).
+inline bool& tracing() {
+  static bool value = false;
+  return value;
+}
+template <class... Parameters, class... Arguments>
+Status start(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, void*,
+             Arguments... arguments) {
+  last_failure() = emulator::launch(
+      {static_cast<unsigned>(blocks), 1, 1}, threads, shared_bytes, [&] { kernel(arguments...); }, order(), tracing());
+  return last_failure().empty() ? 0 : 1;
+}
+template <class... Parameters>
+Status allow_shared(void (*)(Parameters...), int) {
+  return 0;
+}
+#endif
+
+}  // namespace alphaprune::cuda

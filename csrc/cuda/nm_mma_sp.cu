@@ -1,0 +1,56 @@
+#include "launch.cuh"
+#include "nm_mma_sp.cuh"
+
+namespace alphaprune::cuda {
+namespace {
+
+template <class Value, int kTiles>
+Status run(const NmProblem& p, bool whole, void* stream) {
+  const auto kernel = whole ? nm_mma_sp<Value, kTiles, true> : nm_mma_sp<Value, kTiles, false>;
+  return start(kernel, ceil_div(p.out.rows, kNmRows), nm_warps(kTiles) * kWarp, nm_shared_bytes(kTiles), stream, p);
+}
+
+template <class Value>
+Status by_tokens(const NmProblem& p, bool whole, void* stream) {
+  if (p.tokens <= 8) return run<Value, 1>(p, whole, stream);
+  if (p.tokens <= 16) return run<Value, 2>(p, whole, stream);
+  if (p.tokens <= 32) return run<Value, 4>(p, whole, stream);
+  return run<Value, 8>(p, whole, stream);
+}
+
+template <class Value, int kTiles>
+Status allow(int bytes) {
+  if (const Status status = allow_shared(nm_mma_sp<Value, kTiles, true>, bytes)) return status;
+  return allow_shared(nm_mma_sp<Value, kTiles, false>, bytes);
+}
+
+template <class Value>
+Status allow_all(int bytes) {
+  for (const Status status :
+       {allow<Value, 1>(bytes), allow<Value, 2>(bytes), allow<Value, 4>(bytes), allow<Value, 8>(bytes)})
+    if (status) return status;
+  return 0;
+}
+
+}  // namespace
+
+Status allow_nm_mma_sp(int bytes) {
+  if (const Status status = allow_all<Bfloat16>(bytes)) return status;
+  return allow_all<Float16>(bytes);
+}
+
+Status nm_mma_sp(const NmView& weight, const Call& call) {
+  const NmProblem p{static_cast<const uint4*>(weight.panels),
+                    static_cast<const uint16_t*>(call.x),
+                    {call.bias, static_cast<const uint16_t*>(call.residual), static_cast<uint16_t*>(call.y),
+                     static_cast<int>(weight.rows), static_cast<int>(call.bias_dtype)},
+                    static_cast<int>(weight.cols),
+                    static_cast<int>(call.tokens),
+                    static_cast<int>(ceil_div(weight.cols, kNmCols)),
+                    reinterpret_cast<uintptr_t>(call.x) % 16 == 0 && weight.cols % 8 == 0};
+  const bool whole = p.eights && weight.cols % kNmCols == 0;
+  return call.dtype == Dtype::bfloat16 ? by_tokens<Bfloat16>(p, whole, call.stream)
+                                       : by_tokens<Float16>(p, whole, call.stream);
+}
+
+}  // namespace alphaprune::cuda

@@ -1,0 +1,58 @@
+// What the kernels that multiply share at their ends: pairs of 16-bit floats, and an output with bias and residual.
+#pragma once
+
+#include "device.cuh"
+
+namespace alphaprune::cuda {
+
+// The two floats of a word.
+template <class Value>
+ALPHAPRUNE_DEVICE void widen_pair(uint32_t pair, float& low, float& high) {
+  if constexpr (Value::code == Bfloat16::code) {
+    low = float_of(pair << 16);
+    high = float_of(pair & 0xffff0000u);
+  } else {
+#ifdef __CUDACC__
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+        : "=f"(low), "=f"(high)
+        : "r"(pair));
+#else
+    low = Value::widen(pair & 0xffffu);
+    high = Value::widen(pair >> 16);
+#endif
+  }
+}
+
+ALPHAPRUNE_DEVICE uint32_t word_of(uint4 four, int i) {
+  return i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w;
+}
+
+// 0 where the value is finite, NaN elsewhere.
+ALPHAPRUNE_DEVICE float poison_of(float value) { return 0.0f * value; }
+ALPHAPRUNE_DEVICE bool is_nan(float value) { return value != value; }
+
+struct Output {
+  const void* bias;  // [rows] or null; bias_code is its Dtype
+  const uint16_t* residual;
+  uint16_t* y;  // [tokens, rows]
+  int rows;
+  int bias_code;
+};
+
+// y[token, row] = sum + bias + residual, rounded once.
+template <class Value>
+ALPHAPRUNE_DEVICE void store_output(const Output& out, int token, int row, float sum) {
+  if (out.bias) {
+    if (out.bias_code == 0) {
+      sum += static_cast<const float*>(out.bias)[row];
+    } else {
+      const uint32_t half = static_cast<const uint16_t*>(out.bias)[row];
+      sum += out.bias_code == Bfloat16::code ? Bfloat16::widen(half) : Float16::widen(half);
+    }
+  }
+  const size_t to = static_cast<size_t>(token) * out.rows + row;
+  if (out.residual) sum += Value::widen(out.residual[to]);
+  out.y[to] = static_cast<uint16_t>(Value::narrow(sum));
+}
+
+}  // namespace alphaprune::cuda

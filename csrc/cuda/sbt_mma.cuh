@@ -1,0 +1,163 @@
+// y = x Wᵀ for up to 64 tokens on tensor cores, straight from SBT. A block owns kRows row tiles; its warps share the
+// columns between them, each with a ring of asynchronous copies of its own, and add up in a fixed order at the end.
+#pragma once
+
+#include "chunk.cuh"
+#include "output.cuh"
+
+namespace alphaprune::cuda {
+
+constexpr int kStages = 3;
+constexpr int kMostWarps = 8;
+
+struct MmaProblem {
+  const uint16_t* values;
+  const uint32_t* mask;
+  const uint32_t* offsets;
+  const uint16_t* x;
+  Output out;
+  int cols, tokens;
+  int row_tiles, col_tiles, warps;
+  uint32_t value_bytes;  // of the largest chunk, a multiple of 16
+  bool fours;            // whether four neighbouring activations can be loaded at once
+  Opaque number;
+};
+
+ALPHAPRUNE_BOTH constexpr size_t mma_stage_bytes(int row_tiles, uint32_t value_bytes) {
+  return static_cast<size_t>(row_tiles) * (kMetaBytes + value_bytes);
+}
+ALPHAPRUNE_BOTH constexpr size_t mma_sum_bytes(int row_tiles, int token_tiles) {
+  return static_cast<size_t>(row_tiles) * token_tiles * 128 * sizeof(float);
+}
+ALPHAPRUNE_BOTH constexpr size_t mma_shared_bytes(int row_tiles, int token_tiles, int warps, uint32_t value_bytes) {
+  const size_t ring = kStages * mma_stage_bytes(row_tiles, value_bytes), sums = mma_sum_bytes(row_tiles, token_tiles);
+  return warps * (ring > sums ? ring : sums);
+}
+
+// The operand b of a step: four neighbouring activations of a token, zero past the last token and the last column.
+template <bool kWhole>
+ALPHAPRUNE_DEVICE uint2 activations(const MmaProblem& p, const uint16_t* at, int col, bool there) {
+  uint2 b{0, 0};
+  if (kWhole || p.fours) {
+    if (there && (kWhole || col < p.cols)) b = load_cached(reinterpret_cast<const uint2*>(at));
+    return b;
+  }
+  uint32_t four[4] = {0, 0, 0, 0};
+  for (int i = 0; i < 4; ++i)
+    if (there && col + i < p.cols) four[i] = at[i];
+  return {four[0] | four[1] << 16, four[2] | four[3] << 16};
+}
+
+// kTiles: of 8 tokens. kWhole: cols is a multiple of a chunk's, and x aligned to 8 bytes.
+template <class Value, int kTiles, int kRows, bool kWhole>
+ALPHAPRUNE_KERNEL __launch_bounds__(kMostWarps* kWarp) sbt_mma(const MmaProblem p) {
+  const int lane = lane_index(), warp = warp_index(), group = lane / 4, pair = lane % 4;
+  const int first_tile = block_x() * kRows;
+  Lane mine(lane, p.number);
+  const int chunks = (p.col_tiles + kChunk - 1) / kChunk;
+  const int begin = chunks * warp / p.warps, end = chunks * (warp + 1) / p.warps;
+
+  Row<kWhole && kRows == 1> row[kRows];
+  ALPHAPRUNE_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    const bool there = kRows == 1 || first_tile + r < p.row_tiles;
+    const size_t tile = static_cast<size_t>(there ? first_tile + r : p.row_tiles - 1) * p.col_tiles + begin * kChunk;
+    row[r].start(p.mask, p.offsets, tile, there ? p.col_tiles - begin * kChunk : 0, lane);
+  }
+
+  const uint32_t stage_bytes = static_cast<uint32_t>(mma_stage_bytes(kRows, p.value_bytes));
+  const uint32_t ring = shared_start() + warp * kStages * stage_bytes, ring_end = ring + kStages * stage_bytes;
+  const auto values_at = [&](uint32_t stage, int r) { return stage + kRows * kMetaBytes + r * p.value_bytes; };
+
+  // In flight: the chunk that is decoded now, kStages - 1 that are copied, and the offsets of the one after these.
+  Chunk chunk_of[kStages][kRows];
+  uint2 mask[kRows];
+  ALPHAPRUNE_UNROLL
+  for (int i = 0; i < kStages; ++i) {
+    ALPHAPRUNE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      if (begin + i < end) row[r].next_offsets(chunk_of[i][r]);
+      if (i < kStages - 1 && begin + i < end)
+        copy_values(p.values, chunk_of[i][r].first, chunk_of[i][r].last, values_at(ring + i * stage_bytes, r), lane);
+    }
+    if (i < kStages - 1) copy_commit();
+  }
+  ALPHAPRUNE_UNROLL
+  for (int r = 0; r < kRows; ++r) mask[r] = begin < end ? row[r].next_mask() : uint2{0, 0};
+
+  float sum[kRows][kTiles][4] = {};
+  const uint16_t* x = p.x + static_cast<size_t>(group) * p.cols + begin * kChunkCols + 4 * pair;
+  uint32_t stage = ring;
+  ALPHAPRUNE_NO_UNROLL
+  for (int chunk = begin; chunk < end; ++chunk) {
+    ALPHAPRUNE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      store_meta(mask[r], (chunk_of[0][r].middle - chunk_of[0][r].first) * kUnitBytes, values_at(stage, r),
+                 stage + r * kMetaBytes, lane);
+      if (chunk + 1 < end) mask[r] = row[r].next_mask();
+    }
+    copy_wait<kStages - 2>();
+    sync_warp();  // every lane's copies have landed, the words are there, and nobody reads the stage before this one
+
+    if (chunk + kStages - 1 < end) {
+      const uint32_t before = stage == ring ? ring_end - stage_bytes : stage - stage_bytes;
+      ALPHAPRUNE_UNROLL
+      for (int r = 0; r < kRows; ++r)
+        copy_values(p.values, chunk_of[kStages - 1][r].first, chunk_of[kStages - 1][r].last, values_at(before, r),
+                    lane);
+    }
+    copy_commit();
+    ALPHAPRUNE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      ALPHAPRUNE_UNROLL
+      for (int i = 0; i + 1 < kStages; ++i) chunk_of[i][r] = chunk_of[i + 1][r];
+      if (chunk + kStages < end) row[r].next_offsets(chunk_of[kStages - 1][r]);
+    }
+
+    uint4 words = mine.words(stage, 0);
+    ALPHAPRUNE_UNROLL
+    for (int step = 0; step < kChunkSteps; ++step) {
+      uint2 b[kTiles];
+      ALPHAPRUNE_UNROLL
+      for (int t = 0; t < kTiles; ++t)
+        b[t] = activations<kWhole>(p, x + static_cast<size_t>(8 * t) * p.cols + step * sbt::kStepCols,
+                                   chunk * kChunkCols + step * static_cast<int>(sbt::kStepCols) + 4 * pair,
+                                   8 * t + group < p.tokens);
+      ALPHAPRUNE_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const uint4 here = words;
+        const int next = step * kRows + r + 1;
+        if (next < kChunkSteps * kRows) words = mine.words(stage + next % kRows * kMetaBytes, next / kRows);
+        uint32_t a[4];
+        mine.decode(here, a);
+        ALPHAPRUNE_UNROLL
+        for (int t = 0; t < kTiles; ++t) mma<Value>(sum[r][t], a, b[t]);
+      }
+    }
+    x += kChunkCols;
+    stage = stage + stage_bytes == ring_end ? ring : stage + stage_bytes;
+  }
+
+  // The rings become sums[warp][row tile][token tile][i][lane].
+  copy_wait<0>();
+  sync_block();
+  constexpr uint32_t kSums = kRows * kTiles * 128;
+  ALPHAPRUNE_UNROLL
+  for (int r = 0; r < kRows; ++r) ALPHAPRUNE_UNROLL
+  for (int t = 0; t < kTiles; ++t) ALPHAPRUNE_UNROLL
+  for (int i = 0; i < 4; ++i)
+    store_shared_f32(shared_start() + 4 * (warp * kSums + ((r * kTiles + t) * 4 + i) * kWarp + lane), sum[r][t][i]);
+  sync_block();
+  for (int index = thread_index(); index < kRows * 16 * p.tokens; index += p.warps * kWarp) {
+    const int in_block = index % (kRows * 16), token = index / (kRows * 16), in_tile = in_block % 16;
+    const int64_t at_row = static_cast<int64_t>(first_tile) * 16 + in_block;
+    if (at_row >= p.out.rows) continue;
+    const int i = in_tile / 8 * 2 + token % 2, holder = in_tile % 8 * 4 + token % 8 / 2;
+    const uint32_t at = ((in_block / 16 * kTiles + token / 8) * 4 + i) * kWarp + holder;
+    float total = 0;
+    for (int w = 0; w < p.warps; ++w) total += load_shared_f32(shared_start() + 4 * (w * kSums + at));
+    store_output<Value>(p.out, token, static_cast<int>(at_row), total);
+  }
+}
+
+}  // namespace alphaprune::cuda

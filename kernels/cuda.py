@@ -1,0 +1,181 @@
+"""The compiled CUDA kernels: on SBT as it lies in memory, and on layouts that are made of it when a weight is bound."""
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alphaprune.formats import Packed, native
+from alphaprune.kernels import delta_layout, nm_layout
+from alphaprune.kernels.base import Bound, Kernel
+
+OLDEST = 80  # compute capability, major * 10 + minor: cp.async and mma.m16n8k16 in bfloat16
+HALVES = (torch.float16, torch.bfloat16)
+MOST_DELTA_TOKENS = 4  # csrc/cuda/launch.h
+WARPS_PER_SM = 16  # that the columns of a row tile are shared between for; a prediction, not measured
+
+
+@functools.cache
+def _find() -> tuple[ModuleType | None, str]:
+    """The module and an empty string, or None and the reason."""
+    return native.find("_cuda")
+
+
+def load() -> ModuleType | None:
+    """alphaprune._cuda, or None where it was not built."""
+    return _find()[0]
+
+
+def status() -> str:
+    """`built: …` with compiler and architectures, or `not built: ` and the reason."""
+    module, reason = _find()
+    return f"not built: {reason}" if module is None else f"built: {module.COMPILER}; {module.ARCHITECTURES}"
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why the CUDA kernels do not run here, or None; a newer driver or another device needs a new process."""
+    module, reason = _find()
+    if module is None:
+        return f"not built: {reason}"
+    count, why = module.devices()
+    if why:
+        return f"the driver offers no device to this build ({module.COMPILER}): {why}"
+    if not count:
+        return "no CUDA device is visible; CUDA_VISIBLE_DEVICES may hide it"
+    if not torch.cuda.is_available():
+        return "this build of torch sees no CUDA device; install one for CUDA"
+    capabilities = [module.device(index)[0] for index in range(count)]
+    if max(capabilities) < OLDEST:
+        return f"the newest device has compute capability {max(capabilities) / 10}, the kernels need {OLDEST / 10}"
+    return None
+
+
+@functools.cache
+def _device(index: int) -> tuple[int, int, int]:
+    """(capability, multiprocessors, shared bytes) of a device that is ready for launches."""
+    found = load().device(index)
+    if found[0] < OLDEST:
+        raise ValueError(f"cuda:{index} has compute capability {found[0] / 10}, the CUDA kernels need {OLDEST / 10}")
+    load().prepare(index)
+    return found
+
+
+def stream(device: torch.device) -> int:
+    """The current stream's handle; 0 for tensors of the host, which only the emulated module takes."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def stage_units(packed: Packed, tiles: int) -> int:
+    """The largest number of 8-value units in `tiles` neighbouring macro tiles of a row tile: what a kernel stages.
+
+    Reads one number back from the device, so it is asked once for a weight.
+    """
+    rows, columns = packed.mask.shape[:2]
+    offsets = packed.offsets.to(torch.int64) & 0xFFFFFFFF
+    row = torch.arange(rows, device=packed.device)[:, None] * columns
+    first = torch.arange(0, columns, tiles, device=packed.device)
+    return int((offsets[row + (first + tiles).clamp_max(columns)] - offsets[row + first]).max())
+
+
+def warps(packed: Packed, multiprocessors: int) -> int:
+    """How many warps share a row tile's columns: enough of them on every multiprocessor, each with enough to do."""
+    rows, columns = packed.mask.shape[:2]
+    wanted = -(-WARPS_PER_SM * multiprocessors // rows)
+    return max(1, min(8, max(4, wanted), columns // (2 * load().CHUNK_TILES)))
+
+
+def handle(packed: Packed) -> tuple[Any, Packed]:
+    """The native weight on its device, and the tensors that it reads, which it does not keep alive.
+
+    ValueError if the device is too old.
+    """
+    index = packed.device.index or 0
+    units, multiprocessors = stage_units(packed, load().CHUNK_TILES), _device(index)[1]
+    aligned = packed.map(_aligned)
+    addresses = aligned.weight.data_ptr(), aligned.mask.data_ptr(), aligned.offsets.data_ptr()
+    made = load().Weight(
+        *addresses, *packed.shape, native.DTYPES[packed.dtype], units, warps(packed, multiprocessors), index
+    )
+    return made, aligned
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it does not start on 16 bytes, as asynchronous copies need it."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _bound(made: Any, packed: Packed, *alive: Any) -> Bound:
+    """The product with a native weight: nothing is allocated but y, nothing waits. alive: what it reads."""
+    multiply, (n, k), device = made.multiply, packed.shape, packed.device
+
+    def run(x: Tensor, bias: Tensor | None, alive: tuple = alive) -> Tensor:
+        y = x.new_empty(*x.shape[:-1], n)
+        address, code = (0, 0) if bias is None else (bias.data_ptr(), native.DTYPES[bias.dtype])
+        multiply(x.data_ptr(), x.numel() // k, address, code, 0, y.data_ptr(), stream(device))
+        return y
+
+    return run
+
+
+def bind(packed: Packed) -> Bound:
+    """sbt_mma with one packed weight."""
+    made, aligned = handle(packed)
+    return _bound(made, packed, aligned)
+
+
+def bind_delta(packed: Packed) -> Bound:
+    """delta_spmv with one packed weight, of which it makes and keeps nibble-delta rows: about 2.5 bytes per value."""
+    index = packed.device.index or 0
+    _device(index)
+    rows = delta_layout.build(packed)
+    addresses = [tensor.data_ptr() for tensor in rows.tensors]
+    dtype, slots = native.DTYPES[packed.dtype], rows.slots.numel() - 1
+    return _bound(load().DeltaWeight(*addresses, *packed.shape, slots, rows.block_cols, dtype, index), packed, rows)
+
+
+def bind_nm(packed: Packed) -> Bound:
+    """nm_mma_sp with one packed weight, of which it makes and keeps 2:4 panels: 9/8 bytes per weight."""
+    index = packed.device.index or 0
+    _device(index)
+    panels = nm_layout.build(packed)
+    made = load().NmWeight(panels.panels.data_ptr(), *packed.shape, native.DTYPES[packed.dtype], index)
+    return _bound(made, packed, panels)
+
+
+def crowded(packed: Packed) -> str | None:
+    """Why a weight does not go through sparse tensor cores: 4 neighbouring columns keep more than 2. None if they can.
+
+    The nibbles of a mask word are such fours; their bits are counted side by side.
+    """
+    words = packed.mask
+    pairs = words - (words >> 1 & 0x55555555)  # int32 wraps, as the counts need it
+    counts = (pairs & 0x33333333) + (pairs >> 2 & 0x33333333)  # 0 to 4 in each nibble
+    if bool((counts & (counts >> 1) & 0x11111111 | counts & 0x44444444).any()):
+        return "it takes at most 2 of 4 neighbouring columns; prune with --pattern 2:4 for it"
+    return None
+
+
+def supports(shape: tuple[int, int], tokens: int, weight: torch.dtype, x: torch.dtype) -> str | None:
+    """None for float16 or bfloat16, the same for weights and activations."""
+    if weight == x and x in HALVES:
+        return None
+    return f"it computes with float16 or bfloat16 on both sides, not {weight} with {x}"
+
+
+def supports_delta(shape: tuple[int, int], tokens: int, weight: torch.dtype, x: torch.dtype) -> str | None:
+    """As `supports`, for a few tokens."""
+    if tokens > MOST_DELTA_TOKENS:
+        return f"it multiplies up to {MOST_DELTA_TOKENS} tokens, not {tokens}"
+    return supports(shape, tokens, weight, x)
+
+
+# In order of preference. Where one is taken by itself is a prediction from counts of instructions and bytes, not a
+# measurement, until `alphaprune bench --tune --device cuda` has written a table.
+KERNELS = (
+    Kernel("nm_mma_sp", "cuda", missing, supports, bind_nm, most_tokens=64, fits=crowded),
+    Kernel("delta_spmv", "cuda", missing, supports_delta, bind_delta, most_tokens=2, most_density=0.3),
+    Kernel("sbt_mma", "cuda", missing, supports, bind, most_tokens=64),
+)

@@ -1,0 +1,252 @@
+"""delta_spmv and its layout: the kernel's own source, run thread by thread on the CPU against float64."""
+
+import itertools
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import cuda_face
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_product
+from torch import Tensor
+
+from alphaprune.formats import sbt
+from alphaprune.kernels import delta_layout
+
+HALVES = (torch.float16, torch.bfloat16)
+# rows, columns, density: single weights, empty and full rows, rows of 4 to 32 lanes, wide gaps
+SHAPES = [
+    (1, 1, 1),
+    (1, 1, 0),
+    (3, 7, 0.5),
+    (37, 130, 0.3),
+    (70, 264, 0.1),
+    (20, 500, 1),
+    (33, 1000, 0.02),
+    (5, 4096, 0.4),
+]
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory: pytest.TempPathFactory):
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    return cuda_face.build("delta", tmp_path_factory.mktemp("delta")).delta_spmv_emulated
+
+
+def unequal(n: int, k: int, density: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(weight, mask): rows of very different lengths, one of them full and one empty where there are several."""
+    mask = torch.rand(n, k) < density * torch.rand(n, 1) * 2
+    if n > 2 and 0 < density < 1:
+        mask[n // 2], mask[n // 3] = True, False
+    return (torch.randn(n, k) * mask).to(dtype), mask
+
+
+def multiply(kernel, rows: delta_layout.DeltaRows, x: Tensor, **options) -> tuple[str, Tensor]:
+    counts = [*rows.shape, rows.slots.numel() - 1, rows.block_cols]
+    return cuda_face.run(kernel, list(rows.tensors), counts, x, rows.shape[0], **options)
+
+
+def check(kernel, n: int, k: int, density: float, tokens: int, dtype: torch.dtype, **options) -> None:
+    weight, mask = unequal(n, k, density, dtype)
+    x = torch.randn(tokens, k).to(dtype)
+    problem, y = multiply(kernel, delta_layout.build(sbt.pack(weight, mask)), x, **options)
+    assert not problem
+    bias, residual = options.get("bias"), options.get("residual")
+    extra = [part.float() for part in (bias, residual) if part is not None]
+    if residual is None:
+        assert_product(y, x, weight, bias)
+    else:
+        for token in range(tokens):  # per token, bias and residual are one vector that is added
+            assert_product(y[token], x[token], weight, sum(part if part.dim() == 1 else part[token] for part in extra))
+
+
+@pytest.mark.parametrize("dtype", (*HALVES, torch.bfloat16))
+@pytest.mark.parametrize(("n", "k", "density"), [*SHAPES, (4, 13000, 0.05), (300, 40, 0.3)])
+def test_layout_round_trip(n: int, k: int, density: float, dtype: torch.dtype) -> None:
+    weight, mask = unequal(n, k, density, dtype)
+    weight[mask & (torch.rand(n, k) < 0.1)] = float("nan")
+    weight[mask & (torch.rand(n, k) < 0.1)] = -0.0
+    rows = delta_layout.build(sbt.pack(weight, mask))
+    kept = torch.where(mask, weight, 0)
+    assert torch.equal(delta_layout.unpack(rows).view(torch.int16), kept.view(torch.int16))
+    assert not rows.values[0].any() and rows.deltas[0] == 0, "pack 0 is the empty one"
+
+
+def test_layout_in_chunks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = sbt.pack(*unequal(100, 300, 0.2, torch.float16))
+    whole = delta_layout.build(packed)
+    monkeypatch.setattr(delta_layout, "CHUNK", 1)
+    for a, b in zip(whole.tensors, delta_layout.build(packed).tensors, strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_bytes_per_weight() -> None:
+    """2.5 bytes per kept value, what gaps cost, and at most 3 % for the rest in rows of 4096."""
+    for density, most in ((0.5, 1.25), (0.3, 0.753), (0.2, 0.515), (0.1, 0.307)):
+        mask = torch.rand(256, 4096) < density
+        rows = delta_layout.build(sbt.pack(torch.ones(256, 4096, dtype=torch.bfloat16), mask))
+        assert rows.nbytes / mask.numel() < most * 1.05
+
+
+def test_layout_refuses_other_dtypes() -> None:
+    with pytest.raises(ValueError, match=r"layer: nibble-delta rows hold float16 or bfloat16, got torch.float32"):
+        delta_layout.build(sbt.pack(torch.ones(2, 2)), "layer")
+
+
+def test_number_of_lanes_falls_with_the_length_of_rows() -> None:
+    mask = torch.rand(64, 2000) < torch.linspace(0, 1, 64)[:, None]
+    rows = delta_layout.build(sbt.pack(torch.ones(64, 2000, dtype=torch.float16), mask))
+    assert set((rows.slots[:-1] & 7).tolist()) == {2, 3, 4, 5}
+    assert (rows.slots[:-1] & 7).diff().max() <= 0
+
+
+@pytest.mark.parametrize("order", cuda_face.ORDERS)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_product_is_within_the_bound(kernel, dtype: torch.dtype, order: int) -> None:
+    for (n, k, density), tokens in itertools.product(SHAPES, (1, 2, 3, 4)):
+        bias = (None, torch.randn(n).to(dtype), torch.randn(n), torch.randn(n).half())[(tokens + n) % 4]
+        residual = torch.randn(tokens, n).to(dtype) if (tokens + k) % 3 == 0 else None
+        check(kernel, n, k, density, tokens, dtype, bias=bias, residual=residual, order=order)
+
+
+@pytest.mark.parametrize("tokens", (1, 2, 4))
+def test_columns_in_blocks(kernel, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    monkeypatch.setattr(delta_layout, "MOST_COLS", 104)
+    for k in (104, 105, 300, 313):
+        check(kernel, 40, k, 0.2, tokens, torch.bfloat16)
+    check(kernel, 3, 209, 1, tokens, torch.float16)
+
+
+@pytest.mark.slow
+def test_more_columns_than_shared_memory_holds(kernel) -> None:
+    for k, tokens in ((12240, 4), (12241, 2), (70000, 1)):
+        check(kernel, 6, k, 0.03, tokens, torch.bfloat16)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 80),
+    k=st.integers(1, 600),
+    tokens=st.integers(1, 4),
+    density=st.floats(0, 1),
+    dtype=st.sampled_from(HALVES),
+    order=st.sampled_from(cuda_face.ORDERS),
+)
+def test_any_shape(kernel, n, k, tokens, density, dtype, order) -> None:
+    check(kernel, n, k, density, tokens, dtype, order=order)
+
+
+def test_x_may_lie_anywhere(kernel) -> None:
+    for shift, k in itertools.product((0, 2, 8), (64, 65)):
+        check(kernel, 9, k, 0.4, 2, torch.float16, shift=shift)
+
+
+def not_finite(kernel) -> None:
+    """Products with NaN and infinities in x and in the weight, as a dense layer has them."""
+    for (n, k, density), tokens, dtype in itertools.product(
+        [(37, 130, 0.3), (9, 40, 0.9), (20, 311, 0.05)], (1, 2, 4), HALVES
+    ):
+        weight, mask = unequal(n, k, density, dtype)
+        x = torch.randn(tokens, k).to(dtype)
+        for token, value in zip(range(tokens), (float("inf"), float("nan"), -float("inf"), float("inf")), strict=False):
+            column = int(torch.randint(k, ()))
+            x[token, column] = value
+            mask[:, column] |= torch.rand(n) < 0.5
+        if tokens > 1:
+            x[-1] = torch.randn(k)
+        weight = torch.where(mask, torch.randn(n, k), 0).to(dtype)
+        if k == 40:
+            weight[0, mask[0].nonzero()[0]] = float("inf")
+        problem, y = multiply(kernel, delta_layout.build(sbt.pack(weight, mask)), x)
+        assert not problem
+        assert_product(y, x, weight)
+
+
+def test_not_finite_activations_are_as_in_a_dense_layer(kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    not_finite(kernel)
+    monkeypatch.setattr(delta_layout, "MOST_COLS", 48)
+    not_finite(kernel)
+
+
+def test_the_last_kept_column_holds_infinity(kernel) -> None:
+    """Zeros that fill up a pack stand in columns of their own: kept infinities stay infinite."""
+    for k in (1, 3, 7, 8, 9, 20, 300):
+        weight = torch.ones(3, k, dtype=torch.bfloat16)
+        x = torch.ones(2, k, dtype=torch.bfloat16)
+        x[0, -1] = float("inf")
+        problem, y = multiply(kernel, delta_layout.build(sbt.pack(weight)), x)
+        assert not problem and y[0].isinf().all() and (y[1] == k).all()
+
+
+def test_an_infinite_weight_meets_no_zeros_of_others(kernel) -> None:
+    weight = torch.zeros(40, 200, dtype=torch.float16)
+    weight[7, 100] = float("inf")
+    x = torch.ones(1, 200, dtype=torch.float16)
+    problem, y = multiply(kernel, delta_layout.build(sbt.pack(weight)), x)
+    assert not problem and y[0, 7].isinf() and y.isfinite().sum() == 39
+
+
+PLANTED = {
+    "no barrier before x is read": ("    sync_block();\n    float any = 0;", "    float any = 0;"),
+    "no barrier before x is staged again": ("if (block) sync_block();", ""),
+    "a column too far": (
+        "dot_bytes(through_odd, kBytes << 8 * i, from) + (2 * i + 1)",
+        "dot_bytes(through_odd, kBytes << 8 * i, from) + (2 * i + 2)",
+    ),
+    "a pack forgotten": (
+        "const uint32_t past = end + kAhead * lanes;",
+        "const uint32_t past = end + kAhead * lanes - lanes;",
+    ),
+    "the wrong half of a value": ("low = float_of(pair << 16);", "low = float_of(pair & 0xffff0000u);"),
+    "lanes of a row not summed": (
+        "for (int step = lanes / 2; step; step /= 2) sum[t] +=",
+        "for (int step = lanes / 4; step; step /= 2) sum[t] +=",
+    ),
+    "no bias": ("sum += static_cast<const float*>(out.bias)[row];", ""),
+    "no residual": ("if (out.residual) sum += Value::widen(out.residual[to]);", ""),
+    "no zeros past the columns": ("col < p.block_cols + kDeltaSlack; col", "col < p.block_cols; col"),
+    "x not checked": ("poison += poison_of(low[t]) + poison_of(high[t]);", ""),
+    "a pruned infinity forgotten": ("if (kept[t] < sum_lanes(present[t]))", "if (kept[t] > sum_lanes(present[t]))"),
+    "y written by rows that are not there": ("if (!there || within) return;", "if (within) return;"),
+    "y in order of the length": ("static_cast<int>(load_cached(p.row_of + row))", "static_cast<int>(row)"),
+    "a token too many": ("if (token >= p.tokens || col >= end)", "if (token > p.tokens || col >= end)"),
+}
+
+
+def battery(kernel) -> None:
+    """What finds every planted error; quick, so that many copies can be tried."""
+    for order in cuda_face.ORDERS:
+        check(kernel, 37, 130, 0.3, 1, torch.bfloat16, bias=torch.randn(37), order=order)
+        check(kernel, 20, 500, 1, 3, torch.bfloat16, residual=torch.randn(3, 20).bfloat16(), order=order)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(delta_layout, "MOST_COLS", 48)
+        for order in cuda_face.ORDERS:
+            check(kernel, 9, 300, 0.5, 2, torch.bfloat16, order=order)
+    not_finite(kernel)
+
+
+def test_battery_passes(kernel) -> None:
+    assert not cuda_face.fails(lambda: battery(kernel))
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_errors_are_caught(name: str, tmp_path: Path) -> None:
+    library = cuda_face.build("delta", tmp_path, dict([PLANTED[name]]), "-O0")
+    assert cuda_face.fails(lambda: battery(library.delta_spmv_emulated))
+
+
+def test_a_wrong_start_is_caught(kernel) -> None:
+    weight, mask = unequal(37, 130, 0.3, torch.float16)
+    rows = delta_layout.build(sbt.pack(weight, mask))
+    x = torch.randn(1, 130).half()
+    problem, y = multiply(kernel, replace(rows, starts=rows.starts + 1), x)
+    with pytest.raises(AssertionError):
+        assert not problem
+        assert_product(y, x, weight)

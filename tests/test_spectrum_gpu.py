@@ -1,0 +1,81 @@
+"""bench/spectrum_gpu.py on the CPU: rows, errors of ways that are not there, the table; never a time."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from alphaprune import cusolver
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch):
+    """bench/spectrum_gpu.py as a module, in a process that finds no cuSOLVER."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    monkeypatch.delitem(sys.modules, "spectrum_gpu", raising=False)
+    monkeypatch.setattr(cusolver, "_library", lambda: "no libcusolver here")
+    import spectrum_gpu
+
+    yield spectrum_gpu
+    sys.modules.pop("spectrum_gpu", None)
+
+
+def test_every_way_has_a_row(bench, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "rows.jsonl"
+    given = ["--device", "cpu", "--sizes", "8,24", "--batch", "3", "--rounds", "2", "--out", str(out)]
+    bench.main(given)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    wanted = {(n, "float32", way) for n in (8, 24) for way in ("batched", "looped", "torch", "svdvals")}
+    wanted |= {(n, "float64", way) for n in (8, 24) for way in ("batched", "looped", "torch")}
+    assert {(row["n"], row["dtype"], row["way"]) for row in rows} == wanted and len(rows) == len(wanted)
+    for row in rows:
+        if row["way"] in ("batched", "looped"):
+            assert row["error"] == "Unusable: no libcusolver here" and "seconds" not in row
+            continue
+        assert row["seconds_per_matrix"] == row["seconds"] / 3 and row["batch"] == 3
+        assert 0 <= row["max_error"] < {"float32": 3e-6, "float64": 1e-13}[row["dtype"]]
+        assert row["cusolver"] == "no libcusolver here" and "--sizes 8,24" in row["command"]
+    shown = capsys.readouterr().out
+    assert (
+        f"FASTEST {{'float32': [({cusolver.LARGEST}, 'torch')], 'float64': [({cusolver.LARGEST}, 'torch')]}}" in shown
+    )
+
+
+def test_wrong_eigenvalues_are_seen(bench, monkeypatch) -> None:
+    right = cusolver.eigvalsh
+    monkeypatch.setattr(cusolver, "eigvalsh", lambda gram, route: right(gram * 1.01, "torch"))
+    rows = list(bench.measure(8, torch.float64, 2, 1, CPU))
+    assert [row["way"] for row in rows] == ["batched", "looped", "torch"]
+    assert all(row["max_error"] > 5e-3 for row in rows)
+
+
+def test_the_table_joins_equal_neighbours(bench) -> None:
+    def row(n: int, way: str, seconds: float, dtype: str = "float64") -> dict:
+        return {"n": n, "dtype": dtype, "way": way, "seconds": 9.0, "seconds_per_matrix": seconds}
+
+    fast = {64: "batched", 128: "batched", 256: "looped", 512: "batched", 1024: "batched"}
+    rows = [row(n, way, 1.0 if way == best else 2.0) for n, best in fast.items() for way in ("batched", "looped")]
+    rows += [row(64, "svdvals", 0.1), {"n": 64, "dtype": "float64", "way": "torch", "error": "none"}]
+    found = bench.table(rows[::-1])
+    assert found == {"float32": [], "float64": [(128, "batched"), (256, "looped"), (cusolver.LARGEST, "batched")]}
+
+
+def test_a_model_counts_its_matrices(bench) -> None:
+    assert bench.BLOCKS * sum(count for count, _ in bench.BLOCK) == 224
+    row = bench.model(CPU, 2, ((2, (24, 20)), (1, (20, 30))))
+    assert row["matrices"] == 6 and row["seconds"] > 0 and "6 matrices" in bench.line(row)
+
+
+def test_without_a_gpu_it_says_so(bench, capsys) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit) as stopped:
+        bench.main([])
+    assert stopped.value.code == 2 and "CUDA devices that torch can use" in capsys.readouterr().err
