@@ -11,6 +11,7 @@ import torch
 
 from alphaprune import decoding, formats, generate, hf, timing
 from alphaprune import model as models
+from alphaprune.kernels import base
 from alphaprune.layer import SparseLinear
 from alphaprune.pattern import NM, parse
 
@@ -41,15 +42,18 @@ def bench_shapes(
     bar: Bar,
     values: str | None = None,
     decode: bool = False,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Rows for every shape × tokens × sparsity with random weights read from memory (see timing.time_linear).
 
     bar: (total, description, unit) → context that yields what to call after each step. values: int8, or as `dtype`.
-    decode: time whole models in the shapes of `shape` afterwards.
+    decode: time whole models in the shapes of `shape` afterwards, on the CPU. device: "cpu", "cuda" or "cuda:N".
 
-    ValueError if an argument is no list of what it should be, or the kernel cannot run here.
+    ValueError if an argument is no list of what it should be, or kernel or device cannot run here.
     """
-    shapes, chosen = parse_shapes(shape), parse(pattern)
+    shapes, chosen, clock = parse_shapes(shape), parse(pattern), timing.clock(device)
+    if decode and clock.device.type != "cpu":
+        raise ValueError(f"--decode times whole models on the CPU: leave out --device {device}")
     if decode and shape not in decoding.MODELS:
         raise ValueError(f"--decode needs the shapes of a whole model: --shape with {', '.join(decoding.MODELS)}")
     if decode and isinstance(chosen, NM):
@@ -59,15 +63,18 @@ def bench_shapes(
     if any(count < 1 for count in counts):
         raise ValueError(f"--tokens {tokens}: wanted whole numbers from 1")
     problems = list(itertools.product(shapes, counts, sparsities))
-    bandwidth, kind, rows = timing.read_bandwidth(), getattr(torch, dtype), []
+    if kernel is not None:
+        base.named(kernel)  # a name or a machine that will not do is told before the memory is measured
+    bandwidth, kind, rows = clock.bandwidth(), getattr(torch, dtype), []
     with bar(len(problems), "bench", "row") as tick:
         for one, count, share in problems:
             found = timing.time_linear(
-                one, share, count, kind, kernel, bandwidth=bandwidth, pattern=chosen, values=values and torch.int8
+                *(one, share, count, kind, kernel),
+                **{"bandwidth": bandwidth, "pattern": chosen, "values": values and torch.int8, "device": device},
             )
             rows.append(asdict(found) | {name: getattr(found, name) for name in DERIVED})
             tick("×".join(map(str, one)))
-    found = {"machine": timing.machine(), "threads": torch.get_num_threads(), "bandwidth": bandwidth, "rows": rows}
+    found = {"machine": str(clock.machine), "threads": clock.threads, "bandwidth": bandwidth, "rows": rows}
     if decode:
         found["decoding"] = decoding.time_models(shape, sparsities, kind, values and torch.int8, bar)
     return found
@@ -82,13 +89,14 @@ def bench_model(
     kernel: str | None,
     bar: Bar,
     values: str | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Decoding of a packed model beside its dense twin, tokens per second, and rows for the shapes of its layers.
 
-    The layers are timed at the model's own sparsity; where nothing is packed, at those asked for.
+    The layers are timed at the model's own sparsity; where nothing is packed, at those asked for. device: as above.
     """
-    folder = models.resolve(model)
-    loaded = hf.load(folder)
+    folder, where = models.resolve(model), timing.clock(device).device
+    loaded = hf.load(folder, device=str(where))
     packed = {n: m for n, m in loaded.named_modules() if isinstance(m, SparseLinear)}
     prefix = models.family_of(loaded.config, str(folder))
     shapes = {(m.out_features, m.in_features) for n, m in loaded.named_modules() if n.startswith(prefix) and _linear(m)}
@@ -101,7 +109,7 @@ def bench_model(
     result["dense_tokens_per_second"] = generate.decode_rate(loaded)
     result["transformers_tokens_per_second"] = generate.decode_rate(loaded, ours=False)
     named = ",".join(f"{n}x{k}" for n, k in sorted(shapes))
-    return result | bench_shapes(named, sparsity, pattern, tokens, dtype, kernel, bar, values)
+    return result | bench_shapes(named, sparsity, pattern, tokens, dtype, kernel, bar, values, device=device)
 
 
 def _linear(module: torch.nn.Module) -> bool:
@@ -119,7 +127,8 @@ def tables(result: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[s
             packed = f"packed ({result['packed_layers']} layers)"
             rows.append([packed, generate.OURS, f"{result['tokens_per_second']:.1f}"])
         yield f"{result['model']}: greedy decoding, 1 sequence", ["weights", "decoder", "tokens/s"], rows
-    heading = f"{result['machine']}, {result['threads']} threads, reads {result['bandwidth'] / 1e9:.1f} GB/s; medians"
+    does = f"{result['threads']} threads, reads" if result["threads"] else "copies"
+    heading = f"{result['machine']}, {does} {result['bandwidth'] / 1e9:.1f} GB/s; medians"
     rows = [
         [
             f"{row['shape'][0]}×{row['shape'][1]}",

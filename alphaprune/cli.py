@@ -103,7 +103,8 @@ def _measure_commands(sub) -> None:
     bench.add_argument("--values", choices=("int8",), help="of the packed weights; without it those of --dtype")
     bench.add_argument("--kernel", help="time this kernel only; see `alphaprune info`")
     bench.add_argument("--decode", action="store_true", help="with --shape llama2-7b: whole models too, some minutes")
-    bench.add_argument("--tune", action="store_true", help="measure the time table of this machine, some 15 minutes")
+    bench.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    bench.add_argument("--tune", action="store_true", help="measure the time table of the device, some 15 minutes")
     bench.add_argument("--quick", action="store_true", help="with --tune: fewer shapes and dtypes, some 3 minutes")
     bench.add_argument("-o", "--output", metavar="FILE", help="with --tune: instead of the user's cache folder")
     bench.add_argument("--json", action="store_true")
@@ -111,6 +112,7 @@ def _measure_commands(sub) -> None:
     info = sub.add_parser("info", help="what is in a checkpoint; without MODEL, what runs on this machine")
     info.add_argument("model", metavar="MODEL", nargs="?")
     info.add_argument("--tokens", type=int, default=1, help="rows of x to choose kernels for and predict times of")
+    info.add_argument("--device", default="cpu", help="with MODEL: cpu, cuda or cuda:N to choose kernels for")
     info.add_argument("--json", action="store_true")
 
     demo = sub.add_parser("demo", help="the whole flow on the embedded model, in about a minute")

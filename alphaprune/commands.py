@@ -273,12 +273,12 @@ def generate(
         )
 
 
-def info(model: str | None, tokens: int, json: bool) -> None:
+def info(model: str | None, tokens: int, device: str, json: bool) -> None:
     from alphaprune import inspection
 
     if tokens < 1:
         raise ValueError(f"--tokens {tokens}: wanted a whole number from 1")
-    found = inspection.describe_model(model, tokens) if model else inspection.describe_machine()
+    found = inspection.describe_model(model, tokens, device) if model else inspection.describe_machine()
     if json:
         print(_dump(found))
     elif model:
@@ -296,12 +296,13 @@ def bench(
     quick: bool,
     output: str | None,
     decode: bool,
+    device: str,
     **options: Any,
 ) -> None:
     from alphaprune import benchmark
 
     if tune:
-        return _tune(model or shape, quick, output, json)
+        return _tune(model or shape, quick, output, device, json)
     if quick or output:
         raise ValueError("--quick and --output belong to --tune")
     if (model is None) == (shape is None):
@@ -309,9 +310,9 @@ def bench(
     if model and decode:
         raise ValueError("--decode belongs to --shape; the decoding of a MODEL is timed without it")
     if model:
-        result = benchmark.bench_model(model, bar=bar, **options)
+        result = benchmark.bench_model(model, bar=bar, device=device, **options)
     else:
-        result = benchmark.bench_shapes(shape, bar=bar, decode=decode, **options)
+        result = benchmark.bench_shapes(shape, bar=bar, decode=decode, device=device, **options)
     if json:
         print(_dump(result))
     else:
@@ -320,21 +321,24 @@ def bench(
             table(columns, rows)
 
 
-def _tune(problem: str | None, quick: bool, output: str | None, json: bool) -> None:
-    from alphaprune import tuning
+def _tune(problem: str | None, quick: bool, output: str | None, device: str, json: bool) -> None:
+    from alphaprune import timing, tuning
 
     if problem:
         raise ValueError(f"{problem}: --tune measures a table for all models; name neither MODEL nor --shape")
     if output:
         _check_file(output)
-    made = tuning.tune(tuning.QUICK if quick else tuning.FULL, bar)
+    clock = timing.clock(device)
+    made = tuning.tune(tuning.grid_for(clock.device, quick), bar, clock)
     path, rows = tuning.write(made, output), tuning.rows(made)
     if json:
         print(_dump({"path": str(path), "machine": str(made.machine), "threads": made.threads, "rows": rows}))
         return
-    print(f"{made.machine}, {made.threads} threads, reads {made.bandwidth / 1e9:.1f} GB/s; dense torch = 1.00×")
+    does = "reads" if made.threads else "copies"
+    print(f"{made.place}, {does} {made.bandwidth / 1e9:.1f} GB/s; dense torch = 1.00×")
     table(*tuning.cells(rows))
-    print(f"{path}: used from now on where torch has {made.threads} threads" if not output else path)
+    where = f"where torch has {made.threads} threads" if made.threads else "for every GPU of this name"
+    print(path if output else f"{path}: used from now on {where}")
 
 
 def demo(output: str, json: bool) -> None:

@@ -10,25 +10,27 @@ import torch
 from alphaprune import __version__, formats, timing
 from alphaprune import model as models
 from alphaprune.formats import Packed
-from alphaprune.kernels import base, spmm, table
+from alphaprune.kernels import base, cuda, spmm, table
 from alphaprune.kernels.table import DENSE
 from alphaprune.layer import PACKED_SUFFIXES
 from alphaprune.shards import Shards
-from alphaprune.tuning import percent
+from alphaprune.tuning import general, percent
 
 NO_KERNEL = "torch"  # a dense layer runs as it always did
 TYPICAL = ((4096, 4096), (11008, 4096), (4096, 11008))
 COLUMNS = ["layer", "shape", "stored as", "sparsity", "bytes", "seconds", "dense seconds", "kernel", "why"]
 
 
-def describe_model(model: "str | Path", tokens: int = 1) -> dict[str, Any]:
+def describe_model(model: "str | Path", tokens: int = 1, device: str = "cpu") -> dict[str, Any]:
     """Per prunable layer: shape, how it is stored, sparsity, bytes, kernel for so many tokens and why; and totals.
 
     seconds: of one call with the kernel, dense_seconds: of the dense layer, as the time table predicts them; None
-    without one.
+    without one. device: that the layers are to run on.
 
-    Raises ValueError in one sentence if the folder holds no usable model or its packed tensors disagree.
+    Raises ValueError in one sentence if the folder holds no usable model or its packed tensors disagree, or there is no
+    such device here.
     """
+    where = str(timing.clock(device).device)
     folder = models.resolve(model)
     config, shards = models.read_config(folder), Shards(folder)
     prefix = models.family_of(config, str(folder))
@@ -36,8 +38,10 @@ def describe_model(model: "str | Path", tokens: int = 1) -> dict[str, Any]:
     plain = getattr(config, "dtype", None) or torch.float32  # of int8 layers when they were dense
     for name, linear in models.prunable(models.make_skeleton(config), prefix).items():
         packed = f"{name}.weight_mask" in names
-        one = _packed_layer(name, shards, linear, plain, tokens) if packed else _dense_layer(name, shards, tokens)
-        layers.append(one)
+        if packed:
+            layers.append(_packed_layer(name, shards, linear, plain, tokens, where))
+        else:
+            layers.append(_dense_layer(name, shards, tokens, where))
     inside = sum(row["weights"] for row in layers)
     outside = sum(torch.Size(shards.shape(n)).numel() for n in names if not n.startswith(prefix + "."))
     zeros = sum(row["zeros"] for row in layers)
@@ -45,7 +49,8 @@ def describe_model(model: "str | Path", tokens: int = 1) -> dict[str, Any]:
         "model": str(folder),
         "model_type": config.model_type,
         "tokens": tokens,
-        "times": _source(),
+        "device": where,
+        "times": _source(where),
         "layers": layers,
         "prunable_weights": inside,
         "sparsity": zeros / inside,
@@ -57,7 +62,7 @@ def describe_model(model: "str | Path", tokens: int = 1) -> dict[str, Any]:
 
 
 def _packed_layer(
-    layer: str, shards: Shards, linear: torch.nn.Linear, plain: torch.dtype, tokens: int
+    layer: str, shards: Shards, linear: torch.nn.Linear, plain: torch.dtype, tokens: int, device: str
 ) -> dict[str, Any]:
     values, mask, offsets = (shards.tensor(f"{layer}.{suffix}") for suffix in PACKED_SUFFIXES[:3])
     scale = shards.tensor(f"{layer}.{PACKED_SUFFIXES[3]}") if values.dtype == torch.int8 else None
@@ -65,9 +70,10 @@ def _packed_layer(
     packed = Packed(values, mask, offsets, (n, k), scale)
     dense = values.dtype if scale is None else plain
     sbt = formats.get("sbt")
-    sbt.validate(packed, layer)
-    kernel, passed = base.choose((n, k), tokens, values.dtype, dense, density=packed.density)
-    seconds = base.gain((n, k), tokens, values.dtype, dense, density=packed.density)
+    prepared = spmm.prepare(packed, layer)
+    asked = (n, k), tokens, values.dtype, dense, device, packed.density, prepared.fits
+    kernel, passed = base.choose(*asked)
+    seconds = base.gain(*asked)
     return {
         "name": layer,
         "shape": [n, k],
@@ -83,9 +89,9 @@ def _packed_layer(
     }
 
 
-def _dense_layer(layer: str, shards: Shards, tokens: int) -> dict[str, Any]:
+def _dense_layer(layer: str, shards: Shards, tokens: int, device: str) -> dict[str, Any]:
     weight = shards.tensor(f"{layer}.weight")
-    times = table.current()
+    times = table.current(device)
     seconds = times and times.dense(tuple(weight.shape), tokens, weight.dtype, weight.dtype)
     return {
         "name": layer,
@@ -102,12 +108,19 @@ def _dense_layer(layer: str, shards: Shards, tokens: int) -> dict[str, Any]:
     }
 
 
-def _source() -> str:
-    """Where the predicted times come from."""
-    times = table.current()
+def _source(device: str) -> str:
+    """What kernels are chosen by on a device: the file of a measured table, or the built-in default."""
+    times = table.current(device)
     if times is None:
-        return "none for this machine; `alphaprune bench --tune` measures them"
-    return f"{times.path} ({times.threads} threads, alphaprune {times.versions.get('alphaprune')})"
+        option = "" if device == "cpu" else f" --device {device}"
+        return f"built-in default (predicted, not measured); `alphaprune bench --tune{option}` measures them"
+    return f"{times.path} (measured on {times.place}, alphaprune {times.versions.get('alphaprune')})"
+
+
+def devices() -> dict[str, str]:
+    """The CPU and each GPU that this process sees, by what torch calls them, with their names."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {"cpu": timing.machine()} | {f"cuda:{index}": str(table.Gpu.at(index)) for index in range(count)}
 
 
 def model_rows(found: dict[str, Any]) -> list[list[str]]:
@@ -140,14 +153,20 @@ def model_summary(found: dict[str, Any]) -> str:
         f"{found['model']}: {found['model_type']}, {found['prunable_weights']:,} prunable weights, "
         f"sparsity {found['sparsity']:.4f} ({found['whole_model_sparsity']:.4f} of the whole model), "
         f"linears {found['linears_bytes']:,} of {found['linears_dense_bytes']:,} bytes, "
-        f"files {found['file_bytes']:,} bytes\n{found['tokens']} tokens{predicted}; times: {found['times']}"
+        f"files {found['file_bytes']:,} bytes\n{found['tokens']} tokens on {found['device']}{predicted}; times: "
+        f"{found['times']}"
     )
 
 
 def describe_machine() -> dict[str, Any]:
-    """Which kernels work here and why the others do not; processor, threads and versions."""
+    """Which kernels work here and why the others do not; processor, GPUs, threads and versions.
+
+    times: per device what kernels are chosen by (see _source).
+    """
     import transformers
 
+    found = devices()
+    gpus = [name for device, name in found.items() if device != "cpu"]
     return {
         "alphaprune": __version__,
         "python": platform.python_version(),
@@ -157,24 +176,23 @@ def describe_machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "native": spmm.native_status(),
         "kernels": {name: reason or "works" for name, reason in spmm.back_ends()},
-        "times": _source(),
-        "break_even": _break_even(),
-        "cuda": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else "no CUDA device; this version has CPU kernels",
+        "cuda": f"{'; '.join(gpus) or 'torch sees no GPU'} (compiled kernels: {cuda.missing() or 'work'})",
+        "times": {device: _source(device) for device in found},
+        "break_even": {key: known for device in found for key, known in _break_even(device).items()},
     }
 
 
-def _break_even() -> dict[str, dict[str, float]]:
+def _break_even(device: str) -> dict[str, dict[str, float]]:
     """By values and shape, by tokens: the sparsity from which on packed is faster than dense; empty without a table."""
-    times, found = table.current(), {}
+    times, found = table.current(device), {}
     if times is None:
         return {}
+    names, where = general(times.kernels), "" if device == "cpu" else f"{device} "
     for values, shape in itertools.product(dict.fromkeys(c.weight for c in times.curves if c.kernel != DENSE), TYPICAL):
         x = next(c.x for c in times.curves if c.weight == values)
         kinds = getattr(torch, values), getattr(torch, x)
-        known = {str(t): times.break_even(shape, t, *kinds) for t in times.tokens}
-        found[f"{values} {shape[0]}×{shape[1]}"] = {t: value for t, value in known.items() if value is not None}
+        known = {str(t): times.break_even(shape, t, *kinds, names) for t in times.tokens}
+        found[f"{where}{values} {shape[0]}×{shape[1]}"] = {t: value for t, value in known.items() if value is not None}
     return found
 
 
@@ -182,6 +200,7 @@ def machine_rows(found: dict[str, Any]) -> list[list[str]]:
     """Two columns; of the break-even sparsities one line per shape."""
     rows = [[key, str(value)] for key, value in found.items() if not isinstance(value, dict)]
     rows += [[f"kernel {name}", state] for name, state in found["kernels"].items()]
+    rows += [[f"times {device}", source] for device, source in found["times"].items()]
     for what, known in found["break_even"].items():
         text = ", ".join(f"{t}: {percent(value)}" for t, value in known.items())
         rows.append([f"break-even {what}", f"sparsity by tokens: {text}"])

@@ -1,6 +1,7 @@
-"""Seconds of one linear layer, packed and dense side by side, from memory rather than from a cache."""
+"""Seconds of one linear layer, packed and dense side by side, on a CPU or a GPU, from memory rather than a cache."""
 
 import contextlib
+import functools
 import itertools
 import mmap
 import statistics
@@ -14,7 +15,7 @@ from torch.nn import functional
 
 from alphaprune import formats
 from alphaprune.formats import native, quantize
-from alphaprune.kernels import spmm, table
+from alphaprune.kernels import cuda, spmm, table
 from alphaprune.mask import keep_mask
 from alphaprune.pattern import NM, Pattern, Unstructured
 
@@ -22,6 +23,10 @@ PROBE_BYTES = 1 << 30
 STREAMS = (1, 2, 3, 4)
 FINALISTS = 8
 MOST_COPIES = 1024  # smaller weights than a MB are not worth the minutes: their row says how much they went round
+LEAST_CALLS = 20
+L2_TIMES = 4  # on a GPU the copies of a weight that calls go round fill the second-level cache so many times
+SLEEP = 100_000  # cycles that a GPU sleeps for each replay of a round: longer than it takes to launch one
+WAKING = 3  # rounds on a GPU that do not count, while its clocks rise
 UNSTRUCTURED = Unstructured()
 
 
@@ -31,7 +36,8 @@ class Row:
 
     seconds, dense_seconds: of one call. nbytes, dense_nbytes: of the weight. dense_dtype: what torch is fastest in,
     that of x or float32, which a CPU without bfloat16 arithmetic prefers. rotated: bytes of copies of the packed weight
-    that the calls went round, so that none is found in a cache. bandwidth: measured read bytes/s of the machine.
+    that the calls went round, so that none is found in a cache. bandwidth: measured read bytes/s of the machine, of a
+    GPU those that copies read and write; its `threads` are 0.
     """
 
     machine: str
@@ -75,6 +81,124 @@ class Row:
 def machine() -> str:
     """The CPU's name and the cores that this process may use."""
     return str(table.Machine.here())
+
+
+Call = Callable[[], Tensor]
+
+
+class CpuClock:
+    """Times calls on the CPU.
+
+    rotated: bytes of copies of a weight that calls go round by default. whole: whether a round calls every copy.
+    """
+
+    device, rotated, whole = torch.device("cpu"), 1 << 30, False
+
+    def __init__(self) -> None:
+        self._places = itertools.count()  # goes on from one measurement to the next: caches hold what was called last
+
+    @property
+    def machine(self) -> table.Machine:
+        return table.Machine.here()
+
+    @property
+    def threads(self) -> int:
+        return torch.get_num_threads()
+
+    def rounds(self, calls: dict[str, list[Call]]) -> Iterator[dict[str, float]]:
+        """Endless rounds by turns: seconds of one call of each kind, on the next of its copies."""
+        for place in self._places:
+            yield {name: seconds_of(copied[place % len(copied)]) for name, copied in calls.items()}
+
+    def bandwidth(self) -> float:
+        """See read_bandwidth."""
+        return read_bandwidth()
+
+
+class CudaClock:
+    """Times calls on a GPU: of each kind a CUDA graph of a call on every copy, replayed by turns between two events."""
+
+    whole, threads = True, 0
+
+    def __init__(self, index: int) -> None:
+        self.device = torch.device("cuda", index)
+        self.rotated = L2_TIMES * torch.cuda.get_device_properties(index).L2_cache_size
+
+    @property
+    def machine(self) -> table.Gpu:
+        return table.Gpu.at(self.device.index)
+
+    def rounds(self, calls: dict[str, list[Call]]) -> Iterator[dict[str, float]]:
+        """Endless rounds by turns: seconds of one call of each kind, the mean over its copies."""
+        replays = {name: self._record(copied) for name, copied in calls.items()}
+        for done in itertools.count():
+            seconds = self._round(replays)
+            if done >= WAKING:
+                yield {name: seconds[name] / len(copied) for name, copied in calls.items()}
+
+    def bandwidth(self) -> float:
+        """Bytes read and written per second by copies of 1 GiB: the median of twenty."""
+        source = torch.zeros(PROBE_BYTES, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        found = itertools.islice(self.rounds({"copy": [lambda: target.copy_(source)]}), LEAST_CALLS)
+        return 2 * PROBE_BYTES / statistics.median(one["copy"] for one in found)
+
+    def _record(self, calls: list[Call]) -> Callable[[], None]:
+        """One graph of all calls in order. What they bind, compile or tune happens before, on a side stream."""
+        with torch.cuda.device(self.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for call in calls:
+                    call()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # torch.cuda.graph would collect garbage and empty the allocator's cache every time.
+            with torch.cuda.stream(side):
+                graph.capture_begin()
+                try:
+                    for call in calls:
+                        call()
+                finally:
+                    graph.capture_end()
+        return graph.replay
+
+    def _round(self, replays: dict[str, Callable[[], None]]) -> dict[str, float]:
+        """Seconds of each replay. While the device sleeps all are queued behind it, so that no launch is waited for."""
+        with torch.cuda.device(self.device):
+            torch.cuda._sleep(SLEEP * (len(replays) + 10))
+            marks = {name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in replays}
+            for name, replay in replays.items():
+                marks[name][0].record()
+                replay()
+                marks[name][1].record()
+            torch.cuda.synchronize()
+        return {name: begin.elapsed_time(end) / 1e3 for name, (begin, end) in marks.items()}
+
+
+Clock = CpuClock | CudaClock
+
+
+def clock(device: str) -> Clock:
+    """What times calls on "cpu", "cuda" or "cuda:N"; ValueError in one sentence if there is no such device here."""
+    try:
+        where = torch.device(device)
+    except RuntimeError:
+        where = None
+    if where is None or where.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device}: wanted cpu, cuda or cuda:N")
+    if where.type == "cpu":
+        return CpuClock()
+    if not torch.cuda.is_available():
+        if torch.version.cuda is None:
+            why = f"PyTorch {torch.__version__} was built without CUDA; install a wheel from PyTorch's CUDA index"
+        else:
+            why = "PyTorch finds no NVIDIA GPU; nvidia-smi tells whether the driver does"
+        raise ValueError(f"--device {device}: {why} (the compiled kernels: {cuda.missing()})")
+    index = torch.cuda.current_device() if where.index is None else where.index
+    if index >= torch.cuda.device_count():
+        raise ValueError(f"--device {device}: torch sees {torch.cuda.device_count()} GPUs, counted from 0")
+    return CudaClock(index)
 
 
 def read_bandwidth(total_bytes: int = PROBE_BYTES, repeats: int = 3) -> float:
@@ -156,64 +280,71 @@ def time_linear(
     tokens: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     kernel: str | None = None,
-    total_bytes: int = 1 << 30,
+    total_bytes: int | None = None,
     repeats: int = 3,
     bandwidth: float | None = None,
     pattern: Pattern = UNSTRUCTURED,
     values: torch.dtype | None = None,
+    device: str = "cpu",
 ) -> Row:
     """The median seconds of y = x Wᵀ with a packed random W [N, K] and with dense ones, called by turns.
 
     All go round copies of their weight in distinct memory, `total_bytes` each but MOST_COPIES at most, `repeats` times
-    the packed ones.
-    bandwidth: of read_bandwidth(), measured if not given. pattern: N:M instead of zeros anywhere. values: int8 to store
-    the kept weights so. The dense layer beside them is in `dtype`, as x, or in float32 with x, whichever is faster.
-    ValueError if the kernel cannot run, or K does not fit the pattern.
+    the packed ones. total_bytes: by default 1 GiB, on a GPU several times its second-level cache.
+    bandwidth: of the clock, measured if not given. pattern: N:M instead of zeros anywhere. values: int8 to store the
+    kept weights so. The dense layer beside them is in `dtype`, as x, or, on a CPU, in float32 if that is faster.
+    ValueError if the kernel cannot run, K does not fit the pattern, or the device is not here.
     """
-    weight, packed = random_packed(shape, sparsity, dtype, values or dtype, pattern)
-    x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
+    timer = clock(device)
+    total = total_bytes or timer.rotated
+    weight, packed = random_packed(shape, sparsity, dtype, values or dtype, pattern, timer.device)
+    x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(1)).to(timer.device, dtype)
     name = spmm.prepare(packed, "bench", kernel).choice(tokens, dtype)[0].name
-    sparse = [spmm.prepare(copy, "bench", kernel) for copy in copies(packed, total_bytes)]
-    dense = {kind: _dense(weight.to(kind), total_bytes) for kind in dict.fromkeys((dtype, torch.float32))}
-    times, dense_times = [], {kind: [] for kind in dense}
+    sparse = [functools.partial(spmm.prepare(copy, "bench", kernel), x) for copy in copies(packed, total)]
+    kinds = dict.fromkeys((dtype, torch.float32) if timer.device.type == "cpu" else (dtype,))
+    dense = {str(kind).removeprefix("torch."): _dense(weight.to(kind), x.to(kind), total) for kind in kinds}
+    rounds = max(repeats if timer.whole else repeats * len(sparse), LEAST_CALLS)
     with torch.inference_mode():
-        for i in range(max(repeats * len(sparse), 20)):
-            times.append(seconds_of(sparse[i % len(sparse)], x))
-            for kind, copied in dense.items():
-                dense_times[kind].append(seconds_of(functional.linear, x.to(kind), copied[i % len(copied)]))
-    medians = {kind: statistics.median(found) for kind, found in dense_times.items()}
-    best = min(medians, key=medians.get)
+        found = list(itertools.islice(timer.rounds({"": sparse, **dense}), rounds))
+    medians = {kind: statistics.median(one[kind] for one in found) for kind in found[0]}
+    best = min(dense, key=medians.__getitem__)
     return Row(
-        machine=machine(),
-        threads=torch.get_num_threads(),
+        machine=str(timer.machine),
+        threads=timer.threads,
         shape=shape,
         sparsity=sparsity,
         tokens=tokens,
         dtype=str(dtype).removeprefix("torch."),
         values=str(packed.dtype).removeprefix("torch."),
         kernel=name,
-        calls=len(times),
+        calls=rounds * (len(sparse) if timer.whole else 1),
         rotated=len(sparse) * packed.nbytes,
-        seconds=statistics.median(times),
+        seconds=medians[""],
         dense_seconds=medians[best],
-        dense_dtype=str(best).removeprefix("torch."),
+        dense_dtype=best,
         nbytes=packed.nbytes,
-        dense_nbytes=dense[best][0].nbytes,
-        bandwidth=bandwidth or read_bandwidth(),
+        dense_nbytes=weight.numel() * getattr(torch, best).itemsize,
+        bandwidth=bandwidth or timer.bandwidth(),
     )
 
 
-def _dense(weight: Tensor, total_bytes: int) -> list[Tensor]:
-    return [weight.clone() for _ in range(copy_count(weight.nbytes, total_bytes))]
+def _dense(weight: Tensor, x: Tensor, total_bytes: int) -> list[Call]:
+    count = copy_count(weight.nbytes, total_bytes)
+    return [functools.partial(functional.linear, x, weight.clone()) for _ in range(count)]
 
 
 def random_packed(
-    shape: tuple[int, int], sparsity: float, dtype: torch.dtype, values: torch.dtype, pattern: Pattern = UNSTRUCTURED
+    shape: tuple[int, int],
+    sparsity: float,
+    dtype: torch.dtype,
+    values: torch.dtype,
+    pattern: Pattern = UNSTRUCTURED,
+    device: torch.device = CpuClock.device,
 ) -> tuple[Tensor, formats.Packed]:
     """A dense random weight [N, K] in `dtype`, and the same pruned and packed as `values`, int8 or `dtype` itself."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(shape, generator=generator).to(dtype)
-    scores = torch.rand(shape, generator=generator)
+    generator = torch.Generator(device).manual_seed(0)
+    weight = torch.randn(shape, generator=generator, device=device).to(dtype)
+    scores = torch.rand(shape, generator=generator, device=device)
     if isinstance(pattern, NM):
         mask = keep_mask(scores, round(pattern.sparsity * scores.numel()), pattern)
     else:

@@ -1,30 +1,33 @@
-"""`alphaprune bench --tune`: the time table of this machine, every kernel and dense torch measured by turns."""
+"""`alphaprune bench --tune`: the time table of a CPU or a GPU, every kernel and dense torch measured by turns."""
 
+import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional
 
 from alphaprune import __version__, timing
 from alphaprune.formats import native
 from alphaprune.kernels import base, spmm, table
-from alphaprune.kernels.table import Curve, Machine, Table
+from alphaprune.kernels.table import Curve, Table
+from alphaprune.pattern import NM
+from alphaprune.timing import Call, Clock
 
 Bar = Callable[[int, str, str], AbstractContextManager[Callable[[str], None]]]
-Call = Callable[[Tensor], Tensor]
 SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.9)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 # (values, activations). The dense layer beside them computes in the dtype of the activations.
 QUICK_DTYPES = ((torch.bfloat16, torch.bfloat16), (torch.int8, torch.bfloat16))
 ALL_DTYPES = (*QUICK_DTYPES, (torch.float32, torch.float32), (torch.float16, torch.float16))
+GPU_DTYPES = (*QUICK_DTYPES, (torch.float16, torch.float16))
+REGULAR = NM(2, 4)  # what is kept of the weights that kernels are timed on which do not take every weight
 # A kernel that takes so many times as long as the fastest is not asked about more tokens, unless it is made for many.
 LOST = 3.0
 SHOWN = (0.5, 0.7, 0.9)
@@ -35,110 +38,141 @@ MOST_ROUNDS = 50
 class Grid:
     """What is measured: shapes [N, K], sparsities, dtypes, tokens; weights of `rotated` bytes, so none is in a cache.
 
-    seconds: spent on each kernel at one point at most, unless three calls take longer.
+    rotated: None for what the device's caches ask for. seconds: spent on each kernel at one point at most, unless three
+    rounds take longer.
     """
 
     shapes: tuple[tuple[int, int], ...]
     dtypes: tuple[tuple[torch.dtype, torch.dtype], ...] = ALL_DTYPES
     sparsities: tuple[float, ...] = SPARSITIES
     tokens: tuple[int, ...] = TOKENS
-    rotated: int = 1 << 30
+    rotated: int | None = None
     seconds: float = 0.3
 
 
 QUICK = Grid(((512, 512), (4096, 4096)), QUICK_DTYPES, rotated=1 << 28, seconds=0.05)
 FULL = Grid(((512, 512), (2048, 2048), (4096, 4096), (11008, 4096), (4096, 11008)))
+GPU_QUICK = Grid(((1024, 1024), (4096, 4096), (28672, 4096)), ((torch.bfloat16, torch.bfloat16),))
+GPU_FULL = Grid(
+    ((1024, 1024), (4096, 1024), (4096, 4096), (14336, 4096), (4096, 14336), (28672, 4096), (8192, 28672)), GPU_DTYPES
+)
 
 
-def tune(grid: Grid, bar: Bar) -> Table:
-    """Seconds of every kernel that runs here, and of the dense layer, at each point of the grid; medians.
+@dataclass(frozen=True)
+class Problem:
+    """A weight [N, K] = shape with `values` for x in its dtype. regular: kept REGULAR, for the kernels that need it."""
 
-    bar: (total, description, unit) → context that yields what to call after each step.
+    shape: tuple[int, int]
+    values: torch.dtype
+    x: torch.dtype
+    sparsity: float
+    regular: bool = False
+
+
+def grid_for(device: torch.device, quick: bool) -> Grid:
+    """What `bench --tune` measures on a device."""
+    return {"cpu": (FULL, QUICK), "cuda": (GPU_FULL, GPU_QUICK)}[device.type][quick]
+
+
+def tune(grid: Grid, bar: Bar, clock: Clock) -> Table:
+    """Median seconds of every kernel that runs on the clock's device, and of the dense layer, all over the grid.
+
+    bar: (total, description, unit) → context that yields what to call after each step. ValueError without a kernel.
     """
-    threads, curves = torch.get_num_threads(), []
+    curves: list[Curve] = []
     dense: dict[tuple[tuple[int, int], torch.dtype, int], list[float]] = {}
-    problems = [
-        (shape, values, x, sparsity)
-        for shape in grid.shapes
-        for values, x in grid.dtypes
-        for sparsity in grid.sparsities
-    ]
+    problems = _problems(grid, clock.device.type)
     with bar(len(problems), "tune", "weight") as tick, torch.inference_mode():
-        for shape, values, x, sparsity in problems:
-            found = _measure(grid, shape, values, x, sparsity)
-            for tokens, seconds in found.pop(table.DENSE, {}).items():
-                dense.setdefault((shape, x, tokens), []).extend(seconds)
-            curves += [_curve(name, values, x, shape, sparsity, times) for name, times in found.items()]
-            tick(f"{shape[0]}×{shape[1]} {sparsity:.0%}")
+        for problem in problems:
+            found = _measure(grid, problem, clock)
+            for tokens, seconds in found.pop(table.DENSE).items():
+                dense.setdefault((problem.shape, problem.x, tokens), []).extend(seconds)
+            curves += [_curve(name, problem, times) for name, times in found.items()]
+            tick(f"{problem.shape[0]}×{problem.shape[1]} {problem.sparsity:.0%}")
     for shape, x in dict.fromkeys((shape, x) for shape, x, _ in dense):
         times = {tokens: dense[shape, x, tokens] for tokens in grid.tokens}
-        curves.append(_curve(table.DENSE, x, x, shape, 0.0, times))
+        curves.append(_curve(table.DENSE, Problem(shape, x, x, 0.0), times))
     versions = {"alphaprune": __version__, "torch": torch.__version__}
-    return Table(Machine.here(), threads, tuple(curves), timing.read_bandwidth(), versions)
+    return Table(clock.machine, clock.threads, tuple(curves), clock.bandwidth(), versions)
 
 
-def _measure(
-    grid: Grid, shape: tuple[int, int], values: torch.dtype, x_dtype: torch.dtype, sparsity: float
-) -> dict[str, dict[int, list[float]]]:
+def _problems(grid: Grid, device: str) -> list[Problem]:
+    """All weights that some kernel is timed on."""
+    found = []
+    for shape, (values, x) in itertools.product(grid.shapes, grid.dtypes):
+        names = contenders(shape, values, x, device)
+        if general(names):
+            found += [Problem(shape, values, x, sparsity) for sparsity in grid.sparsities]
+        if len(general(names)) < len(names):
+            found.append(Problem(shape, values, x, REGULAR.sparsity, True))
+    return found
+
+
+def _measure(grid: Grid, problem: Problem, clock: Clock) -> dict[str, dict[int, list[float]]]:
     """{kernel or DENSE: {tokens: seconds of each call}} for one random weight, in copies that the calls go round."""
-    weight, packed = timing.random_packed(shape, sparsity, x_dtype, values)
-    sparse = list(timing.copies(packed, grid.rotated))
-    dense = [weight.clone() for _ in range(timing.copy_count(weight.nbytes, grid.rotated))]
-    calls: dict[str, list[Call]] = {table.DENSE: [lambda x, w=w: functional.linear(x, w) for w in dense]}
-    for name in contenders(shape, values, x_dtype):
-        calls[name] = [spmm.prepare(copy, "tune", name) for copy in sparse]
-    found: dict[str, dict[int, list[float]]] = {name: {} for name in calls}
-    turn = itertools.count()
+    rotated, where, known = grid.rotated or clock.rotated, clock.device, base.kernels()
+    pattern = REGULAR if problem.regular else timing.UNSTRUCTURED
+    weight, packed = timing.random_packed(problem.shape, problem.sparsity, problem.x, problem.values, pattern, where)
+    sparse = list(timing.copies(packed, rotated))
+    dense = [weight.clone() for _ in range(timing.copy_count(weight.nbytes, rotated))]
+    ways = {table.DENSE: [lambda x, w=w: functional.linear(x, w) for w in dense]}
+    for name in contenders(problem.shape, problem.values, problem.x, where.type):
+        fits = known[name].fits
+        if (fits is not None) == problem.regular and not (fits and fits(packed)):
+            ways[name] = [spmm.prepare(copy, "tune", name) for copy in sparse]
+    found: dict[str, dict[int, list[float]]] = {name: {} for name in ways}
     for tokens in grid.tokens:
-        x = torch.randn(tokens, shape[1]).to(x_dtype)
-        times = _rounds(calls, x, turn, grid.seconds)
+        x = torch.randn(tokens, problem.shape[1]).to(where, problem.x)
+        calls = {
+            name: [functools.partial(way, x) for way in copied]
+            for name, copied in ways.items()
+            if name == table.DENSE or not known[name].supports(problem.shape, tokens, problem.values, problem.x)
+        }
+        times = _rounds(clock, calls, grid.seconds)
         for name, seconds in times.items():
             found[name][tokens] = seconds
         medians = {name: statistics.median(seconds) for name, seconds in times.items() if name != table.DENSE}
         for name, median in medians.items():
-            if median > LOST * min(medians.values()) and base.kernels()[name].most_tokens is not None:
-                del calls[name]
-    return found
+            if median > LOST * min(medians.values()) and known[name].most_tokens is not None:
+                del ways[name]
+    return {name: times for name, times in found.items() if times}
 
 
-def contenders(shape: tuple[int, int], values: torch.dtype, x_dtype: torch.dtype) -> list[str]:
-    """The kernels that run here and take the dtypes. The reference is the truth, not a contender.
+def contenders(shape: tuple[int, int], values: torch.dtype, x_dtype: torch.dtype, device: str = "cpu") -> list[str]:
+    """The kernels of a kind of device that run here and take the dtypes. The reference is the truth, not a contender.
 
-    ValueError if there is none.
+    ValueError if none runs here.
     """
-    if native.load() is None:
-        raise ValueError(f"there are no kernels to tune: {native.status()}")
-    return [
-        name
-        for name, kernel in base.kernels().items()
-        if name != "reference" and not (kernel.available() or kernel.supports(shape, 1, values, x_dtype))
-    ]
+    there = {name: kernel for name, kernel in base.kernels().items() if kernel.device == device}
+    reasons = {name: kernel.available() for name, kernel in there.items()}
+    if all(reasons.values()):
+        why = native.status() if device == "cpu" else "; ".join(f"{name}: {why}" for name, why in reasons.items())
+        raise ValueError(f"there are no kernels to tune: {why}")
+    return [name for name, kernel in there.items() if not (reasons[name] or kernel.supports(shape, 1, values, x_dtype))]
 
 
-def _rounds(calls: dict[str, list[Call]], x: Tensor, turn: Iterator[int], seconds: float) -> dict[str, list[float]]:
+def general(names: Iterable[str]) -> list[str]:
+    """Those of the kernels that take weights with zeros anywhere, as far as this release knows them."""
+    known = base.kernels()
+    return [name for name in names if name in known and known[name].fits is None]
+
+
+def _rounds(clock: Clock, calls: dict[str, list[Call]], seconds: float) -> dict[str, list[float]]:
     """Seconds of each call after a first round that does not count: three rounds at least, MOST_ROUNDS at most."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     started = time.perf_counter()
-    for done in range(MOST_ROUNDS + 1):
-        if done > 3 and time.perf_counter() - started > seconds * len(calls):
+    for done, found in enumerate(itertools.islice(clock.rounds(calls), MOST_ROUNDS + 1)):
+        for name, taken in found.items():
+            times[name].append(taken)
+        if done >= 3 and time.perf_counter() - started > seconds * len(calls):
             break
-        place = next(turn)
-        for name, copies in calls.items():
-            times[name].append(timing.seconds_of(copies[place % len(copies)], x))
     return {name: taken[1:] for name, taken in times.items()}
 
 
-def _curve(
-    kernel: str,
-    values: torch.dtype,
-    x_dtype: torch.dtype,
-    shape: tuple[int, int],
-    sparsity: float,
-    times: dict[int, list[float]],
-) -> Curve:
-    names = (str(dtype).removeprefix("torch.") for dtype in (values, x_dtype))
+def _curve(kernel: str, problem: Problem, times: dict[int, list[float]]) -> Curve:
+    names = (str(dtype).removeprefix("torch.") for dtype in (problem.values, problem.x))
     medians = (float(f"{statistics.median(seconds):.4g}") for seconds in times.values())
-    return Curve(kernel, *names, shape, sparsity, tuple(times), tuple(medians))
+    return Curve(kernel, *names, problem.shape, problem.sparsity, tuple(times), tuple(medians))
 
 
 def write(made: Table, output: "str | Path | None") -> Path:
@@ -156,7 +190,7 @@ def write(made: Table, output: "str | Path | None") -> Path:
 def break_evens(shapes: dict[str, tuple[int, int]], dtype: str, times: str, tokens: int) -> dict[str, float]:
     """The sparsity of each layer W [N, K] from which on it is faster than dense, NEVER where it is at none.
 
-    dtype: of the weights, "bfloat16"…   times: a table's file, or "auto" for this machine's. tokens: rows of x.
+    dtype: of the weights, "bfloat16"…   times: a table's file, or "auto" for this CPU's. tokens: rows of x.
     ValueError if there is no such table, or it has no times for the dtype.
     """
     if tokens < 1:
@@ -165,7 +199,9 @@ def break_evens(shapes: dict[str, tuple[int, int]], dtype: str, times: str, toke
     if found is None:
         raise ValueError("--times auto: there is no time table for this machine; run `alphaprune bench --tune` first")
     kind = getattr(torch, dtype)
-    known = {shape: found.break_even(shape, tokens, kind, kind) for shape in set(shapes.values())}
+    known = {
+        shape: found.break_even(shape, tokens, kind, kind, general(found.kernels)) for shape in set(shapes.values())
+    }
     if None in known.values():
         raise ValueError(
             f"{found.path}: has no times of {dtype} weights and their dense layers; run `alphaprune bench --tune`"
@@ -175,17 +211,17 @@ def break_evens(shapes: dict[str, tuple[int, int]], dtype: str, times: str, toke
 
 def rows(made: Table) -> list[dict[str, Any]]:
     """What a table says, shape by shape and tokens by tokens: break-even, dense seconds, and the kernel at SHOWN."""
-    found = []
+    found, names = [], general(made.kernels)
     dense = [c for c in made.curves if c.kernel == table.DENSE]
     packed = dict.fromkeys((c.shape, c.weight, c.x) for c in made.curves if c.kernel != table.DENSE)
     for shape, weight, x in packed:
         kinds = getattr(torch, weight), getattr(torch, x)
         for tokens in next(c.tokens for c in dense if (c.shape, c.x) == (shape, x)):
             row = {"shape": shape, "values": weight, "x": x, "tokens": tokens}
-            row["break_even"] = made.break_even(shape, tokens, *kinds)
+            row["break_even"] = made.break_even(shape, tokens, *kinds, names)
             row["dense_seconds"] = seconds = made.dense(shape, tokens, *kinds)
             for sparsity in SHOWN:
-                best = made.best(shape, 1 - sparsity, tokens, *kinds)
+                best = made.best(shape, 1 - sparsity, tokens, *kinds, names)
                 row[f"{sparsity:.0%}"] = best and {"kernel": best[0], "seconds": best[1], "ratio": seconds / best[1]}
             found.append(row)
     return found

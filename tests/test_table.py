@@ -204,7 +204,7 @@ def test_the_choice_changes_at_the_limits_only(seconds: list[float]) -> None:
         pytest.skip(native.status())
     found = made(curve("scalar", 0, seconds[:4]), curve("expand", 0, seconds[4:]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(table, "current", lambda: found)
+        patch.setattr(table, "current", lambda device: found)
         limits = base.limits((64, 64), FP32, FP32, density=0.5)
         names = [base.choose((64, 64), t, FP32, FP32, density=0.5)[0].name for t in range(1, 100)]
         changes = [t for t in range(1, 99) if names[t - 1] != names[t]]

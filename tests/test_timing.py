@@ -1,10 +1,12 @@
 """The clock around one linear: consistent rows, and the script in front of it. No test asserts a time."""
 
+import contextlib
 import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,3 +115,94 @@ def test_the_script_writes_rows(tmp_path: Path) -> None:
     assert printed == [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["tokens"], row["sparsity"]) for row in printed] == [(1, 0.5), (1, 0.9), (2, 0.5), (2, 0.9)]
     assert all(row["machine"] and row["ratio"] > 0 for row in printed)
+
+
+class FakeCuda:
+    """torch.cuda with a clock of its own: calls take the seconds that they say, the first replays ten times those."""
+
+    def __init__(self) -> None:
+        self.now, self.graph, self.side, self.slept, self.made = 0.0, None, False, 0, []
+
+    def work(self, seconds: float) -> None:
+        if self.graph is None:
+            self.now += seconds
+        else:
+            self.graph.nodes.append(seconds)
+
+    def device(self, index) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        self.side = True
+        yield
+        self.side = False
+
+    def Stream(self):
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    def current_stream(self) -> None:
+        return None
+
+    def synchronize(self) -> None:
+        assert self.graph is None, "nothing waits during a capture"
+
+    def _sleep(self, cycles: int) -> None:
+        self.slept += cycles
+
+    def get_device_properties(self, index: int):
+        return SimpleNamespace(L2_cache_size=1 << 10)
+
+    def Event(self, enable_timing: bool):
+        event = SimpleNamespace(at=None)
+        event.record = lambda: setattr(event, "at", self.now)
+        event.elapsed_time = lambda end: 1e3 * (end.at - event.at)
+        return event
+
+    def CUDAGraph(self):
+        graph = SimpleNamespace(nodes=[], replays=0)
+
+        def begin() -> None:
+            assert self.side, "the capture is on a side stream"
+            self.graph = graph
+
+        def replay() -> None:
+            graph.replays += 1
+            self.now += (10 if graph.replays <= timing.WAKING else 1) * (sum(graph.nodes) or 0.5)
+
+        graph.capture_begin, graph.replay = begin, replay
+        graph.capture_end = lambda: setattr(self, "graph", None)
+        self.made.append(graph)
+        return graph
+
+
+def test_the_clock_of_a_gpu_replays_graphs_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCuda()
+    monkeypatch.setattr(torch, "cuda", fake)
+    clock, called = timing.CudaClock(0), []
+    assert clock.rotated == 4 << 10
+
+    def call(name: str, seconds: float) -> None:
+        called.append((name, fake.graph is not None))
+        fake.work(seconds)
+
+    calls = {
+        "a": [lambda s=s: call("a", s) for s in (1.0, 2.0, 3.0)],
+        "b": [lambda: call("b", 5.0)] * 2,
+    }
+    found = list(itertools.islice(clock.rounds(calls), 4))
+    assert found == [{"a": pytest.approx(2.0), "b": pytest.approx(5.0)}] * 4
+    # Every call once beforehand, where kernels bind, then once into the graph; afterwards only replays.
+    assert called == [("a", False)] * 3 + [("a", True)] * 3 + [("b", False)] * 2 + [("b", True)] * 2
+    assert [graph.replays for graph in fake.made] == [4 + timing.WAKING] * 2 and fake.slept > 0
+    monkeypatch.setattr(timing, "PROBE_BYTES", 1 << 10)
+    clock.device = torch.device("cpu")
+    assert clock.bandwidth() == 2 * (1 << 10) / 0.5
+
+    def fail() -> None:
+        if fake.graph:
+            raise RuntimeError("not permitted while a stream is captured")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        next(clock.rounds({"a": [fail]}))
+    assert fake.graph is None  # the capture was ended all the same

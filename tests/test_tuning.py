@@ -8,7 +8,7 @@ import pytest
 import torch
 from tables import curve, linear, made
 
-from alphaprune import cli, tuning
+from alphaprune import cli, timing, tuning
 from alphaprune.kernels import table
 from alphaprune.kernels.table import Table
 
@@ -27,7 +27,7 @@ def test_tuning_measures_every_contender_and_is_found_again(native_only, tmp_pat
     monkeypatch.setattr(tuning.timing, "read_bandwidth", lambda: 1e9)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("ALPHAPRUNE_TIMES")
-    found = tuning.tune(TINY, no_bar)
+    found = tuning.tune(TINY, no_bar, timing.CpuClock())
     names = {c.kernel for c in found.curves}
     assert names == {table.DENSE, *tuning.contenders((16, 64), BF16, BF16)} and "reference" not in names
     assert {c.kernel for c in found.curves if c.weight == "int8"} <= names - {table.DENSE}
@@ -45,11 +45,13 @@ def test_tuning_measures_every_contender_and_is_found_again(native_only, tmp_pat
 
 def test_a_kernel_far_behind_is_given_up_unless_it_is_made_for_many_tokens(native_only, monkeypatch) -> None:
     seconds = {"scalar": 9.0, "expand": 9.0, table.DENSE: 0.1}
-    monkeypatch.setattr(tuning, "_rounds", lambda calls, *_: {name: [seconds.get(name, 1.0)] for name in calls})
+    monkeypatch.setattr(
+        tuning, "_rounds", lambda _, calls, seconds_each: {name: [seconds.get(name, 1.0)] for name in calls}
+    )
     fast = [name for name in tuning.contenders((16, 64), BF16, BF16) if name not in seconds]
     if not fast:
         pytest.skip("only the scalar kernel runs here")
-    times = tuning._measure(TINY, (16, 64), BF16, BF16, 0.5)
+    times = tuning._measure(TINY, tuning.Problem((16, 64), BF16, BF16, 0.5), timing.CpuClock())
     assert list(times["scalar"]) == [1] and all(list(times[name]) == [1, 2] for name in (*fast, "expand", "dense"))
 
 
@@ -62,7 +64,7 @@ def test_commands_ask_the_table(use_table, native_only, directory, capsys, monke
         return status, *capsys.readouterr()
 
     info = json.loads(run("info", "--json")[1])
-    assert str(path) in info["times"] and info["break_even"]["float32 4096×4096"]["1"] == 0.61
+    assert str(path) in info["times"]["cpu"] and info["break_even"]["float32 4096×4096"]["1"] == 0.61
     assert "break-even float32 4096×4096" in run("info")[1]
     assert run("analyze", directory, "-o", "a.json")[0] == 0
     assert run("plan", "a.json", "--sparsity", 0.5, "--times", "auto", "-o", "p.json")[0] == 0
