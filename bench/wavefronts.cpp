@@ -1,0 +1,92 @@
+// Prints which addresses of shared memory the warps of one emulated launch touch, one line per access in the format of
+// wavefronts.py, after a line with the rows of a block. Usage: wavefronts COLS DENSITY TOKENS SEED
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "cuda/launch.cuh"
+#include "cuda/launch.h"
+
+namespace {
+
+using namespace alphaprune;
+
+constexpr int kWarps = 4;
+constexpr cuda::Device kDevice{90, 132, 227 << 10};
+
+// A packed bfloat16 weight of ones with random places.
+struct Packed {
+  std::vector<uint16_t> values;
+  std::vector<uint32_t> mask, offsets{0};
+  uint32_t stage_units = 0;
+  int64_t rows, cols;
+
+  Packed(int64_t n, int64_t k, double density, int seed) : rows(n), cols(k) {
+    std::mt19937 random(seed);
+    std::bernoulli_distribution keep(density);
+    const int64_t tiles = sbt::View{nullptr, nullptr, nullptr, n, k, Dtype::bfloat16}.col_tiles();
+    const int chunk = cuda::chunk_tiles();
+    for (int64_t tile = 0; tile < ceil_div(n, sbt::kTileRows) * tiles; ++tile) {
+      int64_t kept = 0;
+      for (int word = 0; word < sbt::kWords; ++word) {
+        uint32_t bits = 0;
+        for (int bit = 0; bit < 32; ++bit) bits |= static_cast<uint32_t>(keep(random)) << bit;
+        mask.push_back(bits);
+        kept += __builtin_popcount(bits);
+      }
+      offsets.push_back(offsets.back() + static_cast<uint32_t>(ceil_div(kept, sbt::kUnit)));
+      const int64_t first = tile / tiles * tiles + std::max<int64_t>(tile % tiles - chunk + 1, 0);
+      stage_units = std::max(stage_units, offsets.back() - offsets[first]);
+    }
+    values.assign(offsets.back() * sbt::kUnit + sbt::kTailBytes, 0x3f80);
+  }
+
+  sbt::View view() const { return {start(), mask.data(), offsets.data(), rows, cols, Dtype::bfloat16}; }
+  // The first value on 16 bytes, as asynchronous copies want it.
+  const void* start() const {
+    const auto address = reinterpret_cast<uintptr_t>(values.data());
+    return reinterpret_cast<const void*>(ceil_div(static_cast<int64_t>(address), 16) * 16);
+  }
+};
+
+// Blocks of the launch; 0 with the reason on stderr if it failed.
+int64_t run(const Packed& weight, int64_t tokens) {
+  std::vector<uint16_t> x(tokens * weight.cols + 64, 0x3f80), y(tokens * weight.rows + 64);
+  const auto aligned = [](std::vector<uint16_t>& of) {
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(of.data()) + 63) / 64 * 64);
+  };
+  const cuda::Call call{aligned(x), nullptr, nullptr, aligned(y), tokens, Dtype::bfloat16, Dtype::float32, nullptr};
+  const cuda::Status status = cuda::sbt_mma(weight.view(), weight.stage_units, kWarps, kDevice, call);
+  if (status) std::fprintf(stderr, "%s\n", cuda::last_failure().c_str());
+  const emulator::Size grid = emulator::machine().grid;
+  return status ? 0 : static_cast<int64_t>(grid.x) * grid.y * grid.z;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count != 5) return 2;
+  const int64_t cols = std::atoll(arguments[1]), tokens = std::atoll(arguments[3]);
+  const double density = std::atof(arguments[2]);
+  const int seed = std::atoi(arguments[4]);
+  int64_t rows = sbt::kTileRows;
+  while (run(Packed(2 * rows, sbt::kTileCols, density, seed), tokens) == 1) rows *= 2;  // all that one block takes
+  cuda::tracing() = true;
+  if (run(Packed(rows, cols, density, seed), tokens) != 1) return 1;
+  std::printf("rows %lld\n", static_cast<long long>(rows));
+  for (const auto& warp : emulator::machine().warps) {
+    for (const auto& access : warp.accesses) {
+      std::printf("%s,%u", access.kind, access.bytes);
+      for (const int64_t address : access.address) {
+        if (address < 0) {
+          std::printf(",-");
+        } else {
+          std::printf(",%lld", static_cast<long long>(address));
+        }
+      }
+      std::printf("\n");
+    }
+  }
+  return 0;
+}
