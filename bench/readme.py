@@ -62,15 +62,19 @@ def verdict(found: dict) -> str:
 
 
 def linear() -> str:
-    """A table for every machine that has rows, the newest last."""
-    machines = dict.fromkeys(row["machine"] for row in rows("linear.jsonl"))
-    return "\n\n".join(linear_of([r for r in rows("linear.jsonl") if r["machine"] == name]) for name in machines)
+    """A table for every machine that has rows, the newest last; of one layer, and not of every sparsity."""
+    shown = [
+        row
+        for row in rows("linear.jsonl")
+        if row["shape"] == [11008, 4096] and row["sparsity"] in (0.5, 0.7, 0.8) and row["tokens"] in (1, 16, 64, 256)
+    ]
+    machines = dict.fromkeys(row["machine"] for row in shown)
+    return "\n\n".join(linear_of([r for r in shown if r["machine"] == name]) for name in machines)
 
 
 def linear_of(found: list[dict]) -> str:
     cells = [
         [
-            f"{r['shape'][0]}×{r['shape'][1]}",
             str(r["tokens"]),
             f"{r['sparsity']:.0%}",
             r.get("values", r["dtype"]),
@@ -83,13 +87,14 @@ def linear_of(found: list[dict]) -> str:
         for r in found
     ]
     columns = [
-        *("layer", "tokens", "sparsity", "values", "kernel", "seconds"),
+        *("tokens", "sparsity", "values", "kernel", "seconds"),
         *("dense, seconds", "of read bandwidth", "speed-up"),
     ]
     first = found[0]
     dense = dict.fromkeys(r.get("dense_dtype", r["dtype"]) for r in found)
     note = (
-        f"`python bench/linear.py`, {first['machine']}, {first['threads']} threads, which read "
+        f"A layer of 11008×4096 ([more rows](bench/results/linear.jsonl)): `python bench/linear.py`, "
+        f"{first['machine']}, {first['threads']} threads, which read "
         f"{first['bandwidth'] / 1e9:.1f} GB/s; medians of interleaved calls, weights from memory; dense is torch in "
         f"{' or '.join(dense)}."
     )
@@ -120,7 +125,7 @@ def analyze() -> str:
 
 
 def cubins() -> str:
-    found = rows("cubins.jsonl")
+    found = [row for row in rows("cubins.jsonl") if row["m"] == (1 if row["kernel"].startswith("delta") else 8)]
     cells = [
         [
             row["kernel"].partition("<")[0],
@@ -134,7 +139,7 @@ def cubins() -> str:
     ]
     note = (
         "`python bench/cubins.py`, nvcc: issued by a warp in the main loop per 1024 weights (delta_spmv: non-zeros) at "
-        "50 % sparsity, bfloat16; no kernel spills. Counts, not times."
+        "50 % sparsity, bfloat16; no kernel spills ([more tokens](bench/results/cubins.jsonl)). Counts, not times."
     )
     columns = [
         "kernel",
