@@ -100,10 +100,11 @@ ALPHAPRUNE_DEVICE void store_meta(uint2 mask, uint32_t first_tile_bytes, uint32_
 struct Lane {
   uint32_t pair, below, bits[4], spare[4] = {};
   Opaque number;
+  // Numbers shuffled from the lane itself are numbers that the compiler keeps, instead of computing them in the loop.
   ALPHAPRUNE_DEVICE Lane(int lane, Opaque numbers)
-      : pair(lane / 8 * 16), below((1u << lane % 8 * 4) - 1), number(numbers) {
+      : pair(lane / 8 * 16), below(shuffle((1u << lane % 8 * 4) - 1, lane)), number(numbers) {
     ALPHAPRUNE_UNROLL
-    for (int i = 0; i < 4; ++i) bits[i] = 1u << (lane % 8 * 4 + i);
+    for (int i = 0; i < 4; ++i) bits[i] = shuffle(1u << (lane % 8 * 4 + i), lane);
   }
 
   // The words of this lane's rows in a step of a chunk, and where their values start.
