@@ -1,6 +1,7 @@
 """The compiled CUDA kernels: on SBT as it lies in memory, and on layouts that are made of it when a weight is bound."""
 
 import functools
+import weakref
 from types import ModuleType
 from typing import Any
 
@@ -87,11 +88,16 @@ def warps(packed: Packed, multiprocessors: int) -> int:
     return max(1, min(8, max(4, wanted), columns // (2 * load().CHUNK_TILES)))
 
 
+_handles: "weakref.WeakKeyDictionary[Packed, tuple[Any, Packed]]" = weakref.WeakKeyDictionary()
+
+
 def handle(packed: Packed) -> tuple[Any, Packed]:
-    """The native weight on its device, and the tensors that it reads, which it does not keep alive.
+    """The native weight on its device, and the tensors that it reads, which it does not keep alive; made once.
 
     ValueError if the device is too old.
     """
+    if packed in _handles:
+        return _handles[packed]
     index = packed.device.index or 0
     units, multiprocessors = stage_units(packed, load().CHUNK_TILES), _device(index)[1]
     aligned = packed.map(_aligned)
@@ -99,6 +105,7 @@ def handle(packed: Packed) -> tuple[Any, Packed]:
     made = load().Weight(
         *addresses, *packed.shape, native.DTYPES[packed.dtype], units, warps(packed, multiprocessors), index
     )
+    _handles[packed] = made, aligned  # `aligned` is another object: the key must not be reachable from its value
     return made, aligned
 
 

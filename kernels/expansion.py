@@ -1,9 +1,7 @@
 """Rows of W expanded into a scratch that stays in cache, multiplied by torch: for many tokens, and for gradients."""
 
 import functools
-import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,14 +49,9 @@ def expand(packed: Packed, first: int = 0, last: int | None = None, out: Tensor 
     return out.copy_(rows if packed.scale is None else quantize.dequantize(rows, packed.scale[first:last], out.dtype))
 
 
-_on_gpu: "weakref.WeakKeyDictionary[Packed, Any]" = weakref.WeakKeyDictionary()
-
-
 def expand_on_gpu(packed: Packed, first: int, last: int, out: Tensor) -> Tensor:
     """`expand` by the compiled CUDA kernel, of 16-bit floats, on the current stream."""
-    if packed not in _on_gpu:
-        _on_gpu[packed] = cuda.handle(packed)
-    made, _ = _on_gpu[packed]
+    made, _ = cuda.handle(packed)
     made.expand(first, last, out.data_ptr(), cuda.stream(out.device))
     return out
 
@@ -120,7 +113,7 @@ def available() -> str | None:
 
 def bind_on_gpu(packed: Packed) -> Bound:
     """`multiply` for one packed weight whose rows the compiled CUDA kernel expands."""
-    _on_gpu[packed] = cuda.handle(packed)
+    cuda.handle(packed)  # now, because it waits for the device
     return lambda x, bias: multiply(x, packed, bias, expand_on_gpu)
 
 

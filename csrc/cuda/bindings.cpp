@@ -185,8 +185,6 @@ PYBIND11_MODULE(ALPHAPRUNE_MODULE, m) {
   m.attr("COMPILER") = ALPHAPRUNE_COMPILER;
   m.attr("ARCHITECTURES") = ALPHAPRUNE_ARCHITECTURES;
   m.attr("CHUNK_TILES") = chunk_tiles();
-  m.attr("MOST_TOKENS") = kMostTokens;
-  m.attr("MOST_DELTA_TOKENS") = kMostDeltaTokens;
   m.def(
       "devices",
       [] {

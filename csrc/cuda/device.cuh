@@ -100,16 +100,12 @@ struct Float16 {
 #ifdef __CUDACC__
 ALPHAPRUNE_DEVICE int thread_index() { return threadIdx.x; }
 ALPHAPRUNE_DEVICE int block_x() { return blockIdx.x; }
-ALPHAPRUNE_DEVICE int block_y() { return blockIdx.y; }
-ALPHAPRUNE_DEVICE int grid_x() { return gridDim.x; }
 ALPHAPRUNE_DEVICE void sync_warp() { __syncwarp(); }
 ALPHAPRUNE_DEVICE void sync_block() { __syncthreads(); }
 ALPHAPRUNE_DEVICE int popcount(uint32_t v) { return __popc(v); }
 #else
 inline int thread_index() { return emulator::thread_index(); }
 inline int block_x() { return static_cast<int>(emulator::machine().block_index.x); }
-inline int block_y() { return static_cast<int>(emulator::machine().block_index.y); }
-inline int grid_x() { return static_cast<int>(emulator::machine().grid.x); }
 inline void sync_warp() { emulator::sync_warp(); }
 inline void sync_block() { emulator::sync_block(); }
 inline int popcount(uint32_t v) { return __builtin_popcount(v); }
@@ -169,11 +165,6 @@ ALPHAPRUNE_DEVICE uint32_t shared_start() {
 }
 
 #ifdef __CUDACC__
-ALPHAPRUNE_DEVICE uint32_t load_shared_u16(uint32_t at) {
-  uint32_t v;
-  asm volatile("{.reg .u16 h; ld.shared.u16 h, [%1]; cvt.u32.u16 %0, h;}" : "=r"(v) : "r"(at));
-  return v;
-}
 ALPHAPRUNE_DEVICE uint32_t load_shared_u32(uint32_t at) {
   uint32_t v;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
@@ -194,9 +185,6 @@ ALPHAPRUNE_DEVICE uint4 load_shared_u128(uint32_t at) {
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
   return v;
 }
-ALPHAPRUNE_DEVICE void store_shared_u32(uint32_t at, uint32_t v) {
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory");
-}
 ALPHAPRUNE_DEVICE void store_shared_f32(uint32_t at, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory");
 }
@@ -207,12 +195,10 @@ ALPHAPRUNE_DEVICE void store_shared_u128(uint32_t at, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 #else
-inline uint32_t load_shared_u16(uint32_t at) { return emulator::load_shared<uint16_t>(at); }
 inline uint32_t load_shared_u32(uint32_t at) { return emulator::load_shared<uint32_t>(at); }
 inline float load_shared_f32(uint32_t at) { return emulator::load_shared<float>(at); }
 inline uint2 load_shared_u64(uint32_t at) { return emulator::load_shared<uint2>(at); }
 inline uint4 load_shared_u128(uint32_t at) { return emulator::load_shared<uint4>(at); }
-inline void store_shared_u32(uint32_t at, uint32_t v) { emulator::store_shared(at, v); }
 inline void store_shared_f32(uint32_t at, float v) { emulator::store_shared(at, v); }
 inline void store_shared_u64(uint32_t at, uint2 v) { emulator::store_shared(at, v); }
 inline void store_shared_u128(uint32_t at, uint4 v) { emulator::store_shared(at, v); }
