@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import alphaprune
-from alphaprune import alpha, spectrum
+from alphaprune import activity, alpha, calibrate, farms, metrics, sketches, spectrum
 from alphaprune.files import atomic_write_text
 from alphaprune.model import Block, Source, open_source
 
@@ -20,18 +20,21 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class LayerStat:
-    """What is known of one layer W [N, K]: its block, its shape, and named numbers such as `alpha` and `ks`."""
+    """What is known of one layer W [N, K]: its block, its shape, named numbers such as `alpha` and `ks`, and named
+    series of numbers, such as quantiles."""
 
     block: int
     shape: tuple[int, int]
     columns: dict[str, float] = field(default_factory=dict)
+    series: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Analysis:
     """What is known of every prunable layer of one model, and how it was found out.
 
-    fit: the method of `alpha.fit`, None if only shapes were read. solver: route and precision of the eigenvalues.
+    fit: the method of `alpha.fit`, None if no spectrum was read. solver: route and precision of the eigenvalues.
+    calibration: what identifies the text behind the activation columns, None if there are none.
     """
 
     model: str
@@ -41,6 +44,7 @@ class Analysis:
     solver: str | None
     layers: dict[str, LayerStat]
     versions: dict[str, str] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
 
     def to_json(self) -> str:
         found = {"kind": "analysis", "version": VERSION, **asdict(self)}
@@ -54,12 +58,14 @@ class Analysis:
     def load(cls, path: "str | Path") -> "Analysis":
         """What `save` wrote. ValueError, naming the layer where there is one, if anything is missing or no number."""
         found = read_json(path, "analysis", VERSION, cls)
-        need(isinstance(found["versions"], dict), f"{path}: versions: wanted an object")
+        need(isinstance(found.get("versions", {}), dict), f"{path}: versions: wanted an object")
         layers = {name: _layer_stat(f"{path}: {name}", entry) for name, entry in found["layers"].items()}
-        columns = sorted({c for stat in layers.values() for c in stat.columns})
-        for name, stat in layers.items():
-            for column in columns:
-                need(column in stat.columns, f"{path}: {name}: no {column}, which other layers have; analyze again")
+        for kind in ("columns", "series"):
+            known = sorted({c for stat in layers.values() for c in getattr(stat, kind)})
+            for name, stat in layers.items():
+                for entry in known:
+                    have = entry in getattr(stat, kind)
+                    need(have, f"{path}: {name}: no {entry}, which other layers have; analyze again")
         return cls(**{**found, "layers": layers})
 
 
@@ -69,11 +75,17 @@ def analyze(
     device: str = "auto",
     solver: str = "auto",
     progress: Callable[[str], None] | None = None,
+    tokens: Tensor | None = None,
+    calibration: dict[str, Any] | None = None,
+    magnitudes: bool = False,
+    windows: "farms.Windows | None" = None,
 ) -> Analysis:
-    """Spectrum and power law of every prunable layer of a live model, a directory or a hub id.
+    """What allocators read, for every prunable layer of a live model, a directory or a hub id.
 
-    fit: "robust", "reference", "mid" (see `alpha.fit`), or None for shapes only, which reads no weights.
+    fit: "robust", "reference", "mid" (see `alpha.fit`), or None for no spectrum.
     device: "auto" (CUDA if there is one), "cpu", "cuda"…   solver: "auto", or "float64" for exact eigenvalues.
+    tokens: [samples, length] int64 text; adds the columns of activity.py. calibration: what identifies it.
+    magnitudes: adds the series of sketches.py.   windows: adds the column of farms.py, from windows of such a size.
     progress: called with the name of each finished block. One block is in memory at a time.
 
     Raises ValueError naming the layer if its weights hold NaN or infinity or have no spectrum to fit.
@@ -85,35 +97,66 @@ def analyze(
     known = source.description()
     layers = {name: LayerStat(known.block_of[name], tuple(shape)) for name, shape in known.shapes.items()}
     used: dict[str, int] = {}
-    for block in source.blocks() if fit is not None else ():
-        for name, (law, solved_by) in _fit_block(block, fit, device, solver).items():
-            layers[name].columns.update(law.columns())
-            used[solved_by] = used.get(solved_by, 0) + 1
+    activations = None if tokens is None else calibrate.first_inputs(source, tokens)
+    reads = fit is not None or magnitudes or windows is not None or activations is not None
+    for block in source.blocks() if reads else ():
+        _check_finite(block)
+        if fit is not None:
+            for name, (columns, solved_by) in _spectral_columns(block, fit, device, solver).items():
+                layers[name].columns.update(columns)
+                used[solved_by] = used.get(solved_by, 0) + 1
+        if activations is not None:
+            inputs = calibrate.statistics(block, activations, "gram")
+            for name, columns in activity.columns(block, inputs).items():
+                layers[name].columns.update(columns)
+            calibrate.run(block, activations)
+        for name, layer in block.linears.items():
+            if windows is not None:
+                layers[name].columns.update(farms.columns(layer.weight.detach(), windows, device))
+            if magnitudes:
+                layers[name].series.update(sketches.series(layer.weight.detach()))
         if progress:
             progress(block.name)
     versions = {"alphaprune": alphaprune.__version__, "torch": torch.__version__}
     solvers = ", ".join(sorted(used)) or None
-    return Analysis(known.name, known.fingerprint, known.dtype, fit, solvers, layers, versions)
+    return Analysis(known.name, known.fingerprint, known.dtype, fit, solvers, layers, versions, calibration)
 
 
-def _fit_block(block: Block, fit: "alpha.Method", device: str, solver: str) -> dict[str, tuple["alpha.PowerLaw", str]]:
-    """Power law and solver of every layer of a block; layers of one shape go to the solver together."""
-    shapes: dict[tuple[int, ...], dict[str, Tensor]] = {}
+def option_for(name: str) -> str:
+    """The option of `alphaprune analyze` that makes a column or a series."""
+    if name in activity.COLUMNS:
+        return "--calibration FILE"
+    if name in sketches.SERIES:
+        return "--magnitudes"
+    return "--farms" if name in farms.COLUMNS else "a --fit"
+
+
+def _check_finite(block: Block) -> None:
     for name, layer in block.linears.items():
-        weight = layer.weight.detach()
-        if not bool(torch.isfinite(weight).all()):
+        if not bool(torch.isfinite(layer.weight).all()):
             raise ValueError(
                 f"{name}: the weights hold NaN or infinity, so they have no spectrum; repair the checkpoint"
             )
+
+
+def _spectral_columns(
+    block: Block, fit: "alpha.Method", device: str, solver: str
+) -> dict[str, tuple[dict[str, float], str]]:
+    """Columns and solver of every layer of a block; layers of one shape go to the solver together."""
+    shapes: dict[tuple[int, ...], dict[str, Tensor]] = {}
+    for name, layer in block.linears.items():
+        weight = layer.weight.detach()
         shapes.setdefault(tuple(weight.shape), {})[name] = weight
     found = {}
-    for group in shapes.values():
+    for shape, group in shapes.items():
         spectra = spectrum.solve(list(group.values()), alpha.NEED[fit], device, solver)
         for name, (eigenvalues, used) in zip(group, spectra, strict=True):
             try:
-                found[name] = alpha.fit(eigenvalues, fit, noise=used.noise), str(used)
+                law = alpha.fit(eigenvalues, fit, noise=used.noise)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
+            columns = {**law.columns(), **metrics.columns(eigenvalues, law, shape, used.noise)}
+            found[name] = columns, str(used)
     return {name: found[name] for name in block.linears}
 
 
@@ -130,16 +173,17 @@ def read_json(path: "str | Path", kind: str, version: int, record: type) -> dict
         found.get("version") == version,
         f"{path}: {kind} version {found.get('version')!r}; this release reads {version}",
     )
-    fields = tuple(record.__dataclass_fields__)
-    for name in fields:
-        need(name in found, f"{path}: this {kind} has no {name}")
+    fields = record.__dataclass_fields__
+    for name, known in fields.items():
+        optional = known.default is not MISSING or known.default_factory is not MISSING
+        need(name in found or optional, f"{path}: this {kind} has no {name}")
     for name in ("model", "fingerprint"):
         need(isinstance(found[name], str), f"{path}: {name}: wanted a text, got {found[name]!r}")
     layers = found["layers"]
     need(isinstance(layers, dict) and bool(layers), f"{path}: layers: wanted an object with a layer at least")
     for name, entry in layers.items():
         need(isinstance(entry, dict), f"{path}: {name}: wanted an object, got {entry!r}")
-    return {name: found[name] for name in fields}
+    return {name: found[name] for name in fields if name in found}
 
 
 def need(condition: bool, sentence: str) -> None:
@@ -168,7 +212,15 @@ def _layer_stat(where: str, entry: dict[str, Any]) -> LayerStat:
     need(isinstance(columns, dict), f"{where}: columns: wanted an object, got {columns!r}")
     for column, value in columns.items():
         need(is_number(value), f"{where}: {column}: wanted a finite number, got {value!r}; analyze the model again")
-    return LayerStat(entry["block"], read_shape(where, entry), {c: float(v) for c, v in columns.items()})
+    series = entry.get("series", {})
+    need(isinstance(series, dict), f"{where}: series: wanted an object, got {series!r}")
+    for name, values in series.items():
+        good = isinstance(values, list) and bool(values) and all(is_number(v) for v in values)
+        need(good, f"{where}: {name}: wanted a list of finite numbers; analyze the model again")
+    numbers = {c: float(v) for c, v in columns.items()}
+    return LayerStat(
+        entry["block"], read_shape(where, entry), numbers, {n: [float(v) for v in s] for n, s in series.items()}
+    )
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,18 +7,34 @@ is still dense (Wanda's protocol: Sun et al. 2023, section 3).
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from alphaprune.gram import Gram, full_float32
 from alphaprune.model import Block, DirectorySource, Source
+
+Need = Literal["nothing", "norms", "gram"]  # what a method must know of a layer's inputs; each includes those before
 
 TOKENS_AT_ONCE = 4096  # so many tokens go through a block together
 
 
 class _Captured(Exception):
     """Ends a forward pass at the first block, whose inputs are then known."""
+
+
+@dataclass(frozen=True)
+class InputStat:
+    """What is known of the inputs x of a layer, over all calibration tokens.
+
+    norms: [K] float32, ‖X_j‖₂ as the root of its mean square over samples.   gram: their second moments, if asked for;
+    layers that have the same input share one object.   tokens: how many were seen.
+    """
+
+    norms: Tensor
+    gram: Gram | None
+    tokens: int
 
 
 @dataclass
@@ -70,36 +86,106 @@ def first_inputs(source: Source, tokens: Tensor) -> Activations:
 
 
 def run(block: Block, activations: Activations) -> None:
-    """Replaces the hidden states by what the block makes of them."""
+    """Replaces the hidden states by what the block makes of them; they stay on the device that they are on."""
     with torch.no_grad(), _evaluating(block.module):
         for place, hidden in enumerate(activations.hidden):
-            out = block.module(hidden, **activations.keywords)
-            activations.hidden[place] = out[0] if isinstance(out, tuple) else out
+            activations.hidden[place] = _forward(block, hidden, activations.keywords).to(hidden.device)
 
 
-def input_norms(block: Block, activations: Activations) -> dict[str, Tensor]:
-    """For every prunable layer of the block, ‖X_j‖₂ of its inputs: [K] float32, root of the mean over samples.
+def statistics(block: Block, activations: Activations, need: Need = "norms") -> dict[str, InputStat]:
+    """For every prunable layer of the block what `need` asks of its inputs; nothing at all for "nothing".
 
-    ‖X_j‖₂² = Σ over tokens of x_j², averaged over samples; float64 sums, so the order of samples does not matter.
+    ‖X_j‖₂² = Σ over tokens of x_j², averaged over samples; float64 sums, so the order of samples does not matter. The
+    Gram matrix is summed in float32 on the block's device; layers that are given the same tensor are summed once.
+    Raises ValueError naming the layer if its inputs hold NaN or infinity.
     """
-    sums = {name: torch.zeros(layer.weight.shape[1], dtype=torch.float64) for name, layer in block.linears.items()}
-
-    def observe(name: str):
-        def hook(module: nn.Module, arguments: tuple) -> None:
-            x = arguments[0].detach().flatten(0, -2).float()  # [tokens, K]
-            sums[name] += x.square().sum(0, dtype=torch.float64).cpu()
-
-        return hook
-
-    hooks = [layer.register_forward_pre_hook(observe(name)) for name, layer in block.linears.items()]
+    if need == "nothing":
+        return {}
+    observers = {name: _Observer(layer, need == "gram") for name, layer in block.linears.items()}
+    groups = _Groups(observers)
+    hooks = [layer.register_forward_pre_hook(groups.hook(name)) for name, layer in block.linears.items()]
     try:
-        with torch.no_grad(), _evaluating(block.module):
+        with torch.no_grad(), _evaluating(block.module), full_float32():
             for hidden in activations.hidden:
-                block.module(hidden, **activations.keywords)
+                groups.clear()
+                _forward(block, hidden, activations.keywords)
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: (total / activations.samples()).sqrt().float() for name, total in sums.items()}
+    found = {name: observer.result(activations.samples()) for name, observer in observers.items() if observer.tokens}
+    for name in block.linears:
+        leader = groups.leader.get(name, name)
+        if leader not in found:
+            raise ValueError(f"{name}: no calibration token reached this layer; give more calibration text")
+        if not bool(torch.isfinite(found[leader].norms).all()):
+            raise ValueError(
+                f"{name}: its inputs hold NaN or infinity for this calibration text; load the model in a dtype with "
+                f"more range, or repair the layers before it"
+            )
+    return {name: found[groups.leader.get(name, name)] for name in block.linears}
+
+
+class _Observer:
+    """Sums over the inputs of one layer."""
+
+    def __init__(self, layer: nn.Linear, with_gram: bool) -> None:
+        k, device = layer.weight.shape[1], layer.weight.device
+        self.squares = torch.zeros(k, dtype=torch.float64, device=device)
+        self.gram = torch.zeros(k, k, dtype=torch.float32, device=device) if with_gram else None
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        x = x.detach().flatten(0, -2).float()  # [tokens, K]
+        self.tokens += x.shape[0]
+        self.squares += x.square().sum(0, dtype=torch.float64)
+        if self.gram is not None:
+            self.gram.addmm_(x.T, x)
+
+    def result(self, samples: int) -> InputStat:
+        norms = (self.squares / samples).sqrt().float()
+        gram = None if self.gram is None else Gram(self.gram.div_(samples), self.tokens)
+        return InputStat(norms, gram, self.tokens)
+
+
+class _Groups:
+    """Finds out in the first pass which layers are given the same tensor; the first of them observes for all."""
+
+    def __init__(self, observers: dict[str, _Observer]) -> None:
+        self.observers, self.leader = observers, {}
+        self.inputs: dict[str, Tensor] = {}  # of this pass: held, so that no other tensor gets their address
+
+    def clear(self) -> None:
+        self.inputs = {}
+
+    def hook(self, name: str):
+        def observe(module: nn.Module, arguments: tuple) -> None:
+            x = arguments[0]
+            if name not in self.leader:
+                same = (other for other, seen in self.inputs.items() if seen is x and self.leader[other] == other)
+                self.leader[name] = next(same, name)
+            if self.leader[name] == name:
+                self.inputs[name] = x
+                self.observers[name].add(x)
+
+        return observe
+
+
+def _forward(block: Block, hidden: Tensor, keywords: dict[str, Any]) -> Tensor:
+    """What the block makes of hidden states [batch, length, D], on the block's own device."""
+    device = next(block.module.parameters()).device
+    out = block.module(_moved(hidden, device), **_moved(keywords, device))
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Tensors of nested tuples, lists and dicts on `device`; everything else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(inner, device) for key, inner in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_moved(inner, device) for inner in value)
+    return value
 
 
 @contextmanager

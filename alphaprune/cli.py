@@ -1,6 +1,7 @@
 """The command line: builds the parser before anything heavy is imported, and turns bad input into one line."""
 
 import argparse
+import importlib
 import os
 import sys
 
@@ -10,7 +11,7 @@ SHAPES = "NxK[,NxK…] or llama2-7b, llama3-8b, mistral-7b"
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of all commands; each sets `command` to the name of a function in commands.py."""
+    """The parser of all commands; each sets `command` to the name of a file in commands/ (eval: evaluate)."""
     top = argparse.ArgumentParser(
         prog="alphaprune",
         description="Prune language models by the heavy tails of their layers, and run the result sparse.",
@@ -31,6 +32,12 @@ def _analysis_commands(sub) -> None:
     analyze.add_argument("--fit", choices=("robust", "reference", "mid"), default="robust")
     analyze.add_argument("--device", default="auto", help="auto, cpu or cuda")
     analyze.add_argument("--solver", default="auto", choices=("auto", "float64"), help="float64: exact and slower")
+    analyze.add_argument("--calibration", metavar="FILE", help="text for the columns of owl, dlp and lsa")
+    _calibration_options(analyze)
+    analyze.add_argument("--magnitudes", action="store_true", help="quantiles of weights, for global and lamp")
+    analyze.add_argument("--farms", action="store_true", help="alpha of windows of one shape, for allocator farms")
+    analyze.add_argument("--window", type=int, default=2000, help="with --farms: rows and columns of a window")
+    analyze.add_argument("--windows", type=int, default=15, help="with --farms: positions along either side")
     analyze.add_argument("--json", action="store_true", help="print the analysis as JSON, too")
 
     plan = sub.add_parser("plan", help="how much to prune in which layer")
@@ -43,8 +50,14 @@ def _analysis_commands(sub) -> None:
     plan.add_argument("--json", action="store_true", help="print the plan as JSON, too")
 
 
+def _calibration_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--samples", type=int, default=128, help="calibration windows")
+    command.add_argument("--length", type=int, help="tokens per window (default 2048, or the context if shorter)")
+    command.add_argument("--seed", type=int, default=0, help="which windows of the text")
+
+
 def _plan_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--allocator", default="alpha", help="alpha, uniform or ramp")
+    command.add_argument("--allocator", default="alpha", help="uniform, ramp, alpha, …: a wrong name lists all")
     command.add_argument("--epsilon", default="auto", help="spread of the sparsities, 0…1, or auto")
     command.add_argument("--pattern", default="unstructured", help="unstructured, 2:4 (any N:M), or N:8: N per layer")
     command.add_argument("--per", choices=("block", "matrix"), default="block", help="what gets a sparsity of its own")
@@ -60,12 +73,15 @@ def _prune_command(sub) -> None:
     prune.add_argument("--plan", metavar="FILE", help="what `alphaprune plan` wrote; instead of --sparsity")
     prune.add_argument("--analysis", metavar="FILE", help="what `alphaprune analyze` wrote; else it is made first")
     _plan_options(prune)
-    prune.add_argument("--method", help="wanda (default with --calibration) or magnitude")
+    prune.add_argument("--method", help="wanda (default with --calibration), magnitude, ria, sparsegpt or alps")
     prune.add_argument("--select", choices=("row", "matrix"), help="compare weights within a row or the whole matrix")
     prune.add_argument("--calibration", metavar="FILE", help="text that the model should stay good at")
-    prune.add_argument("--samples", type=int, default=128, help="calibration windows")
-    prune.add_argument("--length", type=int, help="tokens per window (default 2048, or the context if shorter)")
-    prune.add_argument("--seed", type=int, default=0, help="which windows of the text")
+    _calibration_options(prune)
+    prune.add_argument("--refit", action="store_true", help="solve for the kept weights anew, after any method")
+    prune.add_argument(
+        "--prefix", choices=("pruned", "dense"), default="pruned", help="the blocks that a block's inputs come from"
+    )
+    prune.add_argument("--device", help="where blocks are calibrated and pruned: cpu, cuda or cuda:N")
     prune.add_argument("--values", choices=("int8",), help="round kept weights to 8 bits; without it they keep theirs")
     prune.add_argument("--group", type=int, choices=(128,), help="with --values int8: a scale per so many columns")
     prune.add_argument("--format", choices=("sbt", "dense"), default="sbt", help="packed, or dense with zeros")
@@ -125,9 +141,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = vars(parser().parse_args(arguments))
     command = options.pop("command")
     try:
-        from alphaprune import commands
-
-        getattr(commands, {"eval": "evaluate"}.get(command, command))(**options)
+        module = {"eval": "evaluate"}.get(command, command)
+        importlib.import_module(f"alphaprune.commands.{module}").run(**options)
     except ValueError as error:
         sys.stdout.flush()
         print(f"alphaprune {command}: {error}", file=sys.stderr)

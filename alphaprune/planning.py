@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from alphaprune import allocators
 from alphaprune.allocators import Granularity
-from alphaprune.analysis import Analysis, is_count, is_number, need, read_json, read_shape
+from alphaprune.analysis import Analysis, is_count, is_number, need, option_for, read_json, read_shape
 from alphaprune.counts import SLACK, share_counts, share_steps, water_fill
 from alphaprune.files import atomic_write_text
 from alphaprune.model import Description
@@ -123,7 +123,7 @@ def plan(
     need(sparsity is not None, f"pattern {text} implies no sparsity: give one, such as 0.7")
     need(is_number(sparsity) and 0 <= sparsity < 1, f"sparsity {sparsity}: wanted 0 ≤ sparsity < 1")
     low, high = limits(sparsity, bounds)
-    spread = _epsilon(epsilon, sparsity, high)
+    spread = _epsilon(epsilon, sparsity, high, allocator)
     ratios = _ratios(analysis, sparsity, allocator, spread, granularity)
     shapes = {name: stat.shape for name, stat in analysis.layers.items()}
     fill = partial(_counts, family=family, sparsity=sparsity, low=low, high=high)
@@ -154,12 +154,12 @@ def _ratios(
     """r_k of every layer by the allocator, whose columns the analysis must have."""
     chosen = allocators.get(allocator)
     need(granularity in ("block", "matrix"), f"granularity {granularity!r}: wanted 'block' or 'matrix'")
-    for column in chosen.columns:
-        for name, stat in analysis.layers.items():
+    for name, stat in analysis.layers.items():
+        for entry in (*chosen.columns, *chosen.series):
             need(
-                column in stat.columns,
-                f"{name}: allocator {allocator} reads {column}, which this analysis lacks; run `alphaprune analyze` "
-                f"with a --fit, or choose --allocator uniform",
+                entry in stat.columns or entry in stat.series,
+                f"{name}: allocator {allocator} reads {entry}, which this analysis lacks; run `alphaprune analyze` "
+                f"with {option_for(entry)}, or choose --allocator uniform",
             )
     return chosen.ratios(analysis.layers, sparsity, epsilon, granularity)
 
@@ -249,9 +249,9 @@ def auto_epsilon(sparsity: float, high: float) -> float:
     return max(0.0, min(0.3, high / sparsity - 1)) * min(1.0, round((sparsity - 0.5) / 0.1, 9))
 
 
-def _epsilon(epsilon: "float | str", sparsity: float, high: float) -> float:
+def _epsilon(epsilon: "float | str", sparsity: float, high: float, allocator: str) -> float:
     if epsilon == "auto":
-        return auto_epsilon(sparsity, high)
+        return (allocators.get(allocator).auto_epsilon or auto_epsilon)(sparsity, high)
     need(is_number(epsilon) and 0 <= epsilon < 1, f"epsilon {epsilon!r}: wanted a number from 0 to below 1, or 'auto'")
     return float(epsilon)
 

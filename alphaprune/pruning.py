@@ -5,16 +5,50 @@ writes and remembers it, and hands blocks that were finished by an earlier run b
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from alphaprune import calibrate, pruners
-from alphaprune.mask import keep_mask
+from alphaprune.calibrate import Activations, InputStat, Need
 from alphaprune.model import Block, Source, open_source
 from alphaprune.planning import Plan
-from alphaprune.pruners import Pruner, Selection
+from alphaprune.pruners import Cut, Pruner, Selection
+from alphaprune.refit import refit
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How layers are pruned, apart from how much.
+
+    method: a name in pruners.MEMBERS.   selection: "row" or "matrix", by default what the method was published with.
+    refit: the kept weights of every layer are solved for anew, see refit.py.
+    prefix: what the inputs of a block come from, the "pruned" blocks before it, or the "dense" ones.
+    device: where a block is calibrated and pruned; by default where it is.
+    """
+
+    method: str = "wanda"
+    selection: Selection | None = None
+    refit: bool = False
+    prefix: Literal["pruned", "dense"] = "pruned"
+    device: str | None = None
+
+    def check(self) -> Pruner:
+        """The pruner; ValueError for anything that is not there."""
+        pruner = pruners.get(self.method)
+        if self.selection not in (None, "row", "matrix"):
+            raise ValueError(f"selection {self.selection!r}: wanted 'row' or 'matrix'")
+        if self.prefix not in ("pruned", "dense"):
+            raise ValueError(f"prefix {self.prefix!r}: wanted 'pruned' or 'dense'")
+        return pruner
+
+    @property
+    def need(self) -> Need:
+        """What must be known of the layers' inputs."""
+        return "gram" if self.refit else pruners.get(self.method).need
 
 
 @dataclass(frozen=True)
@@ -28,6 +62,7 @@ class PrunedBlock:
 
 Restore = Callable[[Block], "dict[str, Tensor] | None"]
 Finish = Callable[[Block, "dict[str, Tensor]"], None]
+Statistics = Callable[[Block], "dict[str, InputStat]"]
 
 
 def prune(
@@ -37,15 +72,17 @@ def prune(
     tokens: Tensor | None = None,
     selection: Selection | None = None,
     progress: Callable[[str], None] | None = None,
+    **options: object,
 ) -> dict[str, Tensor]:
     """Prunes a live model in place as `plan` says and returns the masks, {layer: [N, K] bool, True = keep}.
 
     tokens: [samples, length] int64 calibration text, for methods that need it.
-    selection: "row" or "matrix"; by default what the method was published with.
+    selection: "row" or "matrix"; by default what the method was published with.   options: those of `Recipe`.
     """
+    recipe = Recipe(method, selection, **options)
     return {
         name: mask
-        for pruned in prune_blocks(model, plan, method, tokens, selection, progress=progress)
+        for pruned in prune_blocks(model, plan, recipe, tokens, progress=progress)
         for name, mask in pruned.masks.items()
     }
 
@@ -53,67 +90,111 @@ def prune(
 def prune_blocks(
     source: "Source | nn.Module | str",
     plan: Plan,
-    method: str,
+    recipe: Recipe,
     tokens: Tensor | None = None,
-    selection: Selection | None = None,
     restore: Restore | None = None,
     progress: Callable[[str], None] | None = None,
     finish: Finish | None = None,
+    statistics: Statistics | None = None,
 ) -> Iterator[PrunedBlock]:
     """Finished blocks in order; each block's weights hold its zeros when it is yielded.
 
     restore: given a block, puts the weights of an earlier run into it and returns its masks, or returns None.
     finish: given a block and its masks, may change the kept weights before the next block is calibrated behind them.
+    statistics: what is known already of the inputs of a block's layers; then no text is needed and none is run.
     Raises ValueError before any work if the plan is for another model or the method lacks its calibration text.
     """
-    source, pruner = open_source(source), pruners.get(method)
+    source, pruner = open_source(source), recipe.check()
     plan.check(source.description())
-    if pruner.needs_calibration and tokens is None:
-        raise ValueError(
-            f"method {method} needs calibration text: give --calibration FILE (tokens=…), or choose --method magnitude"
-        )
-    if selection not in (None, "row", "matrix"):
-        raise ValueError(f"selection {selection!r}: wanted 'row' or 'matrix'")
-    return _prune_blocks(source, plan, pruner, tokens, selection or pruner.selection, restore, progress, finish)
+    if recipe.need != "nothing" and tokens is None and statistics is None:
+        what = f"method {recipe.method}" if pruner.needs_calibration else "a refit"
+        other = ", or choose --method magnitude" if pruner.needs_calibration and not recipe.refit else ""
+        raise ValueError(f"{what} needs calibration text: give --calibration FILE (tokens=…){other}")
+    run = _Run(source, plan, recipe, pruner, tokens if statistics is None else None, statistics)
+    return run.blocks(restore, progress, finish)
 
 
-def _prune_blocks(
-    source: Source,
-    plan: Plan,
-    pruner: Pruner,
-    tokens: Tensor | None,
-    selection: Selection,
-    restore: Restore | None,
-    progress: Callable[[str], None] | None,
-    finish: Finish | None,
-) -> Iterator[PrunedBlock]:
-    activations = calibrate.first_inputs(source, tokens) if pruner.needs_calibration else None
-    for block in source.blocks():
+@dataclass
+class _Run:
+    """One pass over the blocks of a model."""
+
+    source: Source
+    plan: Plan
+    recipe: Recipe
+    pruner: Pruner
+    tokens: Tensor | None
+    statistics: Statistics | None
+
+    def blocks(
+        self, restore: Restore | None, progress: Callable[[str], None] | None, finish: Finish | None
+    ) -> Iterator[PrunedBlock]:
+        calibrated = self.recipe.need != "nothing" and self.statistics is None
+        activations = calibrate.first_inputs(self.source, self.tokens) if calibrated else None
+        for block in self.source.blocks():
+            pruned = self._block(block, activations, restore, finish)
+            if progress:
+                progress(block.name)
+            yield pruned
+
+    def _block(
+        self, block: Block, activations: Activations | None, restore: Restore | None, finish: Finish | None
+    ) -> PrunedBlock:
+        dense_prefix = activations is not None and self.recipe.prefix == "dense"
+        more = activations is not None and block.index + 1 < self.source.block_count()
+        inputs = None
+        if dense_prefix:  # before restoring, which overwrites the dense weights
+            with _on(block, self.recipe.device):
+                inputs = calibrate.statistics(block, activations, self.recipe.need)
+                if more:
+                    calibrate.run(block, activations)
         masks = restore(block) if restore else None
         restored = masks is not None
         if masks is None:
             _check_finite(block)
-            norms = calibrate.input_norms(block, activations) if activations else {}
-            masks = {
-                name: _prune_layer(name, layer, plan, pruner, norms, selection) for name, layer in block.linears.items()
-            }
+            with _on(block, self.recipe.device):
+                inputs = self._inputs(block, activations) if inputs is None else inputs
+                masks = {name: self._layer(name, layer, inputs.get(name)) for name, layer in block.linears.items()}
+            masks = {name: mask.to(block.linears[name].weight.device) for name, mask in masks.items()}
             if finish:
                 finish(block, masks)
-        if activations and block.index + 1 < source.block_count():
-            calibrate.run(block, activations)
-        if progress:
-            progress(block.name)
-        yield PrunedBlock(block, masks, restored)
+        if more and not dense_prefix:
+            with _on(block, self.recipe.device):
+                calibrate.run(block, activations)
+        return PrunedBlock(block, masks, restored)
+
+    def _inputs(self, block: Block, activations: Activations | None) -> dict[str, InputStat]:
+        if self.statistics is not None and self.recipe.need != "nothing":
+            return self.statistics(block)
+        return calibrate.statistics(block, activations, self.recipe.need) if activations else {}
+
+    def _layer(self, name: str, layer: nn.Linear, inputs: InputStat | None) -> Tensor:
+        """Gives a layer its new weight and returns the mask."""
+        dense, wanted = layer.weight.data, self.plan.layers[name]  # dense: [N, K]
+        if wanted.zeros == 0:
+            return torch.ones_like(dense, dtype=torch.bool)  # left as it is, by every method
+        try:
+            cut = Cut(wanted.zeros, wanted.pattern, self.recipe.selection or self.pruner.selection)
+            weight, mask = self.pruner.prune(dense, inputs, cut)
+            if self.recipe.refit:
+                weight = refit(weight, dense, mask, inputs.gram)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        # Rounding to the layer's dtype keeps zeros zero.
+        layer.weight.data = weight.to(dense.dtype)
+        return mask
 
 
-def _prune_layer(
-    name: str, layer: nn.Linear, plan: Plan, pruner: Pruner, norms: dict[str, Tensor], selection: Selection
-) -> Tensor:
-    weight, wanted = layer.weight.data, plan.layers[name]  # weight: [N, K]
-    scores = pruner.scores(weight, norms[name].to(weight.device) if norms else None)
-    mask = keep_mask(scores, wanted.zeros, wanted.pattern, selection)
-    layer.weight.data = weight.masked_fill(~mask, 0)
-    return mask
+@contextmanager
+def _on(block: Block, device: str | None) -> Iterator[None]:
+    """Has a block on a device, and afterwards where it was."""
+    before = next(block.module.parameters()).device
+    if device is not None:
+        block.module.to(device)
+    try:
+        yield
+    finally:
+        if device is not None:
+            block.module.to(before)
 
 
 def _check_finite(block: Block) -> None:

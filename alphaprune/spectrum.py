@@ -5,8 +5,7 @@ absolute error of some 1e-7·λ_max: nothing to a fit of the upper tail, everyth
 the smallest eigenvalue of a square matrix, where λ_min/λ_max is about 1/n².
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from alphaprune import cusolver
+from alphaprune.gram import full_float32
 
 Need = Literal["tail", "all"]  # what must be exact: the eigenvalues around and above the median, or the smallest, too
 
@@ -152,7 +152,7 @@ def _lower_gram(side: Tensor) -> Tensor:
     small = side.shape[1]
     gram = side.new_zeros(side.shape[0], small, small)
     strip = max(STRIP, -(-small // 8))
-    with _full_float32():
+    with full_float32():
         for top in range(0, small, strip):
             end = min(top + strip, small)
             gram[:, top:end, :end] = side[:, top:end] @ side[:, :end].mT
@@ -162,14 +162,3 @@ def _lower_gram(side: Tensor) -> Tensor:
 def _too_steep(values: Tensor) -> bool:
     """Whether round-off, some 1e-7·λ_max, is felt around the median of ascending `values`."""
     return bool(values[values.numel() // 2] < WORST_RATIO * values[-1])
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """float32 products in float32 (no TF32, no bfloat16), whatever the user has set for the model."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

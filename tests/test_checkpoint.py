@@ -15,7 +15,7 @@ from safetensors import safe_open
 import alphaprune
 from alphaprune import SparseLinear, checkpoint, shards
 from alphaprune.model import open_source
-from alphaprune.pruning import prune_blocks
+from alphaprune.pruning import Recipe, prune_blocks
 
 TOKENS = torch.randint(0, 257, (3, 32), generator=torch.Generator().manual_seed(5))
 
@@ -37,7 +37,7 @@ def write(
     chosen = make_plan(directory)
 
     def run(restore, finish):
-        blocks = prune_blocks(source, chosen, "wanda", TOKENS, restore=restore, finish=finish)
+        blocks = prune_blocks(source, chosen, Recipe("wanda"), TOKENS, restore=restore, finish=finish)
         for count, block in enumerate(blocks):
             if count == stop_after:
                 raise KeyboardInterrupt
@@ -158,7 +158,7 @@ def test_a_packed_directory_can_be_analyzed_and_pruned_again(directory: Path, tm
     write(directory, tmp_path / "out")
     source = open_source(tmp_path / "out")
     more = alphaprune.plan(alphaprune.analyze(source, fit=None), 0.8, allocator="uniform")
-    masks = {n: m for b in prune_blocks(source, more, "magnitude") for n, m in b.masks.items()}
+    masks = {n: m for b in prune_blocks(source, more, Recipe("magnitude")) for n, m in b.masks.items()}
     zeros = sum(int((~m).sum()) for m in masks.values())
     assert zeros == sum(p.zeros for p in more.layers.values())
 

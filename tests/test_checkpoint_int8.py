@@ -15,7 +15,7 @@ import alphaprune
 from alphaprune import SparseLinear, checkpoint, cli, hf, inspection, shards
 from alphaprune.formats import quantize, sbt
 from alphaprune.model import make_skeleton, open_source, read_config
-from alphaprune.pruning import prune_blocks
+from alphaprune.pruning import Recipe, prune_blocks
 
 LAYER = "model.layers.1.mlp.gate_proj"
 PACKED = ("weight", "weight_mask", "weight_offsets", "weight_scale")
@@ -65,7 +65,7 @@ def test_written_directory_holds_the_rounded_weights(directory: Path, tmp_path: 
             assert torch.equal(sparse[name].weight_scale, scale)
 
     tokens = torch.randint(0, 257, (3, 32), generator=torch.Generator().manual_seed(5))
-    list(prune_blocks(live, make_plan(live), "wanda", tokens, finish=finish))
+    list(prune_blocks(live, make_plan(live), Recipe("wanda"), tokens, finish=finish))
     assert len(masks) == 21
     torch.testing.assert_close(logits(model), logits(live), rtol=1e-4, atol=1e-4)
     for name, module in model.dequantize().named_modules():

@@ -12,7 +12,8 @@ from alphaprune import calibrate, pruners
 from alphaprune.mask import keep_mask
 from alphaprune.model import open_source
 from alphaprune.pattern import NM
-from alphaprune.pruning import prune_blocks
+from alphaprune.pruning import Recipe, prune_blocks
+from alphaprune.scores import wanda
 
 TOKENS = torch.randint(0, 257, (5, 32), generator=torch.Generator().manual_seed(3))
 
@@ -77,9 +78,9 @@ def test_the_prefix_is_pruned_when_a_block_is_calibrated() -> None:
     activations = calibrate.first_inputs(dense, TOKENS)
     equal: dict[int, bool] = {}
     for block in dense.blocks():
-        norms = calibrate.input_norms(block, activations)
+        norms = calibrate.statistics(block, activations)
         for name, layer in block.linears.items():
-            scores = pruners.get("wanda").scores(layer.weight.data, norms[name])
+            scores = wanda(layer.weight.data, norms[name].norms)
             mask = keep_mask(scores, chosen.layers[name].zeros, chosen.layers[name].pattern, "row")
             equal[block.index] = equal.get(block.index, True) and torch.equal(mask, masks[name])
         calibrate.run(block, activations)
@@ -114,7 +115,7 @@ def test_live_and_lazy_pruning_agree_and_repeat(directory: Path) -> None:
     chosen = make_plan(live, 0.6)
     masks = alphaprune.prune(live, chosen, method="wanda", tokens=TOKENS)
     for _ in range(2):
-        lazy = {n: m for b in prune_blocks(directory, chosen, "wanda", TOKENS) for n, m in b.masks.items()}
+        lazy = {n: m for b in prune_blocks(directory, chosen, Recipe("wanda"), TOKENS) for n, m in b.masks.items()}
         assert list(lazy) == list(masks) and all(torch.equal(lazy[n], masks[n]) for n in masks)
 
 
@@ -157,5 +158,5 @@ def test_norms_are_those_of_the_inputs(directory: Path) -> None:
     source = open_source(directory)
     activations = calibrate.first_inputs(source, TOKENS)
     assert all(p.is_meta for p in source.skeleton.parameters())  # embeddings were dropped again
-    found = calibrate.input_norms(next(source.blocks()), activations)
-    torch.testing.assert_close(found["model.layers.0.mlp.down_proj"].double(), wanted, rtol=1e-5, atol=0)
+    found = calibrate.statistics(next(source.blocks()), activations)
+    torch.testing.assert_close(found["model.layers.0.mlp.down_proj"].norms.double(), wanted, rtol=1e-5, atol=0)

@@ -17,7 +17,9 @@ Granularity = Literal["block", "matrix"]
 class Allocator:
     """A way to spread a sparsity over layers.
 
-    columns: what it reads of `LayerStat.columns`; allocators never measure.
+    columns, series: what it reads of `LayerStat.columns` and `.series`; allocators never measure.
+    auto_epsilon: (sparsity, most sparsity of a layer) → the spread it was published with, for epsilon "auto"; None
+    leaves that to planning.
     ratios: (stats, sparsity, epsilon, granularity) → r_k by layer name, all > 0; planning scales them by one factor
     to meet the budget inside the bounds.
     """
@@ -25,6 +27,8 @@ class Allocator:
     name: str
     columns: tuple[str, ...]
     ratios: Callable[[Mapping[str, LayerStat], float, float, Granularity], dict[str, float]]
+    series: tuple[str, ...] = ()
+    auto_epsilon: Callable[[float, float], float] | None = None
 
 
 def get(name: str) -> Allocator:
@@ -40,6 +44,20 @@ def spread(values: Mapping[str, float], epsilon: float) -> dict[str, float]:
     if high == low:
         return dict.fromkeys(values, 1.0)
     return {name: (value - low) / (high - low) * 2 * epsilon + (1 - epsilon) for name, value in values.items()}
+
+
+def shifted(values: Mapping[str, float], epsilon: float) -> dict[str, float]:
+    """Ratios that sink linearly by 2ε from the least of `values` to the greatest, around 1 at their mean.
+
+    r_k = 1 − 2ε·(t_k − mean t),  t_k = (v_k − min v) / (max v − min v). With ε = λ/S this is the published rule of OWL
+    and DLP, s_k = S − 2λ·(t_k − mean t): they keep more where a value is large. At least a thousandth, to stay a ratio.
+    """
+    low, high = min(values.values()), max(values.values())
+    if high == low:
+        return dict.fromkeys(values, 1.0)
+    places = {name: (value - low) / (high - low) for name, value in values.items()}
+    mean = math.fsum(places.values()) / len(places)
+    return {name: max(1e-3, 1 - 2 * epsilon * (place - mean)) for name, place in places.items()}
 
 
 def block_means(stats: Mapping[str, LayerStat], column: str) -> dict[str, float]:

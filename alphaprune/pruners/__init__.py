@@ -1,4 +1,4 @@
-"""What to prune: one layer's weight, statistic and number of zeros → its new weight and mask."""
+"""What to prune: one layer's weight, what is known of its inputs and what the plan asks → new weight and mask."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,25 +7,56 @@ from typing import Literal
 from torch import Tensor
 
 from alphaprune import registry
+from alphaprune.calibrate import InputStat, Need
+from alphaprune.mask import keep_mask
+from alphaprune.pattern import Pattern
 
 MEMBERS = ("wanda", "magnitude")
 
 Selection = Literal["row", "matrix"]
+Scores = Callable[[Tensor, InputStat | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is asked of one layer: so many zeros, where the pattern allows them.
+
+    selection: whether an unstructured mask removes the same share of every row, or the least of the whole matrix.
+    """
+
+    zeros: int
+    pattern: Pattern
+    selection: Selection
 
 
 @dataclass(frozen=True)
 class Pruner:
-    """A way to choose zeros.
+    """A way to choose zeros, and perhaps to change what is kept.
 
-    scores: (weight [N, K], norms [K] or None) → scores [N, K] float32, larger = keep.
-    needs_calibration: whether `norms`, the norms of the layer's inputs, must be measured.
-    selection: whether an unstructured mask removes the same share of every row, or the lowest of the whole matrix.
+    need: what it must know of the layer's inputs; more than "nothing" takes calibration text.
+    selection: the one that it was published with.
+    prune: (weight [N, K], its inputs or None, cut) → the new weight [N, K], zero where not kept, and the mask [N, K]
+    bool, True = keep, with exactly `cut.zeros` entries False. The weight may come back in float32: the caller rounds.
     """
 
     name: str
-    needs_calibration: bool
+    need: Need
     selection: Selection
-    scores: Callable[[Tensor, Tensor | None], Tensor]
+    prune: Callable[[Tensor, InputStat | None, Cut], tuple[Tensor, Tensor]]
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.need != "nothing"
+
+
+def by_scores(scores: Scores) -> Callable[[Tensor, InputStat | None, Cut], tuple[Tensor, Tensor]]:
+    """The `prune` of a method that only ranks: the lowest scores go, what is kept stays as it is."""
+
+    def prune(weight: Tensor, inputs: InputStat | None, cut: Cut) -> tuple[Tensor, Tensor]:
+        mask = keep_mask(scores(weight, inputs), cut.zeros, cut.pattern, cut.selection)
+        return weight.masked_fill(~mask, 0), mask
+
+    return prune
 
 
 def get(name: str) -> Pruner:

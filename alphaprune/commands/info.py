@@ -1,0 +1,19 @@
+"""`alphaprune info`: what is in a checkpoint, or what runs on this machine."""
+
+from alphaprune.commands.shared import dump
+from alphaprune.console import table
+
+
+def run(model: str | None, tokens: int, device: str, json: bool) -> None:
+    from alphaprune import inspection
+
+    if tokens < 1:
+        raise ValueError(f"--tokens {tokens}: wanted a whole number from 1")
+    found = inspection.describe_model(model, tokens, device) if model else inspection.describe_machine()
+    if json:
+        print(dump(found))
+    elif model:
+        table(inspection.COLUMNS, inspection.model_rows(found))
+        print(inspection.model_summary(found))
+    else:
+        table(["", ""], inspection.machine_rows(found), header=False)

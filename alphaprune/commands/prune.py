@@ -1,0 +1,145 @@
+"""`alphaprune prune`: a model and a plan → a pruned checkpoint."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from alphaprune import model as models
+from alphaprune.commands.plan import make_plan
+from alphaprune.commands.shared import calibration_windows, dump, window
+from alphaprune.console import bar, size
+
+
+def run(
+    model: str,
+    output: str,
+    plan: str | None,
+    analysis: str | None,
+    method: str | None,
+    select: str | None,
+    calibration: str | None,
+    samples: int,
+    length: int | None,
+    seed: int,
+    refit: bool,
+    prefix: str,
+    device: str | None,
+    format: str,  # noqa: A002
+    values: str | None,
+    group: int | None,
+    json: bool,
+    **options: Any,
+) -> None:
+    from alphaprune import __version__, checkpoint, pruning
+
+    recipe = pruning.Recipe(_method(method, calibration), select, refit, prefix, device)
+    pruner = recipe.check()
+    if recipe.need != "nothing" and calibration is None:
+        what = f"--method {pruner.name}" if pruner.needs_calibration else "--refit"
+        raise ValueError(f"{what} needs --calibration FILE, the text that the model should stay good at")
+    _check_plan_options(plan, options)
+    _check_values(values, group, format)
+    checkpoint.check_free(Path(output))
+    source = models.open_source(model)
+    tokens, identity = None, {"method": pruner.name, "selection": select or pruner.selection, "refit": refit}
+    identity |= {"prefix": prefix, "format": format}
+    if values is not None:
+        identity |= {"values": values, "group": group}
+    if calibration is not None:
+        tokens, read = calibration_windows(source, calibration, samples, window(length, source.config), seed)
+        identity |= read
+    chosen = _chosen_plan(source, plan, analysis, options, tokens, device)
+    identity["model"] = source.description().fingerprint
+    identity["plan"] = hashlib.sha256(chosen.to_json().encode()).hexdigest()
+    made = {"alphaprune": __version__, "source": source.name, **identity, "plan": chosen.to_dict()}
+    with bar(source.block_count(), f"prune ({pruner.name})", "block") as tick:
+
+        def run(restore: Any, finish: Any) -> Iterator[Any]:
+            return pruning.prune_blocks(source, chosen, recipe, tokens, restore, tick, finish)
+
+        written = checkpoint.write_pruned(source, output, identity, made, run, format == "sbt", values, group)
+    if json:
+        errors = {name: error._asdict() for name, error in written.errors.items()}
+        found = {**vars(written), "folder": str(written.folder), "sparsity": chosen.realized}
+        found.pop("errors")
+        print(dump(found | ({"quantization_error": errors} if values else {})))
+        return
+    print(
+        f"{written.folder}: sparsity {chosen.realized:.4f}, linears {size(written.dense_bytes)} → "
+        f"{size(written.stored_bytes)}, {written.packed_layers} of {written.layers} layers packed"
+    )
+    if written.errors:
+        print(_loss(written.errors))
+
+
+def _check_values(values: str | None, group: int | None, format: str) -> None:  # noqa: A002
+    if group is not None and values is None:
+        raise ValueError(f"--group {group} belongs to --values int8")
+    if values is not None and format == "dense":
+        raise ValueError(f"--values {values} is a way to pack weights: leave out --format dense")
+
+
+def _loss(errors: dict[str, Any]) -> str:
+    """One line about what int8 values lost; per layer it stands in alphaprune.json."""
+    relative = {name: error.relative for name, error in errors.items()}
+    worst = max(relative, key=relative.__getitem__)
+    return (
+        f"int8 values: relative error {sum(relative.values()) / len(relative):.2%} on average over {len(relative)} "
+        f"layers, at most {relative[worst]:.2%} ({worst})"
+    )
+
+
+def _method(method: str | None, calibration: str | None) -> str:
+    if method is None and calibration is None:
+        raise ValueError(
+            "give --calibration FILE, the text that the model should stay good at (method wanda), "
+            "or --method magnitude, which needs none"
+        )
+    return method or "wanda"
+
+
+def _check_plan_options(plan: str | None, options: dict[str, Any]) -> None:
+    if plan is None and options["sparsity"] is None and options["pattern"] == "unstructured":
+        raise ValueError("give --sparsity, such as 0.7, or --plan FILE")
+    if plan is not None and (options["sparsity"] is not None or options["pattern"] != "unstructured"):
+        raise ValueError("a plan holds sparsity and pattern already: give --plan or --sparsity/--pattern, not both")
+
+
+def _chosen_plan(
+    source: models.Source,
+    plan: str | None,
+    analysis: str | None,
+    options: dict[str, Any],
+    tokens: Any,
+    device: str | None,
+) -> Any:
+    from alphaprune import allocators, planning
+    from alphaprune.analysis import Analysis, option_for
+    from alphaprune.analysis import analyze as run_analysis
+    from alphaprune.farms import Windows
+
+    if plan is not None:
+        chosen = planning.Plan.load(plan)
+        chosen.check(source.description())
+        return chosen
+    if analysis is not None:
+        stats = Analysis.load(analysis)
+    else:
+        allocator = allocators.get(options["allocator"])
+        needs = {option_for(entry) for entry in (*allocator.columns, *allocator.series)}
+        if "--calibration FILE" in needs and tokens is None:
+            raise ValueError(f"--allocator {allocator.name} needs --calibration FILE, or --analysis made with it")
+        with bar(source.block_count(), "analyze", "block") as tick:
+            stats = run_analysis(
+                source,
+                fit="robust" if "a --fit" in needs else None,
+                device=device or "auto",
+                progress=tick,
+                tokens=tokens if "--calibration FILE" in needs else None,
+                magnitudes="--magnitudes" in needs,
+                windows=Windows() if "--farms" in needs else None,
+            )
+    chosen = make_plan(stats, **options)
+    chosen.check(source.description())
+    return chosen

@@ -1,0 +1,45 @@
+"""What several commands check and print."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from alphaprune import model as models
+
+LONGEST = 2048  # tokens per window, unless the model's context is shorter
+
+
+def window(length: int | None, config: Any) -> int:
+    context = getattr(config, "max_position_embeddings", LONGEST)
+    if length is None:
+        return min(LONGEST, context)
+    if not 2 <= length <= context:
+        raise ValueError(f"--length {length}: this model takes windows of 2 to {context} tokens")
+    return length
+
+
+def check_file(output: str) -> None:
+    folder = Path(output).absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"{output}: there is no folder {folder} to write it to")
+    if Path(output).is_dir():
+        raise ValueError(f"{output}: is a folder; name a file")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{output}: the folder {folder} is not writable")
+
+
+def calibration_windows(
+    source: models.Source, file: str, samples: int, length: int, seed: int
+) -> tuple[Any, dict[str, Any]]:
+    """Calibration windows, and what identifies them."""
+    from alphaprune import data
+
+    folder = getattr(source, "folder", source.name)
+    text = data.encode(data.load_tokenizer(folder), data.read_text(file), file)
+    identity = {"calibration": text.sha256, "samples": samples, "length": length, "seed": seed}
+    return data.sample_windows(text, samples, length, seed), identity
+
+
+def dump(found: Any) -> str:
+    return json.dumps(found, indent=2)
