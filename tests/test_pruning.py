@@ -87,6 +87,9 @@ def test_the_prefix_is_pruned_when_a_block_is_calibrated() -> None:
     assert equal == {0: True, 1: False, 2: False}
 
 
+CHANGING = {"sparsegpt", "alps"}  # methods that make up for what goes by changing what stays
+
+
 @pytest.mark.parametrize("method", pruners.MEMBERS)
 @pytest.mark.parametrize("sparsity", [0.0, 0.37, 0.7, 0.95])
 def test_every_pruner_hits_its_counts_and_keeps_the_other_weights(method: str, sparsity: float) -> None:
@@ -96,7 +99,8 @@ def test_every_pruner_hits_its_counts_and_keeps_the_other_weights(method: str, s
     for name, mask in masks.items():
         assert int((~mask).sum()) == chosen.layers[name].zeros
         was, now = before.get_submodule(name).weight, live.get_submodule(name).weight
-        assert torch.equal(now[mask], was[mask]) and not now[~mask].any()
+        assert not now[~mask].any()
+        assert torch.equal(now[mask], was[mask]) == (method not in CHANGING or mask.all())
     total = sum(m.numel() for m in masks.values())
     assert sum(int((~m).sum()) for m in masks.values()) == round(sparsity * total)
 

@@ -11,7 +11,7 @@ from alphaprune.calibrate import InputStat, Need
 from alphaprune.mask import keep_mask
 from alphaprune.pattern import Pattern
 
-MEMBERS = ("wanda", "magnitude")
+MEMBERS = ("wanda", "magnitude", "sparsegpt", "alps", "ria")
 
 Selection = Literal["row", "matrix"]
 Scores = Callable[[Tensor, InputStat | None], Tensor]
