@@ -23,6 +23,7 @@ SHARPNESS = 8  # power of the density whose centre of mass is the peak: 1 is the
 INTERVAL = (0.95, 1.5)  # of the peak: where the tail may start (Lu et al. 2024)
 STEEPEST = 1e6  # alpha above which the eigenvalues of a tail are equal but for round-off
 CHUNK = 1 << 22  # elements of a table of distances held at once
+ENOUGH = 1 << 14  # eigenvalues that show the shape of a spectrum; of twice as many (pooled ones), every second is seen
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def fit(eigenvalues: Tensor, method: Method = "robust", noise: float = 2e-6) -> 
         raise ValueError("eigenvalues: wanted [n], finite and not negative")
     if bool((values.diff() < 0).any()):
         raise ValueError("eigenvalues: wanted in ascending order")
-    solid = values[values > _floor(values, noise)]
+    solid = values[values > round_off(values, noise)]
     if len(solid) < LEAST:
         raise ValueError(
             f"a power law needs {LEAST} eigenvalues above round-off at least, this spectrum has {len(solid)} of "
@@ -88,9 +89,10 @@ def fit(eigenvalues: Tensor, method: Method = "robust", noise: float = 2e-6) -> 
     return _mid(values, dropped) if method == "mid" else _reference(values, noise)
 
 
-def _floor(values: Tensor, noise: float) -> float:
-    """What is zero but for round-off: of the solver, or of weights of rank below n that were stored as bfloat16, which
-    adds a relative variance of 2⁻¹⁶/12 or so to every weight and hence some 1e-6 of the mean to every eigenvalue."""
+def round_off(values: Tensor, noise: float) -> float:
+    """Up to where ascending `values` are zero but for round-off: of the solver, or of weights of rank below n that were
+    stored as bfloat16, which adds a relative variance of 2⁻¹⁶/12 or so to every weight and hence some 1e-6 of the mean
+    to every eigenvalue."""
     return max(noise * float(values[-1]), 2e-5 * float(values.mean())) if len(values) else 0.0
 
 
@@ -114,9 +116,16 @@ def _peak(logs: Tensor, width: float) -> float:
     step = width / 5  # fine enough that the sum over the grid is the integral
     reach = math.ceil(float(logs[-1] - logs[0]) / step) + 15
     grid = logs[-1] + step * torch.arange(-reach, 16, dtype=torch.float64)  # the smallest eigenvalue shifts no point
-    density = torch.exp(-0.5 * ((grid[:, None] - logs) / width).square()).sum(1)
+    stride = _stride(logs)
+    seen = logs[stride // 2 :: stride]
+    density = torch.exp(-0.5 * ((grid[:, None] - seen) / width).square()).sum(1)
     weight = (density / density.max()) ** SHARPNESS
     return float((weight * grid).sum() / weight.sum())
+
+
+def _stride(logs: Tensor) -> int:
+    """Every so many eigenvalues are enough for a density or a distance: all of a weight's own, whatever its size."""
+    return max(1, len(logs) // ENOUGH)
 
 
 def _averaged(logs: Tensor, peak: float, size: int) -> _Start:
@@ -129,7 +138,7 @@ def _averaged(logs: Tensor, peak: float, size: int) -> _Start:
     first = torch.searchsorted(logs, starts)  # [STARTS]
     count = (len(logs) - first).double()
     alphas = _hill(logs, first, starts)
-    distances = _distances(logs, first, starts, alphas, two_sided=True)
+    distances = _distances(logs, first, starts, alphas, two_sided=True, stride=_stride(logs))
     room = ((count - least + 1) / least).clamp(max=1)  # starts that leave few eigenvalues fade out
     weight = room * torch.exp(-2 * count.sqrt() * (distances - distances.min()))
     weight = weight / weight.sum()

@@ -79,6 +79,7 @@ def analyze(
     calibration: dict[str, Any] | None = None,
     magnitudes: bool = False,
     windows: "farms.Windows | None" = None,
+    statistics: Callable[[Block], dict[str, calibrate.InputStat]] | None = None,
 ) -> Analysis:
     """What allocators read, for every prunable layer of a live model, a directory or a hub id.
 
@@ -86,6 +87,7 @@ def analyze(
     device: "auto" (CUDA if there is one), "cpu", "cuda"…   solver: "auto", or "float64" for exact eigenvalues.
     tokens: [samples, length] int64 text; adds the columns of activity.py. calibration: what identifies it.
     magnitudes: adds the series of sketches.py.   windows: adds the column of farms.py, from windows of such a size.
+    statistics: what is known already of the inputs of a block's layers, Gram matrices included, in place of tokens.
     progress: called with the name of each finished block. One block is in memory at a time.
 
     Raises ValueError naming the layer if its weights hold NaN or infinity or have no spectrum to fit.
@@ -97,22 +99,24 @@ def analyze(
     known = source.description()
     layers = {name: LayerStat(known.block_of[name], tuple(shape)) for name, shape in known.shapes.items()}
     used: dict[str, int] = {}
-    activations = None if tokens is None else calibrate.first_inputs(source, tokens)
-    reads = fit is not None or magnitudes or windows is not None or activations is not None
+    activations = None if tokens is None or statistics else calibrate.first_inputs(source, tokens)
+    active = activations is not None or statistics is not None
+    reads = fit is not None or magnitudes or windows is not None or active
     for block in source.blocks() if reads else ():
         _check_finite(block)
         if fit is not None:
             for name, (columns, solved_by) in _spectral_columns(block, fit, device, solver).items():
                 layers[name].columns.update(columns)
                 used[solved_by] = used.get(solved_by, 0) + 1
-        if activations is not None:
-            inputs = calibrate.statistics(block, activations, "gram")
+        if active:
+            inputs = statistics(block) if statistics else calibrate.statistics(block, activations, "gram")
             for name, columns in activity.columns(block, inputs).items():
                 layers[name].columns.update(columns)
+        if activations is not None:
             calibrate.run(block, activations)
         for name, layer in block.linears.items():
             if windows is not None:
-                layers[name].columns.update(farms.columns(layer.weight.detach(), windows, device))
+                layers[name].columns.update(_farms_columns(name, layer.weight.detach(), windows, device))
             if magnitudes:
                 layers[name].series.update(sketches.series(layer.weight.detach()))
         if progress:
@@ -160,8 +164,18 @@ def _spectral_columns(
     return {name: found[name] for name in block.linears}
 
 
-def read_json(path: "str | Path", kind: str, version: int, record: type) -> dict[str, Any]:
-    """The fields of the dataclass `record` from a file that says it is of this kind and version."""
+def _farms_columns(name: str, weight: Tensor, windows: "farms.Windows", device: str) -> dict[str, float]:
+    try:
+        return farms.columns(weight, windows, device)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def read_json(path: "str | Path", kind: str, version: int, record: type, part: str = "layer") -> dict[str, Any]:
+    """The fields of the dataclass `record` from a file that says it is of this kind and version.
+
+    part: what its objects are about, which stand in the field `layers` or `blocks`.
+    """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
     except OSError as error:
@@ -179,10 +193,11 @@ def read_json(path: "str | Path", kind: str, version: int, record: type) -> dict
         need(name in found or optional, f"{path}: this {kind} has no {name}")
     for name in ("model", "fingerprint"):
         need(isinstance(found[name], str), f"{path}: {name}: wanted a text, got {found[name]!r}")
-    layers = found["layers"]
-    need(isinstance(layers, dict) and bool(layers), f"{path}: layers: wanted an object with a layer at least")
-    for name, entry in layers.items():
-        need(isinstance(entry, dict), f"{path}: {name}: wanted an object, got {entry!r}")
+    parts = found[f"{part}s"]
+    need(isinstance(parts, dict) and bool(parts), f"{path}: {part}s: wanted an object with a {part} at least")
+    for name, entry in parts.items():
+        where = name if part == "layer" else f"{part} {name}"
+        need(isinstance(entry, dict), f"{path}: {where}: wanted an object, got {entry!r}")
     return {name: found[name] for name in fields if name in found}
 
 

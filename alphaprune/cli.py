@@ -20,6 +20,7 @@ def parser() -> argparse.ArgumentParser:
     sub = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _analysis_commands(sub)
     _prune_command(sub)
+    _compare_command(sub)
     _use_commands(sub)
     _measure_commands(sub)
     return top
@@ -42,8 +43,12 @@ def _analysis_commands(sub) -> None:
 
     plan = sub.add_parser("plan", help="how much to prune in which layer")
     plan.add_argument("analysis", metavar="ANALYSIS", help="what `alphaprune analyze` wrote")
-    plan.add_argument("--sparsity", type=float, help="zeros / weights of the prunable layers; N:M patterns imply it")
+    goal = plan.add_mutually_exclusive_group()
+    goal.add_argument("--sparsity", type=float, help="zeros / weights of the prunable layers; N:M patterns imply it")
+    goal.add_argument("--latency", type=float, metavar="SECONDS", help="the best model whose layers take no longer")
+    goal.add_argument("--max-loss", type=float, metavar="LOSS", help="the fastest model that loses no more")
     _plan_options(plan)
+    plan.add_argument("--curves", metavar="FILE", help="error curves of the blocks, for allocator measured")
     plan.add_argument("--times", metavar="FILE", help="time table, or auto: layers that would lose by it stay dense")
     plan.add_argument("--tokens", type=int, default=1, help="with --times: rows of x that the layers are to gain at")
     plan.add_argument("-o", "--output", metavar="FILE", default="plan.json")
@@ -78,6 +83,7 @@ def _prune_command(sub) -> None:
     prune.add_argument("--calibration", metavar="FILE", help="text that the model should stay good at")
     _calibration_options(prune)
     prune.add_argument("--refit", action="store_true", help="solve for the kept weights anew, after any method")
+    prune.add_argument("--channel-permute", action="store_true", help="for N:M: order channels so that more is kept")
     prune.add_argument(
         "--prefix", choices=("pruned", "dense"), default="pruned", help="the blocks that a block's inputs come from"
     )
@@ -86,6 +92,26 @@ def _prune_command(sub) -> None:
     prune.add_argument("--group", type=int, choices=(128,), help="with --values int8: a scale per so many columns")
     prune.add_argument("--format", choices=("sbt", "dense"), default="sbt", help="packed, or dense with zeros")
     prune.add_argument("--json", action="store_true")
+
+
+def _compare_command(sub) -> None:
+    compare = sub.add_parser("compare", help="every allocator with every pruner on held-out text; recommends a plan")
+    compare.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a hub id")
+    compare.add_argument("-o", "--output", metavar="DIR", required=True, help="for results; an interrupted run goes on")
+    compare.add_argument("--sparsity", help="one or more, such as 0.5,0.7; N:M patterns imply it")
+    compare.add_argument("--calibration", metavar="FILE", required=True, help="text that the model should stay good at")
+    compare.add_argument("--text", metavar="FILE", required=True, help="held-out text that candidates are chosen by")
+    compare.add_argument("--test", metavar="FILE", help="text that is read after the choice, to report on it")
+    compare.add_argument("--allocators", default="all", help="names with commas, all, metrics (those of spectra)")
+    compare.add_argument("--methods", help="names with commas (default wanda,sparsegpt)")
+    compare.add_argument("--refit", action="store_true", help="solve for the kept weights anew, after every method")
+    compare.add_argument("--epsilon", default="auto", help="one or more spreads, such as auto,0.1")
+    compare.add_argument("--pattern", default="unstructured", help="unstructured, 2:4 (any N:M), or N:8: N per layer")
+    _calibration_options(compare)
+    compare.add_argument("--windows", type=int, help="only the first so many of a held-out text")
+    compare.add_argument("--device", default="auto", help="auto, cpu or cuda; the model is there as a whole")
+    compare.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    compare.add_argument("--json", action="store_true")
 
 
 def _use_commands(sub) -> None:

@@ -1,96 +1,20 @@
-"""LayerStats and a sparsity → Plan: an exact number of zeros per layer, inside bounds, and its JSON file."""
+"""LayerStats and a sparsity → Plan: an exact number of zeros per layer, inside bounds."""
 
-import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
-from alphaprune import allocators
-from alphaprune.allocators import Granularity
-from alphaprune.analysis import Analysis, is_count, is_number, need, option_for, read_json, read_shape
-from alphaprune.counts import SLACK, share_counts, share_steps, water_fill
-from alphaprune.files import atomic_write_text
-from alphaprune.model import Description
-from alphaprune.pattern import NM, Pattern, Unstructured, parse
+from alphaprune import allocators, curves, nm_planning, speed_planning
+from alphaprune.allocators import Granularity, measured
+from alphaprune.analysis import Analysis, is_number, need, option_for
+from alphaprune.counts import SLACK, share_counts, water_fill
+from alphaprune.pattern import NM, Pattern, Unstructured
+from alphaprune.plan_file import LayerPlan, Plan, check_divisible, patterned
 
-VERSION = 1
+ORDERED = 0.3  # an ε for allocations of which only the order counts: any above 0 gives the same
 
 Bounds = tuple[float | None, float | None]
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What becomes of one layer W [N, K]: the exact count of its zeros, and where they may be."""
-
-    shape: tuple[int, int]
-    zeros: int
-    pattern: Pattern
-
-    @property
-    def sparsity(self) -> float:
-        return self.zeros / (self.shape[0] * self.shape[1])
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How much to prune in every prunable layer of one model.
-
-    sparsity: what was asked for (`realized` is what the counts make). epsilon: the spread used, as a number.
-    pattern: as asked for: "unstructured", "2:4", or a family such as "N:8", of which each layer has its own.
-    """
-
-    model: str
-    fingerprint: str
-    sparsity: float
-    allocator: str
-    epsilon: float
-    pattern: str
-    layers: dict[str, LayerPlan]
-
-    @property
-    def realized(self) -> float:
-        """Zeros / weights over all layers."""
-        return sum(p.zeros for p in self.layers.values()) / sum(p.shape[0] * p.shape[1] for p in self.layers.values())
-
-    def to_dict(self) -> dict[str, Any]:
-        layers = {name: {**asdict(p), "pattern": str(p.pattern)} for name, p in self.layers.items()}
-        return {"kind": "plan", "version": VERSION, **asdict(self), "layers": layers}
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
-
-    def save(self, path: "str | Path") -> None:
-        """Writes a JSON file; it appears whole or not at all."""
-        atomic_write_text(path, self.to_json())
-
-    @classmethod
-    def load(cls, path: "str | Path") -> "Plan":
-        """What `save` wrote. ValueError, naming the layer where there is one, if anything is missing or impossible."""
-        found = read_json(path, "plan", VERSION, cls)
-        for name in ("sparsity", "epsilon"):
-            need(is_number(found[name]) and 0 <= found[name] < 1, f"{path}: {name}: wanted 0 to 1, got {found[name]!r}")
-        for name in ("allocator", "pattern"):
-            need(isinstance(found[name], str), f"{path}: {name}: wanted a text, got {found[name]!r}")
-        layers = {name: _layer_plan(f"{path}: {name}", entry) for name, entry in found["layers"].items()}
-        return cls(**{**found, "layers": layers})
-
-    def check(self, description: Description) -> None:
-        """ValueError if this plan is for another model, or lacks a layer, or has one too many."""
-        for name, shape in description.shapes.items():
-            need(name in self.layers, f"{name}: the plan for {self.model} has no such layer; plan again for this model")
-            wanted = self.layers[name].shape
-            need(wanted == tuple(shape), f"{name}: the plan is for shape {wanted}, the layer has {tuple(shape)}")
-        for name in self.layers:
-            need(name in description.shapes, f"{name}: in the plan, but {description.name} has no such prunable layer")
-        need(
-            self.fingerprint == description.fingerprint,
-            f"the plan was made for another model: {self.model} with fingerprint {self.fingerprint[:12]}…, while "
-            f"{description.name} has {description.fingerprint[:12]}…; analyze and plan this one",
-        )
 
 
 def plan(
@@ -102,33 +26,55 @@ def plan(
     granularity: Granularity = "block",
     bounds: Bounds | None = None,
     break_even: Mapping[str, float] | None = None,
+    latency: float | None = None,
+    max_loss: float | None = None,
+    times: Mapping[str, Sequence[float]] | None = None,
 ) -> Plan:
     """How much to prune in every layer of the analysed model; the zeros sum to round(sparsity · weights).
 
     epsilon: spread of the ratios, 0 ≤ ε < 1, or "auto" (`auto_epsilon`).   bounds: least and most sparsity of a layer.
-    pattern: "unstructured"; a fixed one such as "2:4", which implies the sparsity; or "N:8" with a literal N, which
-    chooses N of 1…8 per layer and meets the sparsity to within one step (1/8) of the smallest layer.
+    pattern: "unstructured"; one such as "2:4", which with a sparsity below its own leaves layers dense (`nm_planning`
+    says which, and how near it comes), and without one stands in all; or "N:8" with a literal N, which chooses N of 1…8
+    per layer and meets the sparsity to within one step (1/8) of the smallest layer.
     break_even: of each layer the sparsity from which on it is faster than dense (see kernels/table.py). One that would
     stay below gets no zeros at all, the others get its share: first the one that is farthest below, and so on.
+    latency, max_loss: instead of a sparsity, with the allocator measured: `speed_planning`, which reads the `times`.
 
     Raises ValueError for a sparsity outside [0, 1) or unreachable inside the bounds, a column that the analysis lacks,
     a layer whose K is no multiple of M, or a budget that the layers which gain cannot take.
     """
-    text = str(pattern)
-    family = int(found[1]) if (found := re.fullmatch(r"N:(\d+)", text)) else None
-    fixed = None if family is not None else parse(pattern)
-    need(family is None or family >= 2, f"pattern {text}: N:M needs M of 2 at least")
-    if isinstance(fixed, NM):
-        return _fixed(analysis, sparsity, fixed, bounds, break_even or {})
+    text, (fixed, family) = str(pattern), nm_planning.kind(pattern)
+    if latency is not None or max_loss is not None:
+        _check_speed(analysis, sparsity, allocator, times)
+        bounds = limits(None, bounds)
+        return speed_planning.fastest(analysis, times, latency, max_loss, pattern, *bounds)
+    if fixed is not None and (sparsity is None or (is_number(sparsity) and abs(sparsity - fixed.sparsity) < 1e-9)):
+        return _fixed(analysis, fixed, bounds, break_even or {})
     need(sparsity is not None, f"pattern {text} implies no sparsity: give one, such as 0.7")
     need(is_number(sparsity) and 0 <= sparsity < 1, f"sparsity {sparsity}: wanted 0 ≤ sparsity < 1")
     low, high = limits(sparsity, bounds)
-    spread = _epsilon(epsilon, sparsity, high, allocator)
-    ratios = _ratios(analysis, sparsity, allocator, spread, granularity)
-    shapes = {name: stat.shape for name, stat in analysis.layers.items()}
-    fill = partial(_counts, family=family, sparsity=sparsity, low=low, high=high)
-    layers = _gaining(shapes, ratios, sparsity, low, high, break_even, fill) if break_even else fill(shapes, ratios)
+    spread = _epsilon(epsilon, sparsity, high, analysis, allocator, granularity)
+    if fixed is not None:
+        spread = ORDERED if epsilon == "auto" and spread == 0 else spread
+        ranks = _ranks(analysis, sparsity, fixed, allocator, spread, granularity, (low, high))
+        layers = _mixed(analysis, sparsity, fixed, ranks, (low, high), break_even or {})
+    else:
+        ratios = _ratios(analysis, sparsity, allocator, spread, granularity, (low, high))
+        shapes = {name: stat.shape for name, stat in analysis.layers.items()}
+        fill = partial(_counts, family=family, sparsity=sparsity, low=low, high=high)
+        layers = _gaining(shapes, ratios, sparsity, low, high, break_even, fill) if break_even else fill(shapes, ratios)
     return Plan(analysis.model, analysis.fingerprint, float(sparsity), allocator, spread, text, layers)
+
+
+def _check_speed(analysis: Analysis, sparsity: float | None, allocator: str, times: Any) -> None:
+    """ValueError unless a plan can be made for a latency or a loss."""
+    need(sparsity is None, "give one of a sparsity, a latency and a loss: each of them determines the others")
+    need(
+        allocator == measured.ALLOCATOR.name,
+        f"allocator {allocator}: for a latency or a loss only measured can plan, from error curves and times",
+    )
+    need(times is not None, "a latency or a loss needs the times of the layers: --times FILE, or auto")
+    _check_series(analysis, measured.ALLOCATOR)
 
 
 def real_sparsities(
@@ -143,25 +89,38 @@ def real_sparsities(
 
     Without bounds this is the published formula s_k = η·r_k, η = S·ΣN_k / ΣN_k·r_k, which may exceed 1.
     """
-    ratios = _ratios(analysis, sparsity, allocator, epsilon, granularity)
+    ratios = _ratios(analysis, sparsity, allocator, epsilon, granularity, bounds)
     sizes = [stat.shape[0] * stat.shape[1] for stat in analysis.layers.values()]
     return dict(zip(ratios, water_fill(sizes, list(ratios.values()), sparsity, *bounds), strict=True))
 
 
 def _ratios(
-    analysis: Analysis, sparsity: float, allocator: str, epsilon: float, granularity: Granularity
+    analysis: Analysis,
+    sparsity: float,
+    allocator: str,
+    epsilon: float,
+    granularity: Granularity,
+    bounds: tuple[float, float],
 ) -> dict[str, float]:
     """r_k of every layer by the allocator, whose columns the analysis must have."""
     chosen = allocators.get(allocator)
     need(granularity in ("block", "matrix"), f"granularity {granularity!r}: wanted 'block' or 'matrix'")
+    _check_series(analysis, chosen)
+    return chosen.ratios(analysis.layers, sparsity, epsilon, granularity, *([bounds] if chosen.bounded else []))
+
+
+def _check_series(analysis: Analysis, chosen: allocators.Allocator) -> None:
+    """ValueError if the analysis lacks a column or a series that the allocator reads."""
     for name, stat in analysis.layers.items():
         for entry in (*chosen.columns, *chosen.series):
+            how = f"run `alphaprune analyze` with {option_for(entry)}"
+            if entry in curves.SERIES:
+                how = "give `alphaprune plan` the error curves that `alphaprune compare` makes, --curves FILE"
             need(
                 entry in stat.columns or entry in stat.series,
-                f"{name}: allocator {allocator} reads {entry}, which this analysis lacks; run `alphaprune analyze` "
-                f"with {option_for(entry)}, or choose --allocator uniform",
+                f"{name}: allocator {chosen.name} reads {entry}, which this analysis lacks; {how}, or choose "
+                f"--allocator uniform",
             )
-    return chosen.ratios(analysis.layers, sparsity, epsilon, granularity)
 
 
 def _counts(
@@ -180,7 +139,7 @@ def _counts(
     budget = round(sparsity * sum(sizes)) if budget is None else budget
     wanted = water_fill(sizes, [ratios[name] for name in shapes], share, low, high)
     if family is not None:
-        return _family_layers(shapes, dict(zip(shapes, wanted, strict=True)), family, budget, low, high)
+        return nm_planning.family(shapes, dict(zip(shapes, wanted, strict=True)), family, budget, low, high)
     zeros = share_counts(sizes, wanted, budget, low, high)
     return {n: LayerPlan(shape, z, Unstructured()) for (n, shape), z in zip(shapes.items(), zeros, strict=True)}
 
@@ -227,15 +186,16 @@ def _untouched(shape: tuple[int, int], others: dict[str, LayerPlan]) -> LayerPla
     return LayerPlan(shape, 0, NM(kind.of, kind.of) if isinstance(kind, NM) else kind)
 
 
-def limits(sparsity: float, bounds: Bounds | None = None) -> tuple[float, float]:
+def limits(sparsity: float | None, bounds: Bounds | None = None) -> tuple[float, float]:
     """Least and most sparsity of a layer: 0 and 0.95, or half-way from `sparsity` to 1 above 0.9, unless given."""
     low, high = bounds or (None, None)
     low = 0.0 if low is None else low
-    high = (0.95 if sparsity <= 0.9 else 1 - (1 - sparsity) / 2) if high is None else high
+    high = (0.95 if sparsity is None or sparsity <= 0.9 else 1 - (1 - sparsity) / 2) if high is None else high
     for value in (low, high):
         need(is_number(value) and 0 <= value <= 1, f"bounds: wanted sparsities from 0 to 1, got {value}")
     need(low <= high, f"bounds: the least sparsity of a layer, {low}, is above the most, {high}")
-    need(low <= sparsity <= high, f"sparsity {sparsity} cannot be reached with layers between {low} and {high}")
+    reachable = sparsity is None or low <= sparsity <= high
+    need(reachable, f"sparsity {sparsity} cannot be reached with layers between {low} and {high}")
     return low, high
 
 
@@ -243,72 +203,84 @@ def auto_epsilon(sparsity: float, high: float) -> float:
     """0 up to a sparsity of 0.5, where no allocation beats uniform; rising to its cap at 0.6.
 
     The cap is 0.3, or less where 1 + ε would push the most pruned layers over `high`: min(0.3, high/sparsity − 1).
+    Allocators may have an epsilon of their own, or a cap that depends on the model (`Allocator.auto_cap`).
     """
     if sparsity <= 0.5:
         return 0.0
     return max(0.0, min(0.3, high / sparsity - 1)) * min(1.0, round((sparsity - 0.5) / 0.1, 9))
 
 
-def _epsilon(epsilon: "float | str", sparsity: float, high: float, allocator: str) -> float:
+def _epsilon(
+    epsilon: "float | str", sparsity: float, high: float, analysis: Analysis, allocator: str, granularity: Granularity
+) -> float:
     if epsilon == "auto":
-        return (allocators.get(allocator).auto_epsilon or auto_epsilon)(sparsity, high)
+        chosen = allocators.get(allocator)
+        _check_series(analysis, chosen)
+        found = (chosen.auto_epsilon or auto_epsilon)(sparsity, high)
+        return min(found, chosen.auto_cap(analysis.layers, granularity)) if chosen.auto_cap else found
     need(is_number(epsilon) and 0 <= epsilon < 1, f"epsilon {epsilon!r}: wanted a number from 0 to below 1, or 'auto'")
     return float(epsilon)
 
 
-def _fixed(
-    analysis: Analysis, sparsity: float | None, pattern: NM, bounds: Bounds | None, break_even: Mapping[str, float]
-) -> Plan:
+def _fixed(analysis: Analysis, pattern: NM, bounds: Bounds | None, break_even: Mapping[str, float]) -> Plan:
     """The same N:M everywhere; there is nothing to allocate."""
-    agrees = sparsity is None or (is_number(sparsity) and abs(sparsity - pattern.sparsity) < 1e-9)
-    need(agrees, f"pattern {pattern} has sparsity {pattern.sparsity:g}, not {sparsity}; leave the sparsity out")
     limits(pattern.sparsity, bounds)
-    layers = {}
     for name, stat in analysis.layers.items():
-        _check_divisible(name, stat.shape, pattern.of)
-        layers[name] = LayerPlan(stat.shape, _zeros(stat.shape, pattern), pattern)
+        check_divisible(name, stat.shape, pattern.of)
+    layers = {name: patterned(stat.shape, pattern) for name, stat in analysis.layers.items()}
+    for name, planned in layers.items():
         need(
-            not _loses(layers[name], break_even.get(name, 0)),
+            not _loses(planned, break_even.get(name, 0)),
             f"{name}: {pattern} would be slower than dense, which needs a sparsity of {break_even.get(name, 0):g}, and "
             f"no other layer can take its zeros; choose another pattern, or leave out the time table",
         )
     return Plan(analysis.model, analysis.fingerprint, pattern.sparsity, "uniform", 0.0, str(pattern), layers)
 
 
-def _family_layers(
-    shapes: dict[str, tuple[int, int]], wanted: dict[str, float], of: int, budget: int, low: float, high: float
+def _ranks(
+    analysis: Analysis,
+    sparsity: float,
+    pattern: NM,
+    allocator: str,
+    epsilon: float,
+    granularity: Granularity,
+    bounds: tuple[float, float],
+) -> dict[str, float]:
+    """Numbers that are larger where a pattern should rather be: ratios, or what error curves say of the pattern."""
+    if allocator == measured.ALLOCATOR.name:
+        _check_series(analysis, measured.ALLOCATOR)
+        return measured.order(analysis.layers, pattern.sparsity)
+    return _ratios(analysis, sparsity, allocator, epsilon, granularity, bounds)
+
+
+def _mixed(
+    analysis: Analysis,
+    sparsity: float,
+    pattern: NM,
+    ranks: dict[str, float],
+    bounds: tuple[float, float],
+    break_even: Mapping[str, float],
 ) -> dict[str, LayerPlan]:
-    """Each layer its own N:`of`, N from 1 to `of` (dense), near the wanted sparsities and on the budget."""
-    for name, shape in shapes.items():
-        _check_divisible(name, shape, of)
-    most = min(math.floor(high * of + SLACK), of - 1) / of
-    units = [n * k // of for n, k in shapes.values()]  # zeros per step of N
-    share = budget / (sum(units) * of)
-    need(share <= most, f"sparsity {share:g} cannot be reached: N:{of} has {most:g} at most inside the bounds")
-    drops = share_steps(units, [wanted[name] * of for name in shapes], budget, low * of, min(high * of, of - 1))
-    patterns = [NM(of - drop, of) for drop in drops]
-    return {n: LayerPlan(s, _zeros(s, p), p) for (n, s), p in zip(shapes.items(), patterns, strict=True)}
-
-
-def _check_divisible(name: str, shape: Sequence[int], of: int) -> None:
-    need(shape[1] % of == 0, f"{name}: N:{of} needs K to be a multiple of {of}, got shape {tuple(shape)}")
-
-
-def _zeros(shape: tuple[int, int], pattern: NM) -> int:
-    return shape[0] * shape[1] // pattern.of * (pattern.of - pattern.keep)
-
-
-def _layer_plan(where: str, entry: dict[str, Any]) -> LayerPlan:
-    shape, zeros = read_shape(where, entry), entry.get("zeros")
-    need(is_count(zeros), f"{where}: zeros: wanted a count, got {zeros!r}")
-    need(zeros <= shape[0] * shape[1], f"{where}: zeros: {zeros} is more than the shape {shape} has weights")
-    need(isinstance(entry.get("pattern"), str), f"{where}: pattern: wanted a text, got {entry.get('pattern')!r}")
-    try:
-        pattern = parse(entry["pattern"])
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    if isinstance(pattern, NM):
-        _check_divisible(where, shape, pattern.of)
-        implied = _zeros(shape, pattern)
-        need(zeros == implied, f"{where}: zeros: {pattern} on shape {shape} makes {implied}, not {zeros}")
-    return LayerPlan(shape, zeros, pattern)
+    """The pattern in some layers, among them none that it makes slower, and the others dense."""
+    need(
+        sparsity < pattern.sparsity,
+        f"pattern {pattern} has sparsity {pattern.sparsity:g}, not {sparsity}: give no more than that, or leave the "
+        f"sparsity out",
+    )
+    need(
+        bounds[0] == 0 and bounds[1] >= pattern.sparsity - SLACK,
+        f"pattern {pattern} with sparsity {sparsity}: layers have a sparsity of 0 or {pattern.sparsity:g}, which is "
+        f"not between {bounds[0]} and {bounds[1]}",
+    )
+    shapes = {name: stat.shape for name, stat in analysis.layers.items()}
+    planned = {name: patterned(shape, pattern) for name, shape in shapes.items()}
+    able = {name: shapes[name] for name, p in planned.items() if not _loses(p, break_even.get(name, 0))}
+    budget = round(sparsity * sum(n * k for n, k in shapes.values()))
+    need(
+        budget <= sum(planned[name].zeros for name in able),
+        f"sparsity {sparsity} cannot be reached: {pattern} would be slower than dense in {len(shapes) - len(able)} of "
+        f"{len(shapes)} layers, and the others have too few zeros; choose another pattern, or leave out the time table",
+    )
+    blocks = {name: analysis.layers[name].block for name in able}
+    found = nm_planning.mixed(able, ranks, blocks, pattern, budget) if able else {}
+    return {name: found.get(name) or patterned(shape, NM(pattern.of, pattern.of)) for name, shape in shapes.items()}

@@ -86,10 +86,10 @@ def solve(
     found: list[tuple[Tensor, Solver]] = []
     for start in range(0, len(weights), step):
         part = torch.stack([weight.detach().to(target) for weight in weights[start : start + step]])  # [b, N, K]
-        part, scale = _scaled(part)
+        part, scale = scaled(part)
         for row, values in enumerate(_solve(part, chosen)):
             used = chosen
-            if need == "tail" and chosen == Solver("gram", torch.float32) and _too_steep(values):
+            if need == "tail" and chosen == Solver("gram", torch.float32) and too_steep(values):
                 used = Solver("gram", torch.float64)
                 values = _solve(part[row : row + 1], used)[0]
             found.append((values * scale[row] ** 2, used))
@@ -124,7 +124,7 @@ def check(solver: str, device: str) -> torch.device:
     return meant
 
 
-def _scaled(weights: Tensor) -> tuple[Tensor, Tensor]:
+def scaled(weights: Tensor) -> tuple[Tensor, Tensor]:
     """Weights [b, N, K] divided by a power of two near their largest entry, so that no square leaves the range of the
     dtype and no bit is lost; and that power, [b] float64 on the CPU."""
     if weights.dtype in (torch.float16, torch.bfloat16):
@@ -134,8 +134,7 @@ def _scaled(weights: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError("weights: NaN or infinity among them, so they have no spectrum")
     most = 126 if weights.dtype == torch.float32 else 1022  # powers of two that have a reciprocal
     power = torch.where(largest > 0, largest.log2().floor(), 0.0).clamp(-most, most)
-    scaled = weights * torch.exp2(-power).to(weights.dtype)[:, None, None]
-    return scaled, torch.exp2(power).cpu()
+    return weights * torch.exp2(-power).to(weights.dtype)[:, None, None], torch.exp2(power).cpu()
 
 
 def _solve(weights: Tensor, solver: Solver) -> Tensor:
@@ -144,10 +143,10 @@ def _solve(weights: Tensor, solver: Solver) -> Tensor:
     if solver.route == "svd":
         return torch.linalg.svdvals(weights).double().square().flip(-1).cpu()
     side = weights if weights.shape[1] <= weights.shape[2] else weights.mT  # [b, small, large]
-    return cusolver.eigvalsh(_lower_gram(side)).double().clamp_min(0).cpu()
+    return cusolver.eigvalsh(lower_gram(side)).double().clamp_min(0).cpu()
 
 
-def _lower_gram(side: Tensor) -> Tensor:
+def lower_gram(side: Tensor) -> Tensor:
     """The lower triangle of side·sideᵀ, [b, small, small], by strips of rows: little more than half of the work."""
     small = side.shape[1]
     gram = side.new_zeros(side.shape[0], small, small)
@@ -159,6 +158,6 @@ def _lower_gram(side: Tensor) -> Tensor:
     return gram
 
 
-def _too_steep(values: Tensor) -> bool:
+def too_steep(values: Tensor) -> bool:
     """Whether round-off, some 1e-7·λ_max, is felt around the median of ascending `values`."""
     return bool(values[values.numel() // 2] < WORST_RATIO * values[-1])

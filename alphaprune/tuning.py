@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from alphaprune import __version__, timing
+from alphaprune import __version__, formats, timing
 from alphaprune.formats import native
 from alphaprune.kernels import base, spmm, table
 from alphaprune.kernels.table import Curve, Table
 from alphaprune.pattern import NM
+from alphaprune.speed_planning import TIMED
 from alphaprune.timing import Call, Clock
 
 Bar = Callable[[int, str, str], AbstractContextManager[Callable[[str], None]]]
@@ -193,20 +194,49 @@ def break_evens(shapes: dict[str, tuple[int, int]], dtype: str, times: str, toke
     dtype: of the weights, "bfloat16"…   times: a table's file, or "auto" for this CPU's. tokens: rows of x.
     ValueError if there is no such table, or it has no times for the dtype.
     """
+    found, kind = _table(times, tokens), getattr(torch, dtype)
+    known = {
+        shape: found.break_even(shape, tokens, kind, kind, general(found.kernels)) for shape in set(shapes.values())
+    }
+    if None in known.values():
+        raise ValueError(_lacks(found, dtype))
+    return {name: known[shape] for name, shape in shapes.items()}
+
+
+def time_curves(shapes: dict[str, tuple[int, int]], dtype: str, times: str, tokens: int) -> dict[str, list[float]]:
+    """Seconds of each layer W [N, K] at the sparsities of `speed_planning.TIMED`, the first dense.
+
+    That of the fastest kernel which takes zeros anywhere, or of the dense layer where that is faster, or where the
+    packed weight is no smaller and so is stored dense. Arguments and errors: as `break_evens` has them.
+    """
+    found, kind = _table(times, tokens), getattr(torch, dtype)
+    known = {shape: _time_curve(found, shape, kind, tokens) for shape in set(shapes.values())}
+    return {name: known[shape] for name, shape in shapes.items()}
+
+
+def _time_curve(times: Table, shape: tuple[int, int], kind: torch.dtype, tokens: int) -> list[float]:
+    dense, names, size = times.dense(shape, tokens, kind, kind), general(times.kernels), shape[0] * shape[1]
+    seconds = []
+    for sparsity in TIMED:
+        best = times.best(shape, 1 - sparsity, tokens, kind, kind, names)
+        if dense is None or best is None:
+            raise ValueError(_lacks(times, str(kind).removeprefix("torch.")))
+        packed = formats.get("sbt").nbytes(shape, size - round(sparsity * size), kind) < size * kind.itemsize
+        seconds.append(min(best[1], dense) if packed and sparsity > 0 else dense)
+    return seconds
+
+
+def _table(times: str, tokens: int) -> Table:
     if tokens < 1:
         raise ValueError(f"--tokens {tokens}: wanted a whole number from 1")
     found = table.current() if times == "auto" else Table.load(times)
     if found is None:
         raise ValueError("--times auto: there is no time table for this machine; run `alphaprune bench --tune` first")
-    kind = getattr(torch, dtype)
-    known = {
-        shape: found.break_even(shape, tokens, kind, kind, general(found.kernels)) for shape in set(shapes.values())
-    }
-    if None in known.values():
-        raise ValueError(
-            f"{found.path}: has no times of {dtype} weights and their dense layers; run `alphaprune bench --tune`"
-        )
-    return {name: known[shape] for name, shape in shapes.items()}
+    return found
+
+
+def _lacks(times: Table, dtype: str) -> str:
+    return f"{times.path}: has no times of {dtype} weights and their dense layers; run `alphaprune bench --tune`"
 
 
 def rows(made: Table) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import pytest
 from conftest import make_model
 
 import alphaprune
-from alphaprune import alpha, spectrum
+from alphaprune import alpha, metrics, spectrum
 from alphaprune.analysis import Analysis, LayerStat, analyze
 from alphaprune.model import describe
 
@@ -32,7 +32,8 @@ def test_every_layer_has_the_fit_of_its_own_spectrum(fit: str) -> None:
         ((values, used),) = spectrum.solve([weight], alpha.NEED[fit], "cpu")
         wanted = alpha.fit(values, fit, noise=used.noise)
         assert stat.columns["alpha"] == pytest.approx(wanted.alpha, rel=1e-6)
-        assert stat.columns == pytest.approx(wanted.columns(), rel=1e-5)
+        beside = metrics.columns(values, wanted, stat.shape, used.noise)
+        assert stat.columns == pytest.approx({**wanted.columns(), **beside}, rel=1e-5)
 
 
 def test_solver_is_recorded_and_float64_is_had_on_request() -> None:

@@ -8,9 +8,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOW = """
     files console registry pattern shards model data scores mask gram calibrate cusolver spectrum alpha metrics farms
-    sketches activity analysis counts knapsack allocators planning refit pruners permute pruning formats kernels layer
-    checkpoint hf decoder generate evaluate curves compare picture timing decoding tuning inspection benchmark demo
-    commands cli
+    sketches activity analysis curves counts knapsack allocators plan_file nm_planning speed_planning planning
+    refit pruners permute pruning formats kernels layer checkpoint hf decoder generate evaluate observed curves_measure
+    candidates compare picture timing decoding tuning inspection benchmark demo commands cli
 """.split()  # noqa: SIM905
 SOURCES = sorted((ROOT / "alphaprune").rglob("*.py")) + sorted((ROOT / "kernels").glob("*.py"))
 SOURCES = [s for s in SOURCES if "alphaprune/kernels" not in s.as_posix()]

@@ -52,7 +52,15 @@ def test_epsilon_auto() -> None:
     assert auto_epsilon(0.6, 0.95) == auto_epsilon(0.7, 0.95) == 0.3
     assert auto_epsilon(0.8, 0.95) == pytest.approx(0.95 / 0.8 - 1)
     assert auto_epsilon(0.99, 0.995) == pytest.approx(0.995 / 0.99 - 1)
-    assert plan(TOY, 0.8).epsilon == auto_epsilon(0.8, 0.95)
+    assert plan(TOY, 0.8, "ramp").epsilon == auto_epsilon(0.8, 0.95)
+    # For a metric no more than the metric is spread itself, which by matrix is more.
+    means = [sum(s.columns["alpha"] for s in TOY.layers.values() if s.block == b) / len(SHAPES) for b in range(3)]
+    apart = (max(means) - min(means)) / (max(means) + min(means))
+    assert plan(TOY, 0.8).epsilon == pytest.approx(apart) and 0 < apart < auto_epsilon(0.8, 0.95)
+    wide = planning.real_sparsities(TOY, 0.8, epsilon=plan(TOY, 0.8).epsilon)
+    most, least = max(wide.values()), min(wide.values())
+    assert most / least == pytest.approx(max(means) / min(means))
+    assert plan(TOY, 0.8, granularity="matrix").epsilon == auto_epsilon(0.8, 0.95)
     assert plan(TOY, 0.8, epsilon=0.1).epsilon == 0.1
     assert len({p.sparsity for p in plan(TOY, 0.5).layers.values()}) == 1
     assert len(set(planning.real_sparsities(TOY, 0.7, epsilon=0.3).values())) == 3  # one per block

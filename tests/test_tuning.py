@@ -8,7 +8,7 @@ import pytest
 import torch
 from tables import curve, linear, made
 
-from alphaprune import cli, timing, tuning
+from alphaprune import cli, formats, timing, tuning
 from alphaprune.kernels import table
 from alphaprune.kernels.table import Table
 
@@ -103,3 +103,25 @@ def test_bench_tune_writes_a_table(native_only, capsys, monkeypatch, tmp_path) -
     assert json.loads(capsys.readouterr().out)["path"] == str(tmp_path / "t.json")
     with pytest.raises(ValueError, match="has no times of float32 weights"):
         tuning.break_evens({"layer": (64, 64)}, "float32", str(tmp_path / "t.json"), 1)
+
+
+def test_seconds_of_a_layer_by_its_sparsity(tmp_path) -> None:
+    """The kernel's from where the packed weight is smaller and the kernel faster, and dense before."""
+    made(*linear("scalar", 0.9, 0.2), curve("dense", 0, [1, 1, 1, 1])).save(tmp_path / "t.json")
+    found = tuning.time_curves({"a": (64, 64), "b": (64, 64), "c": (128, 64)}, "float32", str(tmp_path / "t.json"), 1)
+    assert list(found) == ["a", "b", "c"] and found["a"] == found["b"]
+    packed = formats.get("sbt").nbytes
+    for percent, seconds in enumerate(found["a"]):
+        stored = packed((64, 64), 4096 - round(percent / 100 * 4096), torch.float32) < 4096 * 4
+        wanted = 0.9 - 0.7 * min(percent / 100, 0.9) if stored else 1.0
+        assert seconds == pytest.approx(wanted), percent
+    assert found["a"][0] == 1.0 > found["a"][10]
+    assert found["c"] == pytest.approx([2 * seconds for seconds in found["a"]])  # in proportion to the weights
+    made(*linear("scalar", 1.6, 0.6), curve("dense", 0, [1, 1, 1, 1])).save(tmp_path / "t.json")
+    slow = tuning.time_curves({"a": (64, 64)}, "float32", str(tmp_path / "t.json"), 1)["a"]
+    assert slow[:61] == [1.0] * 61 and slow[61] < 1.0
+    assert tuning.break_evens({"a": (64, 64)}, "float32", str(tmp_path / "t.json"), 1) == {"a": 0.61}
+    with pytest.raises(ValueError, match="has no times of bfloat16 weights and their dense layers"):
+        tuning.time_curves({"a": (64, 64)}, "bfloat16", str(tmp_path / "t.json"), 1)
+    with pytest.raises(ValueError, match="--tokens 0"):
+        tuning.time_curves({"a": (64, 64)}, "float32", str(tmp_path / "t.json"), 0)

@@ -2,31 +2,58 @@
 
 from typing import Any
 
-from alphaprune.commands.shared import check_file
+from alphaprune.commands.shared import check_file, dump
 from alphaprune.console import table
 
 
-def run(analysis: str, output: str, json: bool, times: str | None, tokens: int, **options: Any) -> None:
+def run(
+    analysis: str, output: str, json: bool, times: str | None, tokens: int, curves: str | None, **options: Any
+) -> None:
     from alphaprune.analysis import Analysis
+    from alphaprune.curves import Curves, attach
 
     check_file(output)
-    stats, break_even = Analysis.load(analysis), None
+    stats, break_even, seconds = Analysis.load(analysis), None, None
+    if curves is not None:
+        stats = attach(stats, Curves.load(curves))
     if times is not None:
         from alphaprune import tuning
 
         shapes = {name: stat.shape for name, stat in stats.layers.items()}
         break_even = tuning.break_evens(shapes, stats.dtype, times, tokens)
-    made = make_plan(stats, **options, break_even=break_even)
+        seconds = tuning.time_curves(shapes, stats.dtype, times, tokens)
+    made = make_plan(stats, **options, break_even=break_even, times=seconds)
     made.save(output)
+    predicted = _predicted(made, stats if curves is not None else None, seconds)
     if json:
-        print(made.to_json())
+        print(dump(made.to_dict() | predicted))
         return
     rows = [[name, str(p.pattern), f"{p.sparsity:.4f}", f"{p.zeros:,}"] for name, p in made.layers.items()]
     table(["layer", "pattern", "sparsity", "zeros"], rows)
-    print(f"{output}: sparsity {made.sparsity:.6g}, allocator {made.allocator}, epsilon {made.epsilon:.4g}")
+    asked, realized = f"{made.sparsity:.6g}", f"{made.realized:.6g}"
+    reached = asked if asked == realized else f"{asked} ({realized} by what the pattern allows)"
+    print(f"{output}: sparsity {reached}, allocator {made.allocator}, epsilon {made.epsilon:.4g}")
+    if "predicted_loss" in predicted:
+        print(f"predicted loss {predicted['predicted_loss']:.4g}, the sum of what the blocks lose alone")
+    if "predicted_seconds" in predicted:
+        now, dense = predicted["predicted_seconds"], predicted["dense_seconds"]
+        print(f"predicted {now:.4g} s in linear layers for {tokens} tokens, {dense:.4g} s dense: {dense / now:.2f}×")
 
 
-def make_plan(analysis, sparsity, allocator, epsilon, pattern, per, min_sparsity, max_sparsity, break_even=None) -> Any:
+def _predicted(made: Any, stats: Any, seconds: Any) -> dict[str, float]:
+    """What error curves and times, where they are given, say of the plan."""
+    from alphaprune import speed_planning
+
+    found = {}
+    if stats is not None:
+        found["predicted_loss"] = speed_planning.predicted_loss(made, stats)
+    if seconds is not None:
+        found["predicted_seconds"], found["dense_seconds"] = speed_planning.predicted_seconds(made, seconds)
+    return found
+
+
+def make_plan(analysis, sparsity, allocator, epsilon, pattern, per, min_sparsity, max_sparsity, **options: Any) -> Any:
+    """options: break_even, latency, max_loss and times, as `planning.plan` takes them."""
     from alphaprune import planning
 
     if epsilon != "auto":
@@ -42,5 +69,5 @@ def make_plan(analysis, sparsity, allocator, epsilon, pattern, per, min_sparsity
         pattern=pattern,
         granularity=per,
         bounds=(min_sparsity, max_sparsity),
-        break_even=break_even,
+        **options,
     )

@@ -23,6 +23,7 @@ def run(
     length: int | None,
     seed: int,
     refit: bool,
+    channel_permute: bool,
     prefix: str,
     device: str | None,
     format: str,  # noqa: A002
@@ -31,25 +32,29 @@ def run(
     json: bool,
     **options: Any,
 ) -> None:
-    from alphaprune import __version__, checkpoint, pruning
+    from alphaprune import __version__, checkpoint, permute, pruning
 
-    recipe = pruning.Recipe(_method(method, calibration), select, refit, prefix, device)
+    recipe = pruning.Recipe(_method(method, calibration), select, refit, prefix, device, channel_permute)
     pruner = recipe.check()
     if recipe.need != "nothing" and calibration is None:
         what = f"--method {pruner.name}" if pruner.needs_calibration else "--refit"
         raise ValueError(f"{what} needs --calibration FILE, the text that the model should stay good at")
     _check_plan_options(plan, options)
     _check_values(values, group, format)
+    if channel_permute and plan is None and options["pattern"] == "unstructured":
+        raise ValueError(permute.NEEDS_PATTERN)
     checkpoint.check_free(Path(output))
     source = models.open_source(model)
     tokens, identity = None, {"method": pruner.name, "selection": select or pruner.selection, "refit": refit}
-    identity |= {"prefix": prefix, "format": format}
+    identity |= {"channel_permute": channel_permute, "prefix": prefix, "format": format}
     if values is not None:
         identity |= {"values": values, "group": group}
     if calibration is not None:
         tokens, read = calibration_windows(source, calibration, samples, window(length, source.config), seed)
         identity |= read
     chosen = _chosen_plan(source, plan, analysis, options, tokens, device)
+    if channel_permute:
+        permute.check(source.config, source.name, chosen.layers)
     identity["model"] = source.description().fingerprint
     identity["plan"] = hashlib.sha256(chosen.to_json().encode()).hexdigest()
     made = {"alphaprune": __version__, "source": source.name, **identity, "plan": chosen.to_dict()}
@@ -59,14 +64,18 @@ def run(
             return pruning.prune_blocks(source, chosen, recipe, tokens, restore, tick, finish)
 
         written = checkpoint.write_pruned(source, output, identity, made, run, format == "sbt", values, group)
+    _report(written, chosen.realized, values is not None, json)
+
+
+def _report(written: Any, sparsity: float, quantized: bool, json: bool) -> None:
     if json:
         errors = {name: error._asdict() for name, error in written.errors.items()}
-        found = {**vars(written), "folder": str(written.folder), "sparsity": chosen.realized}
+        found = {**vars(written), "folder": str(written.folder), "sparsity": sparsity}
         found.pop("errors")
-        print(dump(found | ({"quantization_error": errors} if values else {})))
+        print(dump(found | ({"quantization_error": errors} if quantized else {})))
         return
     print(
-        f"{written.folder}: sparsity {chosen.realized:.4f}, linears {size(written.dense_bytes)} → "
+        f"{written.folder}: sparsity {sparsity:.4f}, linears {size(written.dense_bytes)} → "
         f"{size(written.stored_bytes)}, {written.packed_layers} of {written.layers} layers packed"
     )
     if written.errors:
@@ -117,6 +126,7 @@ def _chosen_plan(
     from alphaprune import allocators, planning
     from alphaprune.analysis import Analysis, option_for
     from alphaprune.analysis import analyze as run_analysis
+    from alphaprune.curves import SERIES
     from alphaprune.farms import Windows
 
     if plan is not None:
@@ -127,6 +137,11 @@ def _chosen_plan(
         stats = Analysis.load(analysis)
     else:
         allocator = allocators.get(options["allocator"])
+        if set(allocator.series) & set(SERIES):
+            raise ValueError(
+                f"--allocator {allocator.name} needs error curves, which `alphaprune compare` makes: give them to "
+                f"`alphaprune plan`, and its file as --plan"
+            )
         needs = {option_for(entry) for entry in (*allocator.columns, *allocator.series)}
         if "--calibration FILE" in needs and tokens is None:
             raise ValueError(f"--allocator {allocator.name} needs --calibration FILE, or --analysis made with it")
