@@ -187,6 +187,8 @@ def restore_block(block: Block, file: Path) -> dict[str, Tensor]:
     with shards.open_file(file) as stored:
         names = set(stored.keys())
         for name, layer in block.linears.items():
+            if layer.bias is not None:  # permuted with the channels, perhaps
+                layer.bias.data = stored.get_tensor(f"{name}.bias")
             values, *others = (
                 stored.get_tensor(f"{name}.{s}") if f"{name}.{s}" in names else None for s in PACKED_SUFFIXES
             )

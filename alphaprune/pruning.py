@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from alphaprune import calibrate, pruners
+from alphaprune import calibrate, permute, pruners
 from alphaprune.calibrate import Activations, InputStat, Need
 from alphaprune.model import Block, Source, open_source
 from alphaprune.planning import Plan
@@ -28,6 +28,7 @@ class Recipe:
     refit: the kept weights of every layer are solved for anew, see refit.py.
     prefix: what the inputs of a block come from, the "pruned" blocks before it, or the "dense" ones.
     device: where a block is calibrated and pruned; by default where it is.
+    channel_permute: for N:M masks, put channels in a better order first, see permute.py.
     """
 
     method: str = "wanda"
@@ -35,6 +36,7 @@ class Recipe:
     refit: bool = False
     prefix: Literal["pruned", "dense"] = "pruned"
     device: str | None = None
+    channel_permute: bool = False
 
     def check(self) -> Pruner:
         """The pruner; ValueError for anything that is not there."""
@@ -106,6 +108,8 @@ def prune_blocks(
     """
     source, pruner = open_source(source), recipe.check()
     plan.check(source.description())
+    if recipe.channel_permute:
+        permute.check(source.config, source.name, plan.layers)
     if recipe.need != "nothing" and tokens is None and statistics is None:
         what = f"method {recipe.method}" if pruner.needs_calibration else "a refit"
         other = ", or choose --method magnitude" if pruner.needs_calibration and not recipe.refit else ""
@@ -153,6 +157,8 @@ class _Run:
             _check_finite(block)
             with _on(block, self.recipe.device):
                 inputs = self._inputs(block, activations) if inputs is None else inputs
+                if self.recipe.channel_permute:
+                    inputs = permute.block(block, inputs, self.plan.layers, self.source.config)
                 masks = {name: self._layer(name, layer, inputs.get(name)) for name, layer in block.linears.items()}
             masks = {name: mask.to(block.linears[name].weight.device) for name, mask in masks.items()}
             if finish:
