@@ -1,4 +1,4 @@
-"""Perplexity and bits per byte of a model on a text."""
+"""Perplexity and bits per byte of a model on a text, and how far it is from the dense model there."""
 
 import math
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from alphaprune.data import Text
 
 TOKENS_AT_ONCE = 4096
+LOGITS_AT_ONCE = 512  # tokens whose logits are in memory together where two models are compared
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,27 @@ class Evaluation:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What a model makes of windows, one entry per window, [windows] float64 in nats per predicted token.
+
+    losses: the mean loss.   divergences: the mean KL(dense ‖ model); all 0 for the dense model itself.
+    """
+
+    losses: Tensor
+    divergences: Tensor
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The dense model on windows: `tokens` [windows, length] int64, `states` [windows, length, D], the inputs of its
+    head in its own dtype, from which its logits are made again window by window; `losses` [windows] float64."""
+
+    tokens: Tensor
+    states: Tensor
+    losses: Tensor
+
+
 def evaluate(
     model: nn.Module,
     text: Text,
@@ -48,17 +70,15 @@ def evaluate(
     context = getattr(model.config, "max_position_embeddings", length)
     if length > context:
         raise ValueError(f"length {length} is more than the {context} positions of this model; give --length {context}")
-    count = window_count(text, length, windows)
+    tokens = windows_of(text, length, windows)
+    count = len(tokens)
     started = perf_counter()
-    tokens = text.tokens[: count * length].reshape(count, length)
-    losses = torch.cat([_losses(model, part, progress) for part in tokens.split(max(1, TOKENS_AT_ONCE // length))])
-    ends = text.ends[: count * length].reshape(count, length)
-    scored = int((ends[:, -1] - ends[:, 0]).sum()) if int(text.ends[-1]) >= 0 else None
-    mean = losses.mean().item()
-    spread = losses.std().item() / math.sqrt(count) if count > 1 else math.nan
+    losses = window_losses(model, tokens, progress)
+    scored = scored_bytes(text, length, count)
+    mean, spread = mean_and_error(losses)
     return Evaluation(
-        perplexity=math.exp(mean) if mean < 700 else math.inf,
-        bits_per_byte=mean * count * (length - 1) / math.log(2) / scored if scored else None,
+        perplexity=perplexity(mean),
+        bits_per_byte=bits_per_byte(mean, count * (length - 1), scored),
         tokens=count * (length - 1),
         bytes=scored,
         windows=count,
@@ -85,15 +105,105 @@ def window_count(text: Text, length: int, windows: int | None = None) -> int:
     return min(count, windows or count)
 
 
+def windows_of(text: Text, length: int, windows: int | None = None) -> Tensor:
+    """[windows, length] int64: non-overlapping windows from the start of a text; ValueError if there is not one."""
+    count = window_count(text, length, windows)
+    return text.tokens[: count * length].reshape(count, length)
+
+
+def scored_bytes(text: Text, length: int, count: int) -> int | None:
+    """Bytes of the predicted tokens in the first `count` windows; None where a slow tokenizer gives no offsets."""
+    ends = text.ends[: count * length].reshape(count, length)
+    return int((ends[:, -1] - ends[:, 0]).sum()) if int(text.ends[-1]) >= 0 else None
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def bits_per_byte(loss: float, tokens: int, scored: int | None) -> float | None:
+    """The mean loss over `tokens` in nats, in bits over the bytes that they cover."""
+    return loss * tokens / math.log(2) / scored if scored else None
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean of one value per window and the standard error of that mean; NaN of a single window."""
+    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return values.mean().item(), error
+
+
+def window_losses(model: nn.Module, tokens: Tensor, progress: Callable[[str], None] | None = None) -> Tensor:
+    """Mean loss of every window in nats per predicted token; tokens [windows, length] → [windows] float64."""
+    return torch.cat([_losses(model, part, progress) for part in _parts(tokens)])
+
+
+def reference(model: nn.Module, tokens: Tensor, progress: Callable[[str], None] | None = None) -> Reference:
+    """The dense model on windows, tokens [windows, length]; its logits are not kept, the inputs of its head are."""
+    states, losses = [], []
+    for part in _parts(tokens):
+        found = final_states(model, part)
+        losses.append(judge(model, part, found).losses)
+        states.append(found.cpu())
+        _tick(progress, len(part))
+    return Reference(tokens, torch.cat(states), torch.cat(losses))
+
+
+def against(model: nn.Module, dense: Reference, progress: Callable[[str], None] | None = None) -> Judged:
+    """Losses of a pruned model and its divergence from the dense one, whose head (never pruned) it must share."""
+    found = []
+    for tokens, states in zip(_parts(dense.tokens), _parts(dense.states), strict=True):
+        found.append(judge(model, tokens, final_states(model, tokens), states))
+        _tick(progress, len(tokens))
+    return Judged(torch.cat([f.losses for f in found]), torch.cat([f.divergences for f in found]))
+
+
+def final_states(model: nn.Module, tokens: Tensor) -> Tensor:
+    """The inputs of the head, [windows, length, D], for tokens [windows, length]."""
+    with torch.inference_mode():
+        return model.base_model(input_ids=tokens.to(_device(model)), use_cache=False).last_hidden_state
+
+
+def judge(model: nn.Module, tokens: Tensor, states: Tensor, dense: Tensor | None = None) -> Judged:
+    """Losses and divergences of windows from the inputs of the head, `states` and those of the `dense` model.
+
+    tokens: [windows, length].   states, dense: [windows, length, D].   KL(dense ‖ model) = Σ p·(log p − log q) over the
+    vocabulary; softmax in float32, sums in float64; the last token of a window predicts nothing that is scored.
+    """
+    head, device = model.get_output_embeddings(), _device(model)
+    targets = tokens[:, 1:].flatten().to(device)  # [windows · (length − 1)]
+    sides = [side[:, :-1].flatten(0, 1) for side in (states, dense) if side is not None]
+    losses, divergences = [], []
+    with torch.inference_mode():
+        for target, *inputs in zip(*(x.split(LOGITS_AT_ONCE) for x in (targets, *sides)), strict=True):
+            logs = [head(x.to(device)).float().log_softmax(-1) for x in inputs]  # [tokens, vocabulary]
+            losses.append(nn.functional.nll_loss(logs[0], target, reduction="none").double())
+            if dense is not None:
+                divergences.append((logs[1].exp() * (logs[1] - logs[0])).sum(-1, dtype=torch.float64))
+    mean = [torch.cat(values).reshape(len(tokens), -1).mean(1).cpu() for values in (losses, divergences) if values]
+    return Judged(mean[0], mean[1] if dense is not None else torch.zeros_like(mean[0]))
+
+
+def _parts(windows: Tensor) -> tuple[Tensor, ...]:
+    """[windows, length, …] in parts that go through a model together."""
+    return windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1]))
+
+
+def _tick(progress: Callable[[str], None] | None, windows: int) -> None:
+    for _ in range(windows if progress else 0):
+        progress("")
+
+
+def _device(model: nn.Module) -> torch.device:
+    return model.get_input_embeddings().weight.device
+
+
 def _losses(model: nn.Module, tokens: Tensor, progress: Callable[[str], None] | None) -> Tensor:
     """Mean loss of every window in nats per token; tokens [windows, length] → [windows] float64."""
-    device = model.get_input_embeddings().weight.device
+    device = _device(model)
     with torch.inference_mode():
         logits = model(input_ids=tokens.to(device), use_cache=False).logits  # [windows, length, vocabulary]
         loss = nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten().to(device), reduction="none"
         )
-    if progress:
-        for _ in tokens:
-            progress("")
+    _tick(progress, len(tokens))
     return loss.reshape(len(tokens), -1).double().mean(1).cpu()

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model, shared
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from alphaprune import data, evaluate, hf
 
@@ -101,3 +103,69 @@ def test_logits_do_not_depend_on_how_many_windows_go_together(directory: Path, t
     monkeypatch.setattr(evaluate, "TOKENS_AT_ONCE", 32)
     alone = evaluate.evaluate(model, text, 32, windows=5)
     assert together.perplexity == pytest.approx(alone.perplexity, rel=1e-5)
+
+
+def direct(dense, pruned, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses of windows and KL(dense ‖ pruned) from all logits at once, in float64."""
+    with torch.no_grad():
+        p, q = (m(input_ids=tokens).logits[:, :-1].double().log_softmax(-1) for m in (dense, pruned))
+    losses = -q.gather(-1, tokens[:, 1:, None])[..., 0]
+    divergences = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+    return losses.mean(1), divergences.mean(1)
+
+
+@pytest.mark.parametrize(("windows", "length"), [(1, 2), (5, 33), (7, 64)])
+def test_losses_and_divergences_equal_the_definition(windows: int, length: int, monkeypatch) -> None:
+    """However windows and tokens are cut into parts."""
+    monkeypatch.setattr(evaluate, "TOKENS_AT_ONCE", 100)
+    monkeypatch.setattr(evaluate, "LOGITS_AT_ONCE", 13)
+    dense, pruned = make_model(1), make_model(1)
+    with torch.no_grad():
+        for parameter in pruned.model.layers.parameters():
+            parameter.mul_(torch.rand_like(parameter) > 0.3)
+    tokens = torch.randint(0, 257, (windows, length), generator=torch.Generator().manual_seed(windows))
+    ticks = []
+    reference = evaluate.reference(dense, tokens, ticks.append)
+    found = evaluate.against(pruned, reference, ticks.append)
+    losses, divergences = direct(dense, pruned, tokens)
+    assert len(ticks) == 2 * windows
+    assert found.losses.dtype == found.divergences.dtype == reference.losses.dtype == torch.float64
+    torch.testing.assert_close(found.losses, losses, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.divergences, divergences, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(reference.losses, direct(dense, dense, tokens)[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(evaluate.window_losses(pruned, tokens), losses, rtol=1e-5, atol=0)
+    assert divergences.min() > 0.01  # there was something to find
+
+
+def test_the_dense_model_does_not_differ_from_itself() -> None:
+    model = make_model(1)
+    tokens = torch.randint(0, 257, (3, 40), generator=torch.Generator().manual_seed(0))
+    reference = evaluate.reference(model, tokens)
+    found = evaluate.against(model, reference)
+    assert torch.equal(found.losses, reference.losses) and found.divergences.abs().max() < 1e-12
+
+
+@given(st.lists(st.floats(-50, 50), min_size=2, max_size=40))
+def test_standard_errors(values: list[float]) -> None:
+    mean, error = evaluate.mean_and_error(torch.tensor(values, dtype=torch.float64))
+    center = math.fsum(values) / len(values)
+    variance = math.fsum((v - center) ** 2 for v in values) / (len(values) - 1)
+    assert mean == pytest.approx(center, abs=1e-9) and error == pytest.approx(
+        math.sqrt(variance / len(values)), abs=1e-9
+    )
+    assert math.isnan(evaluate.mean_and_error(torch.tensor([1.0]))[1])
+
+
+@settings(max_examples=30)
+@given(st.integers(2, 50), st.integers(2, 400), st.none() | st.integers(1, 9))
+def test_windows_cut_a_text_from_its_start(length: int, count: int, limit: int | None) -> None:
+    ends = torch.arange(1, count + 1) * 3
+    text = data.Text("text", "", int(ends[-1]), torch.arange(count), ends)
+    if count < length:
+        with pytest.raises(ValueError, match="shorter than one window"):
+            evaluate.windows_of(text, length, limit)
+        return
+    found = evaluate.windows_of(text, length, limit)
+    assert len(found) == min(count // length, limit or count)
+    assert found.flatten().tolist() == list(range(found.numel()))
+    assert evaluate.scored_bytes(text, length, len(found)) == 3 * (length - 1) * len(found)
