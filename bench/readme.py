@@ -1,4 +1,4 @@
-"""Writes the figures of README.md from the committed rows: `python bench/readme.py [--check]`.
+"""Writes the figures of README.md and docs from the committed rows: `python bench/readme.py [--check]`.
 
 Between `<!-- NAME -->` and `<!-- /NAME -->` stands what this script makes of bench/results; --check: fails if stale.
 """
@@ -61,12 +61,15 @@ def verdict(found: dict) -> str:
     )
 
 
+SHOWN = {1: (0.5, 0.7, 0.8), 16: (0.7, 0.8), 64: (0.7, 0.8), 256: (0.8,)}  # sparsities of a layer by tokens
+
+
 def linear() -> str:
     """A table for every machine that has rows, the newest last; of one layer, and not of every sparsity."""
     shown = [
         row
         for row in rows("linear.jsonl")
-        if row["shape"] == [11008, 4096] and row["sparsity"] in (0.5, 0.7, 0.8) and row["tokens"] in (1, 16, 64, 256)
+        if row["shape"] == [11008, 4096] and row["sparsity"] in SHOWN.get(row["tokens"], ())
     ]
     machines = dict.fromkeys(row["machine"] for row in shown)
     return "\n\n".join(linear_of([r for r in shown if r["machine"] == name]) for name in machines)
@@ -112,7 +115,7 @@ def model() -> str:
 
 
 def analyze() -> str:
-    found = rows("analyze.jsonl")
+    found = [row for row in rows("analyze.jsonl") if row["contender"] != "mid"]
     cells = [
         [f"{r['shape'][0]}×{r['shape'][1]}", r["contender"], r["solver"], f"{r['seconds']:.2f}", f"{r['ratio']:.2f}×"]
         for r in found
@@ -125,7 +128,8 @@ def analyze() -> str:
 
 
 def cubins() -> str:
-    found = [row for row in rows("cubins.jsonl") if row["m"] == (1 if row["kernel"].startswith("delta") else 8)]
+    shown = [row for row in rows("cubins.jsonl") if row["m"] == (1 if row["kernel"].startswith("delta") else 8)]
+    found = [row for row in shown if row["arch"] == "sm_80" or not row["kernel"].startswith("nm")]
     cells = [
         [
             row["kernel"].partition("<")[0],
@@ -156,22 +160,98 @@ def cubins() -> str:
     return f"{table(columns, cells)}\n\n{note}"
 
 
+def quality() -> str:
+    """Methods by sparsity on the embedded model."""
+    return methods_of("demo", "the embedded model")
+
+
+def quality_stories() -> str:
+    return methods_of("stories260K_hf", "stories260K")
+
+
+def methods_of(model: str, called: str) -> str:
+    found = [row for row in rows("quality.jsonl") if row["model"] == model]
+    dense = next(row for row in found if row["method"] == "dense")
+    pruned = [row for row in found if row["method"] != "dense"]
+    shapes = list(dict.fromkeys((row["pattern"], row["sparsity"]) for row in pruned))
+    cells = []
+    for how in dict.fromkeys((row["method"], row["refit"], row["channel_permute"]) for row in pruned):
+        line = {
+            (r["pattern"], r["sparsity"]): r for r in pruned if (r["method"], r["refit"], r["channel_permute"]) == how
+        }
+        figures = [f"{line[s]['perplexity']:.4g} ({line[s]['layer_error']:.1%})" if s in line else "" for s in shapes]
+        name = how[0] + " + refit" * how[1] + " + channel permutation" * how[2]
+        cells.append((-line[next(s for s in reversed(shapes) if s in line)]["layer_error"], [name, *figures]))
+    names = [f"{sparsity:.0%}" if pattern == "unstructured" else pattern for pattern, sparsity in shapes]
+    note = (
+        f"Perplexity (dense: {dense['perplexity']:.4g}, its loss ± {dense['stderr']:.3f}) and layer error "
+        f"Σ‖(Ŵ − W)X‖² / Σ‖WX‖² of {called} at uniform ratios: `python bench/quality.py`, {dense['windows']} windows "
+        f"of {dense['length']} tokens ([rows](RESULTS/quality.jsonl))."
+    )
+    return f"{table(['method', *names], [line for _, line in sorted(cells)])}\n\n{note}"
+
+
+def compared() -> str:
+    """Allocators by sparsity on every model that was compared."""
+    found = rows("compare.jsonl")
+    return "\n\n".join(compared_on(m, [r for r in found if r["model"] == m]) for m in {r["model"]: 0 for r in found})
+
+
+def compared_on(model: str, found: list[dict]) -> str:
+    dense, candidates = found[0], found[1:]
+    sparsities, methods = (list(dict.fromkeys(r[k] for r in candidates)) for k in ("sparsity", "method"))
+    cells = []
+    for allocator in dict.fromkeys(r["allocator"] for r in candidates):
+        line = [allocator]
+        for sparsity in sparsities:
+            mine = {r["method"]: r for r in candidates if (r["allocator"], r["sparsity"]) == (allocator, sparsity)}
+            shown = [f"{mine[m]['test']['perplexity']:.4g}" for m in methods]
+            line.append(
+                " / ".join(f"**{s}**" if mine[m]["recommended"] else s for s, m in zip(shown, methods, strict=True))
+            )
+        cells.append(line)
+    judged = []
+    for row in (r for r in candidates if r["recommended"]):
+        versus = row["test_versus_best"]
+        margin = f"{versus['difference']:+.3f} ± {versus['stderr']:.3f} nats" if versus["difference"] else "itself"
+        judged.append(f"{row['sparsity']:.0%} {row['allocator']} with {row['method']} ({margin})")
+    note = (
+        f"{model}: test perplexity with {' / '.join(methods)} (dense: {dense['test']['perplexity']:.4g}), bold: chosen "
+        f"by `alphaprune compare` on the validation text. Against the best on the test text: {'; '.join(judged)}. "
+        f"`python bench/compare.py`, {dense['windows']} windows of {dense['length']} tokens each "
+        f"([rows](RESULTS/compare.jsonl))."
+    )
+    return f"{table(['allocator', *(f'{s:.0%}' for s in sparsities)], cells)}\n\n{note}"
+
+
+PAGES = {
+    "README.md": (demo, quality, linear, cubins, model),
+    "docs/quality.md": (quality_stories, compared, analyze),
+}
+
+
+def filled(page: str) -> str:
+    """A page with its figures; SystemExit if it has no place for one of them."""
+    text = (ROOT / page).read_text()
+    for part in PAGES[page]:
+        name = part.__name__
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
+        if not pattern.search(text):
+            raise SystemExit(f"{page} has no place for {name}")
+        made = part().replace("RESULTS/", "../" * page.count("/") + "bench/results/")
+        text = pattern.sub(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", text)
+    return text
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if README.md is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is stale")
     options = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = before = readme.read_text()
-    for part in (demo, linear, cubins, model, analyze):
-        name = part.__name__
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.S)
-        if not pattern.search(text):
-            print(f"README.md has no place for {name}", file=sys.stderr)
-            return 1
-        text = pattern.sub(lambda found, part=part: found[1] + part() + found[2], text)
+    pages = {page: filled(page) for page in PAGES}
     if options.check:
-        return int(text != before)
-    readme.write_text(text)
+        return int(any(text != (ROOT / page).read_text() for page, text in pages.items()))
+    for page, text in pages.items():
+        (ROOT / page).write_text(text)
     return 0
 
 

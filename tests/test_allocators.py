@@ -84,7 +84,7 @@ def test_alpha_is_the_published_formula(file: str) -> None:
 # How many ε a ratio may be away from 1: 1 of a linear rule, 2 of an additive one, which is around its mean. LSA's share
 # of a small matrix is times mean size / size. Of some allocators ε is no part.
 WIDEST = {"owl": 2, "dlp": 2, "lsa": 2 * (48 * 32 + 64 * 80) / 2 / (48 * 32)}
-WITHOUT_EPSILON = ("erk", "lamp", "global", "measured")
+WITHOUT_EPSILON = ("uniform", "erk", "lamp", "global", "measured")
 
 
 def ratios_of(name: str, analysis: Analysis, sparsity: float, epsilon: float, granularity: str) -> dict[str, float]:

@@ -1,0 +1,13 @@
+"""Files of rows, one JSON object per line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def replace(file: Path, made: list[dict[str, Any]], key: str) -> None:
+    """Puts rows into a file in the place of those that have the same value of `key`."""
+    news = {row[key] for row in made}
+    before = file.read_text().splitlines() if file.exists() else []
+    kept = [line for line in before if json.loads(line)[key] not in news]
+    file.write_text("\n".join([*kept, *(json.dumps(row) for row in made)]) + "\n")
