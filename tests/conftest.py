@@ -62,6 +62,25 @@ def native_only() -> None:
         pytest.skip(native.status())
 
 
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs a command in an empty folder; returns (exit status, stdout, stderr)."""
+    from alphaprune import cli
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            status = cli.main([str(a) for a in arguments])
+        except SystemExit as stop:  # argparse
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
 def shared(name: str) -> Path:
     """A folder of real data beside the checkout; the test skips, with the reason, where it is not."""
     folder = SHARED / name

@@ -7,25 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import make_model, shared, write_tokenizer
 
-from alphaprune import cli
 from alphaprune.kernels import base
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Runs a command in an empty folder; returns (exit status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            status = cli.main([str(a) for a in arguments])
-        except SystemExit as stop:  # argparse
-            status = stop.code
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
 
 
 def test_the_whole_line(run, directory: Path, text_file: Path) -> None:

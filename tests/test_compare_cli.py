@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import make_model, write_tokenizer
 
-from alphaprune import allocators, cli
+from alphaprune import allocators
 
 WORDS = ["the", "sparse", "wéight", "of", "a", "heävy", "tail", "→", "and", "so", "on\n"]
 
@@ -25,22 +25,9 @@ def write_texts(folder: Path) -> None:
     (folder / "short.txt").write_text("too short")
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Runs a command in a folder with texts; returns (exit status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True)
+def texts(tmp_path: Path) -> None:
     write_texts(tmp_path)
-
-    def call(*arguments) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            status = cli.main([str(a) for a in arguments])
-        except SystemExit as stop:  # argparse
-            status = stop.code
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
 
 
 def command(model: Path, *changes) -> list:
