@@ -24,43 +24,44 @@ def refit(weight: Tensor, dense: Tensor, mask: Tensor, gram: Gram, iterations: i
     """
     gram.check()
     diagonal, dead = gram.living_diagonal(), gram.dead()
-    parts = zip(weight.split(ROWS), dense.split(ROWS), mask.split(ROWS), strict=True)
-    found = []
+    result = dense.detach().to(torch.float32, copy=True)
     with full_float32():
-        for part, wanted, keep in parts:
-            wanted = wanted.detach().float()
-            start = torch.where(dead, wanted, part.detach().float()).masked_fill_(~keep, 0)
-            found.append(_solve(start - wanted, keep, gram.matrix, diagonal, iterations).add_(wanted).mul_(keep))
-    return torch.cat(found)
+        for first in range(0, len(result), ROWS):
+            rows = slice(first, first + ROWS)
+            wanted, keep = result[rows], mask[rows].view(torch.uint8).float()  # much faster than from bool
+            start = torch.where(dead, wanted, weight[rows].detach().float()).mul_(keep).sub_(wanted)
+            wanted.add_(_solve(start, keep, gram.matrix, diagonal, iterations)).mul_(keep)
+    return result
 
 
 def _solve(start: Tensor, keep: Tensor, matrix: Tensor, diagonal: Tensor, iterations: int) -> Tensor:
-    """The best W − W₀ [n, K] from `start` that changes only where `keep`: conjugate gradients, row by row."""
+    """The best W − W₀ [n, K] from `start` that changes only where `keep`: conjugate gradients, row by row.
+
+    keep: [n, K] float32, 1 where kept. Everything is done in place: new tensors of this size cost more than sums.
+    """
     damped, inverse = DAMPING * diagonal, 1 / diagonal  # [K]
-    free = keep.to(start.dtype)  # masking by products is several times faster than by bool
-    reached = torch.mm(start, matrix)
-    scratch = torch.empty_like(start)
-
-    def dots(left: Tensor, right: Tensor) -> Tensor:
-        return torch.mul(left, right, out=scratch).sum(1, keepdim=True)  # [n, 1]
-
-    before = dots(start, reached)
-    residual = reached.addcmul_(start, damped).neg_().mul_(free)
+    reached, scratch = start @ matrix, torch.empty_like(start)
+    before = _dots(start, reached, scratch)  # [n, 1] the errors
+    residual = torch.addcmul(reached, start, damped).neg_().mul_(keep)
     found, search = start.clone(), residual * inverse
-    size = dots(residual, search)
+    size = _dots(residual, search, scratch)
     enough = TOLERANCE**2 * size
-    reached = torch.empty_like(start)
     for _ in range(iterations):
         active = size > enough
         if not bool(active.any()):
             break
         torch.mm(search, matrix, out=reached).addcmul_(search, damped)
-        curvature = dots(search, reached)
+        curvature = _dots(search, reached, scratch)
         length = torch.where(active & (curvature > 0), size / curvature, 0)
         found.addcmul_(length, search)
-        residual.addcmul_(length, reached.mul_(free), value=-1)
+        residual.addcmul_(length, reached.mul_(keep), value=-1)
         scaled = torch.mul(residual, inverse, out=reached)
-        last, size = size, dots(residual, scaled)
+        last, size = size, _dots(residual, scaled, scratch)
         search.mul_(torch.where(active, size / last, 0)).add_(scaled)
-    better = dots(found, torch.mm(found, matrix, out=reached)) < before
+    better = _dots(found, torch.mm(found, matrix, out=reached), scratch) < before
     return torch.where(better, found, start)
+
+
+def _dots(left: Tensor, right: Tensor, scratch: Tensor) -> Tensor:
+    """[n, 1] the inner products of the rows of two matrices [n, K]; `scratch` [n, K] is overwritten."""
+    return torch.mul(left, right, out=scratch).sum(1, keepdim=True)

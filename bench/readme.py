@@ -39,8 +39,9 @@ def demo() -> str:
         )
     columns = ["model", "bits per byte", "MB of linears", "tokens/s", "7B block, GB/s", "7B block, speed-up"]
     note = (
-        f"`alphaprune demo`, {found['machine']}: the embedded 11 M-parameter LLaMA, Wanda masks, judged on the held-"
-        f"out standard library of Python {found['python']} (corpus sha256 {found['corpus_sha256'][:12]}, "
+        f"`alphaprune demo`, {found['machine']}: the embedded 11 M-parameter LLaMA, method {found['method']} with a "
+        f"refit, judged on the held-out standard library of Python {found['python']} (corpus sha256 "
+        f"{found['corpus_sha256'][:12]}, "
         f"{found['bytes']:,} bytes in {found['tokens']:,} tokens). 7B block: the seven linears of one LLaMA-2-7B-"
         f"shaped block, random bf16 weights read from memory, one token, against torch's dense bf16."
     )
