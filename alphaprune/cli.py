@@ -157,7 +157,7 @@ def _measure_commands(sub) -> None:
     info.add_argument("--device", default="cpu", help="with MODEL: cpu, cuda or cuda:N to choose kernels for")
     info.add_argument("--json", action="store_true")
 
-    demo = sub.add_parser("demo", help="the whole flow on the embedded model, in about a minute")
+    demo = sub.add_parser("demo", help="the whole flow on the embedded model, in a minute or two")
     demo.add_argument("-o", "--output", metavar="DIR", default="alphaprune-demo", help="for picture and results")
     demo.add_argument("--json", action="store_true")
 

@@ -6,13 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from tables import curve, linear, made
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+GUIDE = (ROOT / "docs" / "quality.md").read_text()
 
 
-def code(language: str, number: int) -> str:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)[number]
+def code(language: str, number: int, page: str = README) -> str:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.S)[number]
 
 
 def test_figures_are_those_of_the_committed_rows() -> None:
@@ -22,8 +24,17 @@ def test_figures_are_those_of_the_committed_rows() -> None:
 
 
 def test_every_link_leads_somewhere() -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert len(links) > 8 and all((ROOT / link).exists() for link in links)
+    for page, folder, least in ((README, ROOT, 8), (GUIDE, ROOT / "docs", 3)):
+        links = re.findall(r"\]\(([^)#:]+)\)", page)
+        assert len(links) > least and [link for link in links if not (folder / link).exists()] == []
+
+
+def shell(commands: list[str], folder: Path) -> str:
+    """What a shell prints for these lines; it stops at the first that fails."""
+    script = "\n".join(["set -e", f'alphaprune() {{ {sys.executable} -m alphaprune "$@"; }}', *commands])
+    found = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    return found.stdout
 
 
 @pytest.mark.slow
@@ -33,12 +44,27 @@ def test_shell_and_python_as_written(directory: Path, text_file: Path, tmp_path:
     (tmp_path / "MODEL").symlink_to(directory)
     for name in ("text.txt", "held-out.txt"):
         (tmp_path / name).write_bytes(text_file.read_bytes())
-    python = f'alphaprune() {{ {sys.executable} -m alphaprune "$@"; }}'
     commands = [line.replace("--calibration", "--samples 4 --calibration") for line in lines[1:]]
     commands = [line.replace("--prompt", "--max-new 8 --prompt") for line in commands]
-    script = "\n".join(["set -e", python, *commands])
-    found = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    assert "perplexity" in found.stdout
+    assert "perplexity" in shell(commands, tmp_path)
     found = subprocess.run([sys.executable, "-c", code("python", 0)], cwd=tmp_path, capture_output=True, text=True)
     assert found.returncode == 0 and "tensor([[" in found.stdout, found.stderr
+
+
+@pytest.mark.slow
+def test_the_guide_as_written(directory: Path, text_file: Path, use_table, monkeypatch, tmp_path: Path) -> None:
+    """Comparing, pruning by the recommended plan, and plans from error curves and times, on made-up times."""
+    use_table(made(*linear("scalar", 1.3, 0.1), curve("dense", 0, [1] * 4)))
+    (tmp_path / "MODEL").symlink_to(directory)
+    words = text_file.read_text().split(" ")
+    for place, name in enumerate(("text.txt", "held-out.txt", "test.txt")):
+        (tmp_path / name).write_text(" ".join(words[place * 400 : (place + 1) * 400]))
+    compared, pruned = code("bash", 0, GUIDE).splitlines()
+    compared += " --samples 4 --windows 4 --allocators measured --methods wanda"
+    assert "recommended" in shell([compared, pruned + " --samples 4"], tmp_path)
+    assert (tmp_path / "pruned" / "config.json").exists()
+    budget, *timed = code("bash", 1, GUIDE).splitlines()
+    assert "predicted loss" in shell([budget], tmp_path)
+    for line in timed:
+        number = line.split()[-1]
+        assert "predicted" in shell([line.removesuffix(number) + "1000"], tmp_path)
