@@ -17,7 +17,7 @@ from rows import replace
 from tqdm import tqdm
 
 import alphaprune
-from alphaprune import calibrate, data, evaluate, hf, pruners, timing
+from alphaprune import calibrate, data, evaluate, hf, permute, pruners, timing
 from alphaprune.calibrate import InputStat
 from alphaprune.demo import corpus
 from alphaprune.demo.run import MODEL, spread
@@ -55,10 +55,21 @@ def layer_error(model: torch.nn.Module, plan: Any, recipe: Recipe, known: dict[s
     for _ in prune_blocks(pruned, plan, recipe, statistics=lambda block: {n: known[n] for n in block.linears}):
         pass
     seconds = perf_counter() - started
+    before, known = permuted(model, plan, known) if recipe.channel_permute else (model, known)
     for name, inputs in known.items():
-        before, after = (m.get_submodule(name).weight.detach().float() for m in (model, pruned))
-        changed, whole = changed + inputs.gram.error(after - before), whole + inputs.gram.error(before)
+        dense, weight = (m.get_submodule(name).weight.detach().float() for m in (before, pruned))
+        changed, whole = changed + inputs.gram.error(weight - dense), whole + inputs.gram.error(dense)
     return changed / whole, seconds
+
+
+def permuted(
+    model: torch.nn.Module, plan: Any, known: dict[str, InputStat]
+) -> tuple[torch.nn.Module, dict[str, InputStat]]:
+    """The dense model with its channels in the order that a mask of the plan is given, and its layers' inputs."""
+    moved, found = copy.deepcopy(model), {}
+    for block in open_source(moved).blocks():
+        found |= permute.block(block, {n: known[n] for n in block.linears}, plan.layers, model.config)
+    return moved, found
 
 
 def cases(stats: Any) -> list[tuple[Any, Recipe]]:
@@ -70,7 +81,7 @@ def cases(stats: Any) -> list[tuple[Any, Recipe]]:
         for method in sorted(pruners.MEMBERS):
             refits = (False,) if method == "alps" else (False, True)  # alps ends with one
             found += [(plan, Recipe(method, refit=refit)) for refit in refits]
-            if plan.pattern != "unstructured":
+            if plan.pattern != "unstructured" and method != "magnitude":  # which knows no inputs to order channels by
                 found.append((plan, Recipe(method, channel_permute=True)))
     return found
 
