@@ -18,7 +18,7 @@ from alphaprune import cli, timing
 from alphaprune.demo import corpus
 from alphaprune.demo.run import MODEL
 
-BEGINNING = 1000  # characters of a document
+BEGINNING = 1200  # characters of a document
 FIGURES = ("loss", "stderr", "perplexity", "kl", "kl_stderr", "bits_per_byte")
 
 

@@ -26,6 +26,8 @@ from alphaprune.pruning import Recipe, prune_blocks
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)
 PATTERNS = ("2:4",)
+# Methods were published with different selections; layer errors are to be compared within one.
+OTHER_SELECTION = {"magnitude": "row", "wanda": "matrix"}
 LENGTH = 512  # tokens per window: the context of both models
 
 
@@ -81,6 +83,8 @@ def cases(stats: Any) -> list[tuple[Any, Recipe]]:
         for method in sorted(pruners.MEMBERS):
             refits = (False,) if method == "alps" else (False, True)  # alps ends with one
             found += [(plan, Recipe(method, refit=refit)) for refit in refits]
+            if plan.pattern == "unstructured" and method in OTHER_SELECTION:
+                found.append((plan, Recipe(method, OTHER_SELECTION[method])))
             if plan.pattern != "unstructured" and method != "magnitude":  # which knows no inputs to order channels by
                 found.append((plan, Recipe(method, channel_permute=True)))
     return found
@@ -88,6 +92,25 @@ def cases(stats: Any) -> list[tuple[Any, Recipe]]:
 
 def divisible(stats: Any, pattern: str) -> bool:
     return all(stat.shape[1] % int(pattern.split(":")[1]) == 0 for stat in stats.layers.values())
+
+
+def row(
+    model: torch.nn.Module,
+    plan: Any,
+    recipe: Recipe,
+    known: dict[str, InputStat],
+    tokens: torch.Tensor,
+    text: data.Text,
+) -> dict[str, Any]:
+    """Layer error behind the dense prefix, perplexity behind the pruned one."""
+    error, seconds = layer_error(model, plan, recipe, known)
+    pruned = copy.deepcopy(model)
+    for _ in prune_blocks(pruned, plan, recipe, tokens):
+        pass
+    selection = recipe.selection or pruners.get(recipe.method).selection
+    how = {"method": recipe.method, "selection": selection, "refit": recipe.refit}
+    shape = {"channel_permute": recipe.channel_permute, "pattern": plan.pattern, "sparsity": plan.realized}
+    return how | shape | {"layer_error": error, "seconds": seconds} | quality(evaluate.evaluate(pruned, text, LENGTH))
 
 
 def main() -> None:
@@ -110,14 +133,7 @@ def main() -> None:
     common = {"model": name, "machine": timing.machine(), "tokens": tokens.numel(), "data_sha256": text.sha256}
     rows = [common | {"method": "dense", "sparsity": 0.0, **quality(dense)}]
     for plan, recipe in tqdm(cases(stats), desc=name, unit="model", disable=None):
-        error, seconds = layer_error(model, plan, recipe, known)
-        pruned = copy.deepcopy(model)
-        for _ in prune_blocks(pruned, plan, recipe, tokens):
-            pass
-        found = quality(evaluate.evaluate(pruned, text, LENGTH))
-        how = {"method": recipe.method, "refit": recipe.refit, "channel_permute": recipe.channel_permute}
-        shape = {"pattern": plan.pattern, "sparsity": plan.realized}
-        rows.append(common | how | shape | {"layer_error": error, "seconds": seconds} | found)
+        rows.append(common | row(model, plan, recipe, known, tokens, text))
         print(json.dumps(rows[-1]), flush=True)
     if options.out:
         replace(options.out, rows, "model")
