@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import alphaprune
 from alphaprune import activity, alpha, calibrate, farms, metrics, sketches, spectrum
 from alphaprune.files import atomic_write_text
-from alphaprune.model import Block, Source, open_source
+from alphaprune.model import Block, Source, check_finite, open_source
 
 VERSION = 1
 
@@ -103,7 +103,7 @@ def analyze(
     active = activations is not None or statistics is not None
     reads = fit is not None or magnitudes or windows is not None or active
     for block in source.blocks() if reads else ():
-        _check_finite(block)
+        check_finite(block, "they have no spectrum")
         if fit is not None:
             for name, (columns, solved_by) in _spectral_columns(block, fit, device, solver).items():
                 layers[name].columns.update(columns)
@@ -135,12 +135,19 @@ def option_for(name: str) -> str:
     return "--farms" if name in farms.COLUMNS else "a --fit"
 
 
-def _check_finite(block: Block) -> None:
-    for name, layer in block.linears.items():
-        if not bool(torch.isfinite(layer.weight).all()):
-            raise ValueError(
-                f"{name}: the weights hold NaN or infinity, so they have no spectrum; repair the checkpoint"
-            )
+def needs_text(entries: Iterable[str]) -> bool:
+    """Whether any of these columns and series is made from calibration text."""
+    return any(option_for(entry) == "--calibration FILE" for entry in entries)
+
+
+def arguments_for(entries: Iterable[str]) -> dict[str, Any]:
+    """The arguments of `analyze` that make these columns and series, but for the text or statistics that some need."""
+    options = {option_for(entry) for entry in entries}
+    return {
+        "fit": "robust" if "a --fit" in options else None,
+        "magnitudes": "--magnitudes" in options,
+        "windows": farms.Windows() if "--farms" in options else None,
+    }
 
 
 def _spectral_columns(

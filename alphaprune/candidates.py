@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from alphaprune import allocators, curves, curves_measure, observed, planning, pruners
-from alphaprune.analysis import Analysis, analyze, option_for
+from alphaprune.analysis import Analysis, analyze, arguments_for, needs_text
 from alphaprune.calibrate import Need
 from alphaprune.data import Text, sample_windows
-from alphaprune.farms import Windows
 from alphaprune.model import LiveSource
 from alphaprune.observed import Observed, gather
 from alphaprune.pattern import parse
@@ -109,7 +108,7 @@ class Shared:
         members = [allocators.get(name) for name in settings.allocators]
         read = {entry for member in members for entry in (*member.columns, *member.series)}
         self.measured = bool(read & set(curves.SERIES))
-        self.options = {option_for(entry) for entry in read - set(curves.SERIES)}  # of `alphaprune analyze`
+        self.read = read - set(curves.SERIES)  # of the analysis
 
     def close(self) -> None:
         """Deletes statistics that were too big for memory."""
@@ -120,7 +119,7 @@ class Shared:
         """What is known of the inputs of every layer: as much as the methods and the allocators ask for."""
         use = self.settings
         needs = [recipe.need for recipe in use.recipes()]
-        need = max([*needs, "gram"] if "--calibration FILE" in self.options else needs, key=NEEDS.index)
+        need = max([*needs, "gram"] if needs_text(self.read) else needs, key=NEEDS.index)
         if need == "nothing":
             return Observed({block.index: {} for block in self.source.blocks()}, None)
         tokens = sample_windows(self.calibration, use.samples, use.length, use.seed)
@@ -134,20 +133,18 @@ class Shared:
         if file.is_file():
             found = Analysis.load(file)
         else:
-            active = "--calibration FILE" in self.options
+            active = needs_text(self.read)
             statistics = self.observed if active else None  # before the bar, since it has its own
             text = {"calibration": self.calibration.sha256, "samples": use.samples}
             text |= {"length": use.length, "seed": use.seed}
             with self.bar(self.source.block_count(), "analyze", "block") as tick:
                 found = analyze(
                     self.source,
-                    fit="robust" if "a --fit" in self.options else None,
                     device=next(self.source.skeleton.parameters()).device.type,
                     progress=tick,
                     calibration=text if active else None,
-                    magnitudes="--magnitudes" in self.options,
-                    windows=Windows() if "--farms" in self.options else None,
                     statistics=statistics,
+                    **arguments_for(self.read),
                 )
             found.save(file)
         return curves.attach(found, self.curves) if self.measured else found

@@ -221,6 +221,13 @@ def blocks(source: "Source | nn.Module | str | Path") -> Iterator[Block]:
     return open_source(source).blocks()
 
 
+def check_finite(block: Block, so: str) -> None:
+    """ValueError naming the first layer of a block whose weights hold NaN or infinity; `so`: what that rules out."""
+    for name, layer in block.linears.items():
+        if not bool(torch.isfinite(layer.weight).all()):
+            raise ValueError(f"{name}: the weights hold NaN or infinity, so {so}; repair the checkpoint")
+
+
 def describe(source: "Source | nn.Module | str | Path") -> Description:
     """Names, shapes, dtype and fingerprint of the prunable weights of `source`."""
     return open_source(source).description()

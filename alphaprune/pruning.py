@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from alphaprune import calibrate, permute, pruners
 from alphaprune.calibrate import Activations, InputStat, Need
-from alphaprune.model import Block, Source, open_source
+from alphaprune.model import Block, Source, check_finite, open_source
 from alphaprune.planning import Plan
 from alphaprune.pruners import Cut, Pruner, Selection
 from alphaprune.refit import refit
@@ -154,7 +154,7 @@ class _Run:
         masks = restore(block) if restore else None
         restored = masks is not None
         if masks is None:
-            _check_finite(block)
+            check_finite(block, "no score of them means anything")
             with _on(block, self.recipe.device):
                 inputs = self._inputs(block, activations) if inputs is None else inputs
                 if self.recipe.channel_permute:
@@ -201,11 +201,3 @@ def _on(block: Block, device: str | None) -> Iterator[None]:
     finally:
         if device is not None:
             block.module.to(before)
-
-
-def _check_finite(block: Block) -> None:
-    for name, layer in block.linears.items():
-        if not torch.isfinite(layer.weight).all():
-            raise ValueError(
-                f"{name}: the weights hold NaN or infinity, so no score of them means anything; repair the checkpoint"
-            )

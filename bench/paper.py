@@ -35,7 +35,7 @@ from alphaprune import calibrate, data, planning, pruning
 from alphaprune.analysis import Analysis, analyze
 from alphaprune.commands.shared import window
 from alphaprune.console import bar
-from alphaprune.evaluate import window_count
+from alphaprune.evaluate import windows_of
 from alphaprune.model import DirectorySource, resolve
 from alphaprune.pattern import Unstructured
 from alphaprune.planning import LayerPlan, Plan
@@ -325,8 +325,7 @@ def make_protocol(options: argparse.Namespace, cells: list[str]) -> Protocol:
     window(options.length, source.config)
     tokenizer = data.load_tokenizer(folder)
     text = data.encode(tokenizer, data.read_text(options.wikitext, wikitext=True), options.wikitext)
-    count = window_count(text, options.length)
-    windows = text.tokens[: count * options.length].reshape(count, options.length)
+    windows = windows_of(text, options.length)
     calibration = None
     if options.c4 is not None:
         documents = read_documents(options.c4)

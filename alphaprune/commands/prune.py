@@ -124,10 +124,9 @@ def _chosen_plan(
     device: str | None,
 ) -> Any:
     from alphaprune import allocators, planning
-    from alphaprune.analysis import Analysis, option_for
+    from alphaprune.analysis import Analysis, arguments_for, needs_text
     from alphaprune.analysis import analyze as run_analysis
     from alphaprune.curves import SERIES
-    from alphaprune.farms import Windows
 
     if plan is not None:
         chosen = planning.Plan.load(plan)
@@ -142,18 +141,16 @@ def _chosen_plan(
                 f"--allocator {allocator.name} needs error curves, which `alphaprune compare` makes: give them to "
                 f"`alphaprune plan`, and its file as --plan"
             )
-        needs = {option_for(entry) for entry in (*allocator.columns, *allocator.series)}
-        if "--calibration FILE" in needs and tokens is None:
+        reads = (*allocator.columns, *allocator.series)
+        if needs_text(reads) and tokens is None:
             raise ValueError(f"--allocator {allocator.name} needs --calibration FILE, or --analysis made with it")
         with bar(source.block_count(), "analyze", "block") as tick:
             stats = run_analysis(
                 source,
-                fit="robust" if "a --fit" in needs else None,
                 device=device or "auto",
                 progress=tick,
-                tokens=tokens if "--calibration FILE" in needs else None,
-                magnitudes="--magnitudes" in needs,
-                windows=Windows() if "--farms" in needs else None,
+                tokens=tokens if needs_text(reads) else None,
+                **arguments_for(reads),
             )
     chosen = make_plan(stats, **options)
     chosen.check(source.description())
