@@ -1,6 +1,7 @@
 """Text → tokens: whole files for evaluation, sampled windows for calibration."""
 
 import hashlib
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,16 +30,19 @@ class Text:
 def read_text(file: "str | os.PathLike", wikitext: bool = False) -> str:
     """A text file as it is; with `wikitext`, WikiText raw rows joined as Wanda's evaluation joins them.
 
-    There a blank row counts as empty, other rows keep their line end, and rows are joined by two line ends.
+    There a blank row counts as empty, other rows keep their line end, and rows are joined by two line ends. Only \\n,
+    \\r and \\r\\n end a row, and count as \\n; in a text as it is they are left alone.
     """
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        with Path(file).open(encoding="utf-8", newline=None if wikitext else "") as handle:
+            text = handle.read()
     except FileNotFoundError as error:
         raise ValueError(f"{file}: there is no such text file") from error
     except (UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{file}: cannot be read as UTF-8 text ({error})") from error
     if wikitext:
-        return "\n\n".join(line if line.strip() else "" for line in text.splitlines(keepends=True))
+        rows = io.StringIO(text)  # not str.splitlines, which splits at form feeds, U+2028 and others, too
+        return "\n\n".join(row if row.strip() else "" for row in rows)
     return text
 
 

@@ -25,10 +25,11 @@ class Evaluation:
     bytes: int | None  # scored
     windows: int
     length: int
-    stderr: float  # of the mean loss in nats per token, over windows
+    stderr: float | None  # of the mean loss in nats per token, over windows; None where there is one window only
     data_sha256: str
     dtype: str
     seconds: float
+    seed: None = None  # nothing is drawn; it stands here because the results of tasks have one
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,7 +84,7 @@ def evaluate(
         bytes=scored,
         windows=count,
         length=length,
-        stderr=spread,
+        stderr=spread if count > 1 else None,
         data_sha256=text.sha256,
         dtype=str(next(p.dtype for p in model.parameters())).removeprefix("torch."),
         seconds=perf_counter() - started,

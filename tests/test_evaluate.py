@@ -1,5 +1,6 @@
 """Perplexity against transformers' own loss; bytes and tokens are counted exactly."""
 
+import json
 import math
 from pathlib import Path
 
@@ -72,6 +73,63 @@ def test_wikitext_rows_are_joined_as_published(tmp_path: Path) -> None:
     rows = ["", " = Title = \n", "", " Text one .\n", " Text two .\n"]
     assert data.read_text(file, wikitext=True) == "\n\n".join(rows)
     assert data.read_text(file) == file.read_text()
+
+
+def as_the_dataset_reads(file: Path) -> list[str]:
+    """Rows as the loader of WikiText makes them: lines of a file in text mode, blank ones emptied."""
+    with file.open(encoding="utf-8") as lines:
+        return [line if line.strip() else "" for line in lines]
+
+
+def test_only_line_ends_end_rows(tmp_path: Path) -> None:
+    """str.splitlines also splits at form feeds, separators and U+2028, which the rows of the dataset may hold."""
+    file = tmp_path / "wiki.raw"
+    inside = "".join(f" a{c}b" for c in "\v\f\x1c\x1d\x1e\x85\u2028\u2029")
+    file.write_bytes(f" = T =\n{inside}\n \u2028 \n\r\n one\r\n two\rthree\n last".encode())
+    rows = [" = T =\n", f"{inside}\n", "", "", " one\n", " two\n", "three\n", " last"]
+    assert as_the_dataset_reads(file) == rows
+    assert data.read_text(file, wikitext=True) == "\n\n".join(rows)
+    assert data.read_text(file).encode() == file.read_bytes()  # as it is, line ends of any machine included
+
+
+def test_wikitext_itself_has_the_published_rows() -> None:
+    file = shared("data/wikitext2") / "test.txt"
+    rows = as_the_dataset_reads(file)
+    assert len(rows) == 4358 and rows.count("") == 4358 - 2891  # as many as the test split of the dataset has
+    assert data.read_text(file, wikitext=True) == "\n\n".join(rows)
+
+
+@pytest.mark.parametrize("tail", [0, 1, 31])
+def test_perplexity_equals_the_published_loop(directory: Path, tail: int) -> None:
+    """Sums of loss · length over windows, divided by windows · length, as Wanda's evaluation weights them."""
+    model, length = make_model(1), 32
+    tokens = torch.randint(0, 257, (5 * length + tail,), generator=torch.Generator().manual_seed(tail))
+    nlls, samples = [], tokens.numel() // length
+    for i in range(samples):
+        inputs = tokens[None, i * length : (i + 1) * length]
+        with torch.no_grad():
+            logits = model(inputs).logits
+        loss = torch.nn.CrossEntropyLoss()(logits[:, :-1].reshape(-1, 257), inputs[:, 1:].reshape(-1))
+        nlls.append(loss.float() * length)
+    published = torch.exp(torch.stack(nlls).sum() / (samples * length)).item()
+    text = data.Text("drawn", "0" * 64, tokens.numel(), tokens, torch.arange(1, tokens.numel() + 1))
+    found = evaluate.evaluate(model, text, length)
+    assert found.perplexity == pytest.approx(published, rel=1e-5) and found.windows == samples == 5
+    assert found.tokens == 5 * (length - 1) and found.seed is None
+
+
+def test_one_window_has_no_error_and_its_json_no_nan(directory: Path, text_file: Path) -> None:
+    text = data.encode(data.load_tokenizer(directory), data.read_text(text_file), "text")
+    found = evaluate.evaluate(make_model(1), text, 32, windows=1).as_dict()
+    assert found["stderr"] is None and found["seed"] is None
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_wikitext_without_blank_rows_is_noticed(run, directory: Path) -> None:
+    for rows, noticed in ((" = T =\n a b c\n", True), (" = T =\n \n a b c\n", False)):
+        Path("wiki.raw").write_text(rows * 20)
+        status, out, err = run("eval", directory, "--wikitext", "wiki.raw", "--length", 16, "--windows", 1)
+        assert status == 0 and out.startswith("perplexity ") and ("no blank row" in err) is noticed
 
 
 def test_calibration_windows_are_of_the_text_and_depend_on_the_seed(directory: Path, text_file: Path) -> None:
