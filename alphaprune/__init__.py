@@ -23,6 +23,7 @@ _PUBLIC = {
     "save": "checkpoint",
     "load": "hf",
     "AlphaPruneConfig": "hf",
+    "TextGeneration": "textgen",
 }
 __all__ = ["__version__", *_PUBLIC]
 

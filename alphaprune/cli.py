@@ -132,6 +132,10 @@ def _use_commands(sub) -> None:
     generate.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token each time")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--json", action="store_true")
+    generate.add_argument("--top-k", type=int, help="sample from so many of the likeliest (default 50; 0: from all)")
+    generate.add_argument("--top-p", type=float, help="sample from the likeliest that have this probability together")
+    generate.add_argument("--repetition-penalty", type=float, help="above 1: tokens that were there get less likely")
+    generate.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
 
 
 def _measure_commands(sub) -> None:

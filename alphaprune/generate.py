@@ -1,88 +1,98 @@
-"""Text from a model: through our decoder where it knows the family, otherwise through transformers' own loop."""
+"""New tokens from a model: through our decoder where it knows the family, otherwise through transformers' own loop."""
 
+import contextlib
+import queue
 import statistics
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.generation import logits_process as processors
-from transformers.generation.streamers import BaseStreamer, TextStreamer
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
-from alphaprune.decoder import Decoder, why_not
+from alphaprune.decoder import Decoder, State, why_not
 
 OURS = "alphaprune"
 # What a generation_config may hold beside the defaults: what is done here, and what changes no token.
-HANDLED = {"eos_token_id", "repetition_penalty", "temperature", "top_k", "top_p", "min_p", "do_sample"}
+HANDLED = {
+    *("eos_token_id", "repetition_penalty", "temperature", "top_k", "top_p", "min_p", "do_sample"),
+    "num_return_sequences",
+}
 HARMLESS = {
     *("bos_token_id", "pad_token_id", "max_length", "max_new_tokens", "transformers_version", "_from_model_config"),
     *("use_cache", "cache_implementation", "output_attentions", "output_hidden_states", "output_scores"),
     *("output_logits", "return_dict_in_generate"),
 }
 NEUTRAL = {
-    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "length_penalty", "typical_p"), 1),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "length_penalty", "typical_p"), 1),
     **dict.fromkeys(("min_length", "no_repeat_ngram_size", "diversity_penalty", "epsilon_cutoff", "eta_cutoff"), 0),
 }
 Choose = Callable[[Tensor, Tensor], Tensor]  # tokens so far [batch, length], logits [batch, vocabulary] → [batch]
 
 
-@dataclass(frozen=True)
-class Generation:
-    """What was made and how fast: `seconds` from the prompt to the last token.
+class Memory:
+    """Keys and values of one conversation between its turns. Each turn reads only what the last did not."""
 
-    decoder: "alphaprune", or "transformers: " and why not ours.
-    """
+    def __init__(self) -> None:
+        self._state: State | None = None
+        self.tokens: list[int] = []  # of the sequence whose first state.length the state holds
 
-    text: str
-    prompt_tokens: int
-    new_tokens: int
-    seconds: float
-    decoder: str
+    @torch.inference_mode()
+    def resume(self, decoder: Decoder, tokens: list[int], capacity: int) -> State:
+        """A state for `capacity` positions that holds as much of the beginning of `tokens` as was kept."""
+        state = self._state
+        if state is None:
+            state = decoder.state(1, capacity)
+        # Keys from beyond the length up to which frequencies are fixed were turned by others.
+        fixed = max(state.length, len(tokens)) <= decoder.table_end
+        held = self.tokens[: state.length] if fixed else []
+        pairs = zip(held, tokens, strict=False)
+        state.length = next((i for i, (old, new) in enumerate(pairs) if old != new), min(len(held), len(tokens)))
+        if capacity > state.capacity:
+            larger = decoder.state(1, max(capacity, 2 * state.capacity))
+            larger.cache[..., : state.length, :] = state.cache[..., : state.length, :]
+            larger.length, state = state.length, larger
+        self._state, self.tokens = state, list(tokens)
+        return state
 
 
-def generate(
+def new_tokens(
     model: nn.Module,
-    tokenizer: Any,
-    prompt: str,
-    max_new: int = 64,
-    temperature: float = 0.0,
+    tokens: Tensor,
+    max_new: int,
+    settings: Any,
     seed: int = 0,
-    stream: Callable[[str], None] | None = None,
-) -> Generation:
-    """The continuation of `prompt`; greedy at temperature 0, otherwise sampled with `seed`.
+    lock: Any = None,
+    scores: list[Tensor] | None = None,
+    memory: Memory | None = None,
+) -> Iterator[Tensor]:
+    """The new tokens [sequences], one by one, on the CPU, after a prompt `tokens` [1, length].
 
-    It ends at the end-of-text tokens of the model's generation_config, whose repetition penalty, top_k, top_p and
-    min_p hold here as in transformers. stream: called with each piece of text as it is made.
-    Raises ValueError if prompt and new tokens do not fit into the context of the model.
+    settings: a GenerationConfig; its num_return_sequences is the number of sequences. It ends after `max_new`, or when
+    every sequence has had an end of text; what follows that in one of them means nothing. lock: held while the model
+    computes, for threads that share it. scores: takes the logits [sequences, vocabulary] of each token in float32;
+    through transformers not before the end. memory: of this conversation, used by our decoder.
     """
-    tokens = tokenizer(prompt, return_tensors="pt").input_ids.long()  # [1, length]
-    if tokens.numel() == 0:
-        tokens = torch.tensor([[model.config.bos_token_id or 0]])
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context and tokens.shape[1] + max_new > context:
-        raise ValueError(
-            f"{tokens.shape[1]} prompt tokens and {max_new} new ones do not fit into {context} positions of this "
-            f"model; shorten the prompt or give a smaller --max-new"
-        )
-    streamer = _streamer(tokenizer, stream) if stream else None
-    reason = why_not_ours(model)
-    started = perf_counter()
-    if reason is None:
-        new = _ours(model, tokens.to(model.device), max_new, temperature, seed, streamer)
-    else:
-        new = _theirs(model, tokens.to(model.device), max_new, temperature, seed, streamer)
-    seconds = perf_counter() - started
-    text = tokenizer.decode(new, skip_special_tokens=True)
-    return Generation(text, tokens.shape[1], len(new), seconds, f"transformers: {reason}" if reason else OURS)
+    lock = lock or contextlib.nullcontext()
+    if settings.num_beams in (None, 1):
+        tokens = tokens.expand(settings.num_return_sequences or 1, -1)
+    if why_not_ours(model, settings) is None:
+        return _ours(model, tokens, max_new, settings, seed, lock, scores, memory)
+    return _theirs(model, tokens, max_new, settings, seed, lock, scores)
 
 
-def why_not_ours(model: nn.Module) -> str | None:
-    """Why transformers has to generate with this model, in one sentence; None if our decoder does what it asks for."""
+def why_not_ours(model: nn.Module, settings: Any = None) -> str | None:
+    """Why transformers has to generate with this model, in one sentence; None if our decoder does what it asks for.
+
+    settings: a GenerationConfig, by default the model's own.
+    """
     if reason := why_not(model.config, model):
         return reason
-    asked = model.generation_config.to_diff_dict()
+    asked = (settings or model.generation_config).to_diff_dict()
     idle = HANDLED | HARMLESS | {name for name, value in asked.items() if value is None or value is False}
     idle |= {name for name, value in NEUTRAL.items() if asked.get(name) == value}
     unknown = sorted(asked.keys() - idle)
@@ -90,16 +100,24 @@ def why_not_ours(model: nn.Module) -> str | None:
 
 
 def continuation(
-    decoder: Decoder, tokens: Tensor, max_new: int, choose: Choose, ends: frozenset[int] = frozenset()
+    decoder: Decoder,
+    tokens: Tensor,
+    max_new: int,
+    choose: Choose,
+    ends: frozenset[int] = frozenset(),
+    state: State | None = None,
 ) -> Iterator[Tensor]:
     """The new tokens [batch], one by one, after a batch of prompts `tokens` [batch, length].
 
-    It stops after `max_new`, or when every sequence has had a token of `ends`.
+    It stops after `max_new`, or when every sequence has had a token of `ends`. state: holds the first of the tokens
+    already, and has room for all.
     """
     batch, length = tokens.shape
-    state = decoder.state(batch, length + max_new)
+    if state is None:
+        state = decoder.state(batch, length + max_new)
+    state.length = min(state.length, length - 1)  # the logits after the last are wanted
     ended = torch.zeros(batch, dtype=torch.bool)
-    logits = decoder.prefill(state, tokens)
+    logits = decoder.prefill(state, tokens[:, state.length :])
     for count in range(1, max_new + 1):
         new = choose(tokens, logits)
         yield new
@@ -115,18 +133,18 @@ def greedy(_: Tensor, logits: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
-def chooser(settings: Any, temperature: float = 0.0, seed: int = 0) -> Choose:
+def chooser(settings: Any, seed: int = 0) -> Choose:
     """How the next token is chosen: as transformers does with the same generation_config, and the same seed.
 
-    Greedy at temperature 0; otherwise from the likeliest top_k (50 unless settings say otherwise, 0 for all).
+    Greedy without do_sample; otherwise from the likeliest top_k (50 unless settings say otherwise, 0 for all).
     """
     found = processors.LogitsProcessorList()
     if settings.repetition_penalty not in (None, 1.0):
         found.append(processors.RepetitionPenaltyLogitsProcessor(penalty=settings.repetition_penalty))
-    if temperature == 0 and not found:
+    if not settings.do_sample and not found:
         return greedy
-    if temperature > 0:
-        found.append(processors.TemperatureLogitsWarper(temperature))
+    if settings.do_sample:
+        found.append(processors.TemperatureLogitsWarper(float(settings.temperature or 1)))
         top_k = 50 if settings.top_k is None else settings.top_k
         if top_k:
             found.append(processors.TopKLogitsWarper(top_k))
@@ -138,13 +156,19 @@ def chooser(settings: Any, temperature: float = 0.0, seed: int = 0) -> Choose:
 
     def choose(tokens: Tensor, logits: Tensor) -> Tensor:
         scores = found(tokens, logits.to(torch.float32, copy=True))
-        if temperature == 0:
+        if not settings.do_sample:
             return scores.argmax(-1)
         if scores.device not in generators:
             generators[scores.device] = torch.Generator(scores.device).manual_seed(seed)
         return torch.multinomial(scores.softmax(-1), 1, generator=generators[scores.device])[:, 0]
 
     return choose
+
+
+def ends_of(settings: Any) -> frozenset[int]:
+    """The tokens that end a text: one, several or none."""
+    ends = settings.eos_token_id
+    return frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
 
 
 def decode_rate(model: nn.Module, prompt: int = 16, new: int = 48, repeats: int = 3, ours: bool = True) -> float:
@@ -187,45 +211,89 @@ class _Clock(BaseStreamer):
     def end(self) -> None: ...
 
 
-def _ours(model: nn.Module, tokens: Tensor, max_new: int, temperature: float, seed: int, streamer: Any) -> Tensor:
-    """New tokens [count] after tokens [1, length], through our decoder."""
-    choose = chooser(model.generation_config, temperature, seed)
-    found = []
-    with torch.inference_mode():
-        for token in continuation(Decoder(model), tokens, max_new, choose, _ends(model)):
-            found.append(token.cpu())
-            if streamer:
-                streamer.put(found[-1])
-    if streamer:
-        streamer.end()
-    return torch.cat(found)
+def _ours(
+    model: nn.Module,
+    tokens: Tensor,
+    max_new: int,
+    settings: Any,
+    seed: int,
+    lock: Any,
+    scores: list[Tensor] | None,
+    memory: Memory | None,
+) -> Iterator[Tensor]:
+    chosen = chooser(settings, seed)
+
+    def choose(tokens: Tensor, logits: Tensor) -> Tensor:
+        if scores is not None:
+            scores.append(logits.to("cpu", torch.float32, copy=True))
+        return chosen(tokens, logits)
+
+    with lock:
+        decoder = Decoder(model)
+        state = memory and memory.resume(decoder, tokens[0].tolist(), tokens.shape[1] + max_new)
+    steps = continuation(decoder, tokens, max_new, choose, ends_of(settings), state)
+    while True:
+        with lock, torch.inference_mode():
+            token = next(steps, None)
+            token = token if token is None else token.cpu()
+        if token is None:
+            return
+        if memory is not None:
+            memory.tokens.append(int(token))
+        yield token
 
 
-def _theirs(model: nn.Module, tokens: Tensor, max_new: int, temperature: float, seed: int, streamer: Any) -> Tensor:
-    """New tokens [count] after tokens [1, length], through transformers."""
-    settings: dict[str, Any] = {"max_new_tokens": max_new, "do_sample": temperature > 0, "use_cache": True}
-    if temperature > 0:
-        settings["temperature"] = temperature
-        torch.manual_seed(seed)
-    settings["pad_token_id"] = min(_ends(model), default=None)
-    if streamer:
-        streamer.next_tokens_are_prompt = True
-    with torch.inference_mode():
-        out = model.generate(tokens, attention_mask=torch.ones_like(tokens), streamer=streamer, **settings)
-    return out[0, tokens.shape[1] :]
+class _Watch(StoppingCriteria):
+    """Sees every token that transformers' generate makes, and may end it."""
+
+    def __init__(self, found: "queue.SimpleQueue") -> None:
+        self.found, self.halt = found, threading.Event()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self.found.put(input_ids[:, -1].cpu())
+        return torch.full((len(input_ids),), self.halt.is_set(), device=input_ids.device)
 
 
-def _ends(model: nn.Module) -> frozenset[int]:
-    """The tokens that end a text: one, several or none."""
-    ends = model.generation_config.eos_token_id
-    return frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
+def _theirs(
+    model: nn.Module,
+    tokens: Tensor,
+    max_new: int,
+    settings: Any,
+    seed: int,
+    lock: Any,
+    scores: list[Tensor] | None,
+) -> Iterator[Tensor]:
+    """As `new_tokens`, from a thread in which transformers' generate runs; with beams, all come after the last."""
+    found: queue.SimpleQueue = queue.SimpleQueue()
+    watch, beams = _Watch(found), settings.num_beams not in (None, 1)
+    options: dict[str, Any] = {"max_new_tokens": max_new, "use_cache": True, "return_dict_in_generate": True}
+    options |= {"output_logits": scores is not None, "pad_token_id": min(ends_of(settings), default=None)}
+    if not beams:
+        options |= {"num_return_sequences": 1, "stopping_criteria": StoppingCriteriaList([watch])}
+    devices = [model.device] if model.device.type == "cuda" else []
 
+    def work() -> None:
+        try:
+            with lock, torch.random.fork_rng(devices), torch.inference_mode():
+                torch.manual_seed(seed)
+                mask = torch.ones_like(tokens)
+                made = model.generate(tokens, attention_mask=mask, generation_config=settings, **options)
+            if beams:
+                for column in made.sequences[:, tokens.shape[1] :].T:
+                    found.put(column.cpu())
+            if scores is not None:
+                scores.extend(logits.float().cpu() for logits in made.logits)
+            found.put(None)
+        except BaseException as error:
+            found.put(error)
 
-def _streamer(tokenizer: Any, stream: Callable[[str], None]) -> TextStreamer:
-    class Pieces(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            stream(text + ("\n" if stream_end else ""))
-
-    pieces = Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    pieces.next_tokens_are_prompt = False  # our loop gives it new tokens only
-    return pieces
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    try:
+        while (item := found.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        watch.halt.set()
+        worker.join()

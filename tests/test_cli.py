@@ -30,6 +30,12 @@ def test_the_whole_line(run, directory: Path, text_file: Path) -> None:
     status, again, _ = run("generate", "out", "--prompt", "the ", "--max-new", 8, "--json")
     assert json.loads(again)["new_tokens"] <= 8 and json.loads(again)["text"].strip() == out.strip()
     assert json.loads(again)["decoder"] == "alphaprune"
+    sampling = ("--temperature", 1.5, "--top-k", 40, "--top-p", 0.9, "--repetition-penalty", 1.2, "--seed", 3)
+    command = ("generate", "out", "--prompt", "the ", "--max-new", 30, "--json", *sampling)
+    whole = json.loads(run(*command)[1])
+    stop = whole["text"][5:8]
+    cut = json.loads(run(*command, "--stop", "#never", f"--stop={stop}")[1])
+    assert cut["text"] == whole["text"][: whole["text"].index(stop)] and cut["finished_reason"] == "stop"
     status, out, _ = run("info", "out", "--json")
     found = json.loads(out)
     assert status == 0 and found["sparsity"] == pytest.approx(0.7, abs=1e-6)
@@ -125,6 +131,9 @@ BAD = {
     "eval length": (("eval", "MODEL", "--text", "short.txt", "--length", "1000"), "1000"),
     "prompt": (("generate", "MODEL", "--prompt", "x" * 60, "--max-new", "10"), "64 positions"),
     "max new": (("generate", "MODEL", "--prompt", "x", "--max-new", "0"), "--max-new 0"),
+    "top k alone": (("generate", "MODEL", "--prompt", "x", "--top-k", "5"), "--top-k chooses among samples"),
+    "top p": (("generate", "MODEL", "--prompt", "x", "--temperature", "1", "--top-p", "2"), "top_p 2.0"),
+    "empty stop": (("generate", "MODEL", "--prompt", "x", "--max-new", "4", "--stop", ""), "not empty"),
     "bench": (("bench",), "--shape"),
     "bench shape": (("bench", "--shape", "11x"), "11x"),
     "bench tokens": (("bench", "--shape", "8x8", "--tokens", "one"), "one"),

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, shared, write_tokenizer
+from conftest import shared
 
 from alphaprune import data, hf, layer
 from alphaprune.decoder import Decoder, State, why_not
 from alphaprune.demo.run import MODEL
-from alphaprune.generate import chooser, continuation, decode_rate, generate, greedy, step_seconds
+from alphaprune.generate import continuation, decode_rate, greedy, step_seconds
 from alphaprune.mask import keep_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -278,72 +278,6 @@ def test_what_it_does_not_run_has_a_reason() -> None:
     model.lm_head.to("meta")
     with pytest.raises(ValueError, match="several devices"):
         Decoder(model)
-
-
-# Whole texts, through `generate`.
-
-
-@pytest.fixture
-def tokenizer(tmp_path: Path):
-    write_tokenizer(tmp_path)
-    return data.load_tokenizer(tmp_path)
-
-
-def test_another_family_goes_through_transformers(tokenizer) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=64, n_embd=32, n_layer=1, n_head=2)).eval()
-    made = generate(model, tokenizer, "abc", max_new=5, stream=(pieces := []).append)
-    assert made.decoder.startswith("transformers: model type gpt2") and made.new_tokens <= 5
-    assert "".join(pieces).strip() == made.text.strip()
-    assert decode_rate(model, 4, 3, 1) > 0
-
-
-def test_settings_that_only_transformers_knows(tokenizer) -> None:
-    model = make_model()
-    model.generation_config.eos_token_id = None
-    assert generate(model, tokenizer, "abc", max_new=4).decoder == "alphaprune"
-    model.generation_config.num_beams = 1
-    assert generate(model, tokenizer, "abc", max_new=4).decoder == "alphaprune"
-    model.generation_config.num_beams = 2
-    assert generate(model, tokenizer, "abc", max_new=4).decoder == "transformers: generation_config asks for num_beams"
-
-
-def test_a_text_ends_where_the_generation_config_says(tokenizer) -> None:
-    model = make_model()
-    model.generation_config.eos_token_id = None
-    tokens = tokenizer("some words", return_tensors="pt").input_ids
-    free = theirs(model, tokens, 12)[0].tolist()
-    end = next(token for i, token in enumerate(free) if i > 2 and token not in free[:i])
-    for ends in (end, [256, end]):
-        model.generation_config.eos_token_id = ends
-        made = generate(model, tokenizer, "some words", max_new=12, stream=(pieces := []).append)
-        assert made.new_tokens == free.index(end) + 1 == theirs(model, tokens, 12).shape[1]
-        assert "".join(pieces) == made.text + "\n"
-    found = ours(model, tokens.expand(2, -1), 12, ends=frozenset([end]))
-    assert found.shape == (2, free.index(end) + 1)
-
-
-def test_sampling_is_that_of_transformers(tokenizer) -> None:
-    model = make_model(initializer_range=0.05)
-    model.generation_config.eos_token_id = None
-    tokens = tokenizer("some words", return_tensors="pt").input_ids
-    texts = set()
-    for changes in ({}, {"top_k": 5}, {"top_p": 0.7, "top_k": 0}, {"min_p": 0.02}, {"repetition_penalty": 1.5}):
-        for name, value in changes.items():
-            setattr(model.generation_config, name, value)
-        torch.manual_seed(7)
-        expected = theirs(model, tokens, 12, do_sample=True, temperature=0.8)[0]
-        made = generate(model, tokenizer, "some words", max_new=12, temperature=0.8, seed=7)
-        assert made.text == tokenizer.decode(expected, skip_special_tokens=True)
-        assert made.decoder == "alphaprune"
-        texts.add(made.text)
-    assert len(texts) > 3
-    assert generate(model, tokenizer, "some words", 12, 0.8, seed=8).text not in texts
-    found = ours(model, tokens, 12)[0]  # greedy, without the penalty
-    penalized = [int(t) for t in continuation(Decoder(model), tokens, 12, chooser(model.generation_config))]
-    assert penalized == theirs(model, tokens, 12)[0].tolist() != found.tolist()
 
 
 def test_steps_are_timed_one_by_one() -> None:
