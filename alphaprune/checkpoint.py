@@ -237,6 +237,7 @@ def save(model: nn.Module, path: "str | Path", tokenizer: Any = None) -> Written
 
     values = "int8" if any(module.weight_scale is not None for module in sparse.values()) else None
     config = output_config(source, bool(sparse) or bool(expanded), values)
+    config["dtype"] = shards.dtype_name(next(model.parameters()).dtype)  # a model that was cast since it was loaded
     writer.finish(config, {"saved_from": source.name} | writer.losses(), companions)
     return written
 

@@ -1,92 +1,178 @@
 """The adapter to transformers: registers our quantizer, and `load`, which is `from_pretrained`.
 
 Imported by the hook in the package's `__init__` as soon as transformers' own registry is. Tried with transformers
-5.0 to 5.23; older ones do not pass the checkpoint files that tell how many values each layer has.
+5.0 to 5.24 (tests/compat.py); older ones do not pass the checkpoint files that tell how many values each layer has.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+import alphaprune
 from alphaprune import formats
 from alphaprune.files import first_line
 from alphaprune.formats import quantize
-from alphaprune.layer import SparseLinear, check_tokens, expand_losers
-from alphaprune.model import resolve
+from alphaprune.kernels import base
+from alphaprune.layer import SparseLinear, check_tokens, expand_losers, pack_weight, worth_packing
+from alphaprune.model import family_of, prunable, read_config, resolve
 from alphaprune.shards import BY_CODE, Shards, read_header
 
-VALUE_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
+VALUE_TYPES = ("F32", "F16", "BF16", "I8")
 
 
 @register_quantization_config("alphaprune")
 class AlphaPruneConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed directory: {"quant_method": "alphaprune", "format": "sbt", …}.
 
-    values: "int8" where layers were rounded; it informs, the tensors say for themselves what they hold.
+    Given to `from_pretrained` with a dense directory, it packs the linear layers of the decoder blocks while they are
+    loaded, where that is smaller.
+    values: "int8" where layers are rounded; of a packed directory it informs, the tensors say for themselves what they
+    hold. group: 128, or None for one scale per row. modules_to_not_convert: names of layers to leave dense, or patterns
+    as transformers has them. ValueError on a setting that it does not know, or of a wrong type.
     """
+
+    values: str | None = None
+    group: int | None = None
+    modules_to_not_convert: list[str] | None = None
 
     def __init__(
         self,
         format: str = "sbt",  # noqa: A002
         format_version: int = formats.VERSION,
         values: str | None = None,
-        **_: Any,
+        group: int | None = None,
+        modules_to_not_convert: list[str] | None = None,
+        quant_method: str = "alphaprune",
+        **unknown: Any,
     ) -> None:
         self.quant_method = "alphaprune"
         self.format = format
         self.format_version = format_version
-        if values is not None:
-            self.values = values
+        given = {"values": values, "group": group, "modules_to_not_convert": modules_to_not_convert}
+        vars(self).update({name: value for name, value in given.items() if value is not None})
+        if type(format_version) is not int or format_version < 1:
+            raise ValueError(f"quantization_config: format_version {format_version!r}: wanted a whole number from 1")
+        if format_version > formats.VERSION:
+            return  # its settings are not known here; `validate_environment` says so
+        if unknown:
+            known = ", ".join(("format", "format_version", *given))
+            raise ValueError(f"quantization_config: no setting is called {', '.join(unknown)}; there are: {known}")
+        quantize.check(values, group)
+        names = modules_to_not_convert
+        if names is not None and not (isinstance(names, list | tuple) and all(isinstance(n, str) for n in names)):
+            raise ValueError(f"quantization_config: modules_to_not_convert {names!r}: wanted a list of layer names")
+
+
+class PackWeight(ConversionOps):
+    """What transformers calls with one dense weight after the other while it loads them."""
+
+    def __init__(self, quantizer: "AlphaPruneQuantizer") -> None:
+        self.quantizer = quantizer
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        model: nn.Module | None = None,
+        full_layer_name: str = "",
+        missing_keys: set[str] | None = None,
+        **_: Any,
+    ) -> dict[str, Tensor]:
+        """The weight under its name where it stays dense; nothing where it is in the model, packed."""
+        (found,) = input_dict.values()
+        weight = found[0] if isinstance(found, list) else found
+        if self.quantizer.place(model, full_layer_name.removesuffix(".weight"), weight):
+            missing_keys.discard(full_layer_name)
+            return {}
+        return {full_layer_name: weight}
 
 
 @register_quantizer("alphaprune")
 class AlphaPruneQuantizer(HfQuantizer):
-    """Puts SparseLinear modules where the checkpoint holds packed tensors, before weights are loaded."""
+    """Puts SparseLinear where the checkpoint holds packed tensors, before weights are loaded; or packs dense ones."""
 
-    requires_calibration = True  # packed weights are made by `prune`, not on loading
+    requires_calibration = False  # dense directories that hold zeros are packed on loading
 
-    def validate_environment(self, *_: Any, **__: Any) -> None:
+    def __init__(self, quantization_config: AlphaPruneConfig, **settings: Any) -> None:
+        super().__init__(quantization_config, **settings)
+        self.waiting: set[str] = set()  # layers that are packed when their weight comes
+        self.refused: list[str] = []  # sentences: transformers would bury an error in its report
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         settings = self.quantization_config
+        if settings.format_version > formats.VERSION:
+            raise ValueError(
+                f"the checkpoint has format_version {settings.format_version}, alphaprune {alphaprune.__version__} "
+                f"reads {formats.VERSION}: install a newer alphaprune, at least the one that wrote it"
+            )
         if settings.format != "sbt":
             raise ValueError(
                 f"packed format {settings.format!r} is not known to this version of alphaprune (it reads sbt)"
             )
-        if settings.format_version != formats.VERSION:
+        if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(
-                f"the checkpoint has format_version {settings.format_version}, this version of alphaprune reads "
-                f"{formats.VERSION}: install the alphaprune that wrote it, or a newer one"
+                "a dense model cannot be packed while it is offloaded to disk: pack it without a device_map, "
+                "save it, and load the packed directory with this one"
             )
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, dtype: torch.dtype | None = None, **_: Any
     ) -> None:
-        if not checkpoint_files:
+        if not self.pre_quantized:
+            names = prunable(model, decoder_of(model))
+            skipped = self.quantization_config.modules_to_not_convert
+            self.waiting = {name for name in names if should_convert_module(name, skipped)}
+            return
+        if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
             raise ValueError("a packed model can only be loaded from safetensors files")
         entries: dict[str, dict] = {}
         for file in checkpoint_files:
             entries.update(read_header(Path(file)))
+        entries = as_named_in(model, entries)
         for name, layer in list(model.named_modules()):
             if isinstance(layer, nn.Linear) and f"{name}.weight_mask" in entries:
                 check_entries(name, layer, entries)
-                values, bias = entries[f"{name}.weight"], f"{name}.bias"
-                rounded = values["dtype"] == "I8"
-                sparse = SparseLinear.empty(
-                    (layer.out_features, layer.in_features),
-                    values["shape"][0],
-                    layer.bias is not None,
-                    dtype if dtype and not rounded else VALUE_TYPES[values["dtype"]],
-                    dtype or VALUE_TYPES[entries[bias]["dtype"]] if bias in entries else torch.float32,
-                    tuple(entries[f"{name}.weight_scale"]["shape"]) if rounded else None,
-                )
-                sparse.name = name
-                model.set_submodule(name, sparse)
+                model.set_submodule(name, empty_layer(name, layer, entries, dtype))
+        check_shapes(model, entries)
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
+        return param_name.removesuffix(".weight") in self.waiting and param_name.endswith(".weight")
+
+    def get_quantize_ops(self) -> PackWeight:
+        return PackWeight(self)
+
+    def place(self, model: nn.Module, name: str, weight: Tensor) -> bool:
+        """Puts a weight [N, K] into the model, packed, and says so; or leaves it to transformers if it stays dense."""
+        settings, layer = self.quantization_config, model.get_submodule(name)
+        self.waiting.discard(name)  # from here on transformers holds it to its shape
+        if weight.shape != layer.weight.shape or not worth_packing(weight, None, settings.values, settings.group):
+            return False
+        try:
+            packed, error = pack_weight(weight, None, settings.values, settings.group)
+        except ValueError as problem:
+            self.refused.append(f"{name}: {problem}")
+            return True
+        sparse = SparseLinear(packed)
+        sparse.bias = layer.bias  # on the meta device, or loaded already
+        sparse.name, sparse.quantization_error = name, error
+        for tensor in packed.tensors.values():
+            tensor._is_hf_initialized = True  # or the loader would fill it with what new models start from
+        model.set_submodule(name, sparse)
+        return True
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        if self.refused:
+            raise ValueError(self.refused[0])
+        if not self.pre_quantized and not any(isinstance(module, SparseLinear) for module in model.modules()):
+            base.log.warning("no layer has enough zeros to be smaller packed: all stay dense; prune the model first")
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -94,17 +180,67 @@ class AlphaPruneQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # adapters on top of it: packed layers are differentiable in x
 
     @property
     def is_compileable(self) -> bool:
         return True
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        # transformers gives the dtype of the config where the caller gave none; a model that was cast since then has
+        # another one.
+        dtype = model.dtype if dtype in (None, model.config.dtype) else dtype
         for name, layer in list(model.named_modules()):
             if isinstance(layer, SparseLinear):
                 model.set_submodule(name, layer.to_linear(dtype))
         return model
+
+
+def decoder_of(model: nn.Module) -> str:
+    """Path of the decoder blocks in a model, which may be one without a head."""
+    path = family_of(model.config, type(model).__name__)
+    return path if model.base_model is not model else path.removeprefix(f"{model.base_model_prefix}.")
+
+
+def as_named_in(model: nn.Module, entries: dict[str, dict]) -> dict[str, dict]:
+    """The entries of a checkpoint under the names that the model has for them, with a head or without one."""
+    prefix = f"{model.base_model_prefix}."
+    inside = any(name.startswith(prefix) for name, _ in model.named_parameters())
+    stored = any(name.startswith(prefix) for name in entries)
+    if stored and not inside:
+        return {name.removeprefix(prefix): entry for name, entry in entries.items()}
+    if inside and not stored:
+        return {prefix + name: entry for name, entry in entries.items()}
+    return entries
+
+
+def empty_layer(name: str, layer: nn.Linear, entries: dict[str, dict], dtype: torch.dtype | None) -> SparseLinear:
+    """The packed layer for the tensors of a checkpoint, without values.
+
+    Floats are in `dtype` or, as not every version of transformers passes it on, in what it made the dense layer in.
+    """
+    values, dtype = entries[f"{name}.weight"], dtype or layer.weight.dtype
+    rounded = values["dtype"] == "I8"
+    sparse = SparseLinear.empty(
+        (layer.out_features, layer.in_features),
+        values["shape"][0],
+        layer.bias is not None,
+        torch.int8 if rounded else dtype,
+        dtype,
+        tuple(entries[f"{name}.weight_scale"]["shape"]) if rounded else None,
+    )
+    sparse.name = name
+    return sparse
+
+
+def check_shapes(model: nn.Module, entries: dict[str, dict]) -> None:
+    """ValueError naming the first parameter whose shape in the file is not the one that config.json describes."""
+    for name, parameter in model.named_parameters():
+        if name in entries and entries[name]["shape"] != list(parameter.shape):
+            raise ValueError(
+                f"{name}: has shape {entries[name]['shape']} in the file, config.json describes "
+                f"{list(parameter.shape)}; one of them belongs to another model"
+            )
 
 
 def check_entries(name: str, layer: nn.Linear, entries: dict[str, dict]) -> None:
@@ -137,6 +273,16 @@ def _entry(name: str, suffix: str, entries: dict[str, dict]) -> dict:
     return entry
 
 
+def check_settings(folder: Path) -> None:
+    """ValueError if `quantization_config` in config.json is there and no object; transformers would not say so."""
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
+    except (OSError, ValueError, AttributeError):
+        return  # read_config explains it
+    if not isinstance(settings, dict):
+        raise ValueError(f"{folder}: quantization_config in config.json should be an object, it is {settings!r}")
+
+
 def load(
     path: "str | Path", dtype: "torch.dtype | str" = "auto", device: str = "cpu", tokens: int | None = 1
 ) -> nn.Module:
@@ -151,14 +297,32 @@ def load(
 
     check_tokens(tokens)
     folder = resolve(path)
+    check_settings(folder)
+    read_config(folder)
     Shards(folder)  # truncated and missing files are found here, by name
-    bar = logging.is_progress_bar_enabled()
+    bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what its report would say is said below, in one sentence
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+        )
     except (OSError, KeyError, RuntimeError) as error:
         raise ValueError(f"{folder}: cannot be loaded: {first_line(error)}") from error
     finally:
+        logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()
+    check_loaded(folder, found)
     return expand_losers(model.to(device).eval(), tokens)
+
+
+def check_loaded(folder: Path, found: dict[str, Any]) -> None:
+    """ValueError naming the first tensor that transformers filled with random values, for the files do not have it."""
+    for name, stored, wanted in sorted(found["mismatched_keys"]):
+        raise ValueError(
+            f"{folder}: {name} has shape {list(stored)} in the file, but config.json describes {list(wanted)}; "
+            f"one of them belongs to another model"
+        )
+    for name in sorted(found["missing_keys"]):
+        raise ValueError(f"{folder}: no tensor {name} in its safetensors files, though config.json needs it")

@@ -263,8 +263,9 @@ def read_config(folder: Path) -> Any:
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: config.json cannot be used: {first_line(error)}") from error
+    except Exception as error:  # wrong types in it have error types of their own, and the reason beneath them
+        reason = first_line(error.__cause__ or error)
+        raise ValueError(f"{folder}: config.json cannot be used: {reason}") from error
 
 
 def make_skeleton(config: Any) -> nn.Module:
