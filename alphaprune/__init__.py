@@ -1,7 +1,7 @@
 """Heavy-tailed layerwise pruning of language models, and the sparse kernels that make the result fast.
 
-Importing this package is cheap: public names are imported on first use, and transformers learns of our packed
-directories when it is imported itself, before or after this package.
+Importing this package is cheap: public names are imported on first use. transformers learns of our packed directories
+and PEFT of our packed layers when they are imported themselves, before or after this package.
 """
 
 import importlib
@@ -38,14 +38,18 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC})
 
 
-_REGISTRY = "transformers.quantizers.auto"
+# Modules of others → ours that makes itself known to them.
+_FOLLOWERS = {"transformers.quantizers.auto": "hf", "peft.tuners.lora.model": "peft_adapter"}
 
 
-class _RegisterAfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Lets the import of transformers' quantizer registry run as usual, then adds our quantizer to it."""
+class _ImportAfter(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Lets the import of a module run as usual, then imports ours that adds to it."""
+
+    def __init__(self, watched: str) -> None:
+        self.watched = watched
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != _REGISTRY:
+        if name != self.watched:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -59,10 +63,11 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module: Any) -> None:
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        importlib.import_module("alphaprune.hf")
+        importlib.import_module(f"alphaprune.{_FOLLOWERS[self.watched]}")
 
 
-if _REGISTRY in sys.modules:
-    importlib.import_module("alphaprune.hf")
-else:
-    sys.meta_path.insert(0, _RegisterAfterImport())
+for _watched, _follower in _FOLLOWERS.items():
+    if _watched in sys.modules:
+        importlib.import_module(f"alphaprune.{_follower}")
+    else:
+        sys.meta_path.insert(0, _ImportAfter(_watched))

@@ -20,6 +20,14 @@ def test_import_brings_neither_torch_nor_transformers() -> None:
     assert heavy.strip() == "[]"
 
 
+def test_help_brings_neither() -> None:
+    code = "import runpy, sys; sys.argv = ['alphaprune', '--help']"
+    modules = "[m for m in ('torch', 'transformers', 'numpy', 'rich', 'tqdm') if m in sys.modules]"
+    show = f"try:\n    runpy.run_module('alphaprune', run_name='__main__')\nexcept SystemExit:\n    print({modules})"
+    found = python(f"{code}\n{show}")
+    assert "usage: alphaprune" in found and found.splitlines()[-1] == "[]"
+
+
 def test_public_names_exist() -> None:
     import alphaprune
 
@@ -38,7 +46,15 @@ def test_the_quantizer_is_registered_in_either_order(order: str) -> None:
     assert python(f"{order}; {code}").strip() == "True"
 
 
-def test_the_hook_steps_aside_once_it_has_run() -> None:
-    code = "import alphaprune, sys; import transformers.quantizers.auto as a"
-    names = "any(type(f).__name__ == '_RegisterAfterImport' for f in sys.meta_path)"
-    assert python(f"{code}; print({names}, type(a.__loader__).__name__)").split() == ["False", "SourceFileLoader"]
+@pytest.mark.parametrize(
+    ("code", "waiting"),
+    [
+        ("pass", ["peft.tuners.lora.model", "transformers.quantizers.auto"]),
+        ("import transformers.quantizers.auto", ["peft.tuners.lora.model"]),
+    ],
+)
+def test_a_hook_steps_aside_once_it_has_run(code: str, waiting: list[str]) -> None:
+    names = "sorted(f.watched for f in sys.meta_path if type(f).__name__ == '_ImportAfter')"
+    loaders = "{type(m.__loader__).__name__ for n, m in sys.modules.items() if n == 'transformers.quantizers.auto'}"
+    found = python(f"import alphaprune, sys; {code}; print({names}, {loaders})")
+    assert found.strip() == f"{waiting} " + ("set()" if code == "pass" else "{'SourceFileLoader'}")
