@@ -22,6 +22,9 @@ def parser() -> argparse.ArgumentParser:
     _prune_command(sub)
     _compare_command(sub)
     _use_commands(sub)
+    _chat_command(sub)
+    _convert_command(sub)
+    _serve_command(sub)
     _measure_commands(sub)
     return top
 
@@ -134,6 +137,53 @@ def _use_commands(sub) -> None:
     generate.add_argument("--json", action="store_true")
     generate.add_argument("--top-k", type=int, help="sample from so many of the likeliest (default 50; 0: from all)")
     generate.add_argument("--top-p", type=float, help="sample from the likeliest that have this probability together")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--json", action="store_true")
+
+
+def _chat_command(sub) -> None:
+    chat = sub.add_parser("chat", help="a conversation in the terminal; from a pipe, a message per line")
+    chat.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a hub id")
+    chat.add_argument("--system", metavar="TEXT", help="system message, kept when the oldest turns are dropped")
+    chat.add_argument("--max-new", type=int, help="tokens of an answer (default: 512, or a quarter of the context)")
+    chat.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token each time")
+    chat.add_argument("--seed", type=int, default=0)
+    chat.add_argument("--chat-template", metavar="FILE", help="Jinja template in place of the tokenizer's")
+    chat.add_argument("--plain", action="store_true", help="a transcript of User and Assistant, for models without one")
+
+
+def _convert_command(sub) -> None:
+    convert = sub.add_parser("convert", help="a checkpoint of others → packed, packed → dense; a plan → a recipe")
+    convert.add_argument("old", metavar="OLD", help="checkpoint with zeros, sparse-bitmask or packed; or plan.json")
+    convert.add_argument("new", metavar="NEW", help="folder that does not exist yet; of a plan a YAML file")
+    convert.add_argument("--format", choices=("sbt", "dense"), help="packed (default), or dense with zeros")
+    convert.add_argument("--values", choices=("int8",), help="round kept weights to 8 bits; else they keep theirs")
+    convert.add_argument("--group", type=int, choices=(128,), help="with --values int8: a scale per so many columns")
+    convert.add_argument(
+        "--negative-zeros", choices=("keep", "drop"), help="whether -0 in dense layers is kept bit by bit (default)"
+    )
+    convert.add_argument("--modifier", choices=("wanda", "sparsegpt"), help="of a plan's recipe for llm-compressor")
+    convert.add_argument("--json", action="store_true")
+
+
+def _serve_command(sub) -> None:
+    serve = sub.add_parser("serve", help="OpenAI-compatible HTTP: chat and text completions, streamed or whole")
+    serve.add_argument("model", metavar="MODEL")
+    serve.add_argument("--host", default="127.0.0.1", help="0.0.0.0: every network of this machine")
+    serve.add_argument("--port", type=int, default=8000, help="0: a free one")
+    serve.add_argument("--name", help="what clients call the model (default: the name of its folder)")
+    serve.add_argument("--api-key", metavar="KEY", help="that clients must send; or ALPHAPRUNE_API_KEY, not in ps")
+    serve.add_argument("--chat-template", metavar="FILE", help="Jinja, for models that come without one")
+    serve.add_argument("--max-running", type=int, default=32, metavar="N", help="requests in the batch at a time")
+    serve.add_argument("--queue", type=int, default=128, metavar="N", help="requests that may wait; more get 429")
+    serve.add_argument("--max-body", type=int, default=2**20, metavar="BYTES", help="of one request; larger get 413")
+    serve.add_argument("--kv-blocks", type=int, metavar="N", help="blocks of the KV cache")
+    serve.add_argument("--kv-memory", type=float, metavar="GB", help="or its size (default 1, or 1/4 of what is free)")
+    serve.add_argument("--block-size", type=int, default=32, metavar="TOKENS", help="of one block")
+    serve.add_argument("--drain", type=float, default=30, metavar="SECONDS", help="after SIGTERM, for running answers")
+    serve.add_argument("--threads", type=int, help="of the kernels (default: torch's)")
+    serve.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    serve.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     generate.add_argument("--repetition-penalty", type=float, help="above 1: tokens that were there get less likely")
     generate.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
 

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from typing import Any
 
 UNFINISHED = "\ufffd"  # what a tokenizer shows for bytes that are no character, or not yet
+BYTES = 3  # of a character that may be there before it is one
+PATIENCE = 16  # tokens: a model that makes nothing but broken bytes is not waited for any longer
 
 
 class Detokenizer:
@@ -19,6 +21,7 @@ class Detokenizer:
         # Text of [first, read) was given out; decoding goes on from `first`, since the text of a token may depend on
         # the one before it.
         self._first = self._read = 0
+        self._given = 0  # characters after `read` that were given out, too
         self._held = ""
         self.stopped = False
 
@@ -26,16 +29,20 @@ class Detokenizer:
         """The text that is certain with this token; often its own, sometimes none."""
         self._tokens.append(token)
         fresh = self._fresh()
-        if not fresh or fresh.endswith(UNFINISHED):
-            return ""
-        self._first, self._read = self._read, len(self._tokens)
-        return self._release(fresh)
+        broken = len(fresh) - len(fresh.rstrip(UNFINISHED))
+        done = not broken or len(self._tokens) - self._read > PATIENCE
+        certain = fresh if done else fresh[: len(fresh) - min(broken, BYTES)]
+        piece = certain[self._given :]
+        self._given = max(self._given, len(certain))
+        if fresh and done:
+            self._first, self._read, self._given = self._read, len(self._tokens), 0
+        return self._release(piece)
 
     def end(self) -> str:
         """What was held back, once it is known that no more tokens come."""
-        piece = self._release(self._fresh()) + self._held
+        piece = self._release(self._fresh()[self._given :]) + self._held
         self._first = self._read = len(self._tokens)
-        self._held = ""
+        self._given, self._held = 0, ""
         return piece
 
     def _fresh(self) -> str:

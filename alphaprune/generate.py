@@ -5,6 +5,7 @@ import queue
 import statistics
 import threading
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from time import perf_counter
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from alphaprune.decoder import Decoder, State, why_not
 
 OURS = "alphaprune"
+WORKER = "alphaprune generate"  # the thread of transformers' generate
 # What a generation_config may hold beside the defaults: what is done here, and what changes no token.
 HANDLED = {
     *("eos_token_id", "repetition_penalty", "temperature", "top_k", "top_p", "min_p", "do_sample"),
@@ -265,11 +267,13 @@ def _theirs(
 ) -> Iterator[Tensor]:
     """As `new_tokens`, from a thread in which transformers' generate runs; with beams, all come after the last."""
     found: queue.SimpleQueue = queue.SimpleQueue()
-    watch, beams = _Watch(found), settings.num_beams not in (None, 1)
-    options: dict[str, Any] = {"max_new_tokens": max_new, "use_cache": True, "return_dict_in_generate": True}
-    options |= {"output_logits": scores is not None, "pad_token_id": min(ends_of(settings), default=None)}
+    watch, config = _Watch(found), deepcopy(settings)
+    beams = config.num_beams not in (None, 1)
+    config.max_new_tokens, config.use_cache, config.return_dict_in_generate = max_new, True, True
+    config.output_logits, config.pad_token_id = scores is not None, min(ends_of(settings), default=None)
     if not beams:
-        options |= {"num_return_sequences": 1, "stopping_criteria": StoppingCriteriaList([watch])}
+        config.num_return_sequences = 1  # the prompts are there so many times already
+    criteria = StoppingCriteriaList([] if beams else [watch])
     devices = [model.device] if model.device.type == "cuda" else []
 
     def work() -> None:
@@ -277,7 +281,7 @@ def _theirs(
             with lock, torch.random.fork_rng(devices), torch.inference_mode():
                 torch.manual_seed(seed)
                 mask = torch.ones_like(tokens)
-                made = model.generate(tokens, attention_mask=mask, generation_config=settings, **options)
+                made = model.generate(tokens, config, attention_mask=mask, stopping_criteria=criteria)
             if beams:
                 for column in made.sequences[:, tokens.shape[1] :].T:
                     found.put(column.cpu())
@@ -287,7 +291,7 @@ def _theirs(
         except BaseException as error:
             found.put(error)
 
-    worker = threading.Thread(target=work, daemon=True)
+    worker = threading.Thread(target=work, name=WORKER, daemon=True)
     worker.start()
     try:
         while (item := found.get()) is not None:

@@ -4,10 +4,13 @@ import pytest
 from conftest import shared, write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from alphaprune import data
 from alphaprune.demo.run import MODEL
 from alphaprune.detokenize import Detokenizer
+
+ALPHABET = bytes_to_unicode()  # the character that stands for a byte in the vocabulary
 
 
 class Characters:
@@ -51,6 +54,21 @@ def test_the_bytes_of_a_character_come_together(tokenizers) -> None:
     assert pieces_of(tokenizers[0], tokens[:3])[0] == ["a", "", "", "\ufffd"]  # it ended inside a character
     broken = [tokens[1], tokens[0]]  # bytes that are no character
     assert pieces_of(tokenizers[0], broken)[0] == ["", "\ufffda", ""]
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.lists(st.sampled_from([0x41, 0x80, 0xBF, 0xC3, 0xA9, 0xE2, 0x86, 0x92, 0xF0, 0x9F, 0xFF]), max_size=16))
+def test_broken_bytes_are_shown_as_the_tokenizer_shows_them(tokenizers, data: list[int]) -> None:
+    tokens = [tokenizers[0].convert_tokens_to_ids(ALPHABET[byte]) for byte in data]
+    assert "".join(pieces_of(tokenizers[0], tokens)[0]) == tokenizers[0].decode(tokens)
+
+
+def test_nobody_waits_for_broken_bytes_to_become_a_character(tokenizers) -> None:
+    byte = tokenizers[0]("é").input_ids[1]
+    text = Detokenizer(tokenizers[0])
+    pieces = [text.put(byte) for _ in range(200)]
+    assert not any(pieces[:3]) and len("".join(pieces)) >= 197 and len("".join([*pieces, text.end()])) == 200
+    assert len(text._tokens) - text._first < 40  # what a token costs does not grow
 
 
 def test_a_sentencepiece_tokenizer_keeps_its_spaces() -> None:
