@@ -133,10 +133,10 @@ def _use_commands(sub) -> None:
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--max-new", type=int, default=64, help="tokens")
     generate.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token each time")
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--json", action="store_true")
     generate.add_argument("--top-k", type=int, help="sample from so many of the likeliest (default 50; 0: from all)")
     generate.add_argument("--top-p", type=float, help="sample from the likeliest that have this probability together")
+    generate.add_argument("--repetition-penalty", type=float, help="above 1: tokens that were there get less likely")
+    generate.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--json", action="store_true")
 
@@ -184,8 +184,6 @@ def _serve_command(sub) -> None:
     serve.add_argument("--threads", type=int, help="of the kernels (default: torch's)")
     serve.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     serve.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    generate.add_argument("--repetition-penalty", type=float, help="above 1: tokens that were there get less likely")
-    generate.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
 
 
 def _measure_commands(sub) -> None:
