@@ -126,19 +126,19 @@ class AlphaPruneQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, dtype: torch.dtype | None = None, **_: Any
     ) -> None:
+        entries: dict[str, dict] = {}
+        for file in checkpoint_files or ():
+            if str(file).endswith(".safetensors"):
+                entries.update(read_header(Path(file)))
+        entries = as_named_in(model, entries)
         if not self.pre_quantized:
             names = prunable(model, decoder_of(model))
             skipped = self.quantization_config.modules_to_not_convert
             self.waiting = {name for name in names if should_convert_module(name, skipped)}
-            return
-        if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
+        elif not entries:
             raise ValueError("a packed model can only be loaded from safetensors files")
-        entries: dict[str, dict] = {}
-        for file in checkpoint_files:
-            entries.update(read_header(Path(file)))
-        entries = as_named_in(model, entries)
         for name, layer in list(model.named_modules()):
-            if isinstance(layer, nn.Linear) and f"{name}.weight_mask" in entries:
+            if self.pre_quantized and isinstance(layer, nn.Linear) and f"{name}.weight_mask" in entries:
                 check_entries(name, layer, entries)
                 model.set_submodule(name, empty_layer(name, layer, entries, dtype))
         check_shapes(model, entries)
@@ -152,7 +152,7 @@ class AlphaPruneQuantizer(HfQuantizer):
     def place(self, model: nn.Module, name: str, weight: Tensor) -> bool:
         """Puts a weight [N, K] into the model, packed, and says so; or leaves it to transformers if it stays dense."""
         settings, layer = self.quantization_config, model.get_submodule(name)
-        self.waiting.discard(name)  # from here on transformers holds it to its shape
+        self.waiting.discard(name)  # what stays dense is no more than any other tensor to transformers
         if weight.shape != layer.weight.shape or not worth_packing(weight, None, settings.values, settings.group):
             return False
         try:
@@ -234,9 +234,13 @@ def empty_layer(name: str, layer: nn.Linear, entries: dict[str, dict], dtype: to
 
 
 def check_shapes(model: nn.Module, entries: dict[str, dict]) -> None:
-    """ValueError naming the first parameter whose shape in the file is not the one that config.json describes."""
+    """ValueError naming the first tensor whose shape in the file is not the one that config.json describes.
+
+    Some versions of transformers take it as it is once there is a quantizer. A head may be another one on purpose.
+    """
+    body = {id(parameter) for parameter in model.base_model.parameters()}
     for name, parameter in model.named_parameters():
-        if name in entries and entries[name]["shape"] != list(parameter.shape):
+        if id(parameter) in body and name in entries and entries[name]["shape"] != list(parameter.shape):
             raise ValueError(
                 f"{name}: has shape {entries[name]['shape']} in the file, config.json describes "
                 f"{list(parameter.shape)}; one of them belongs to another model"
@@ -307,7 +311,7 @@ def load(
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
         )
-    except (OSError, KeyError, RuntimeError) as error:
+    except (OSError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{folder}: cannot be loaded: {first_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)

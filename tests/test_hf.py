@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from packed import DENSE, TOKENS, linears, logits, sparse_layers, write_packed
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -77,6 +79,8 @@ def test_device_maps(packed: Path, device_map) -> None:
 
 @pytest.mark.parametrize("buffers", [False, True])
 def test_blocks_on_disk(packed: Path, tmp_path: Path, buffers: bool) -> None:
+    if buffers and Version(transformers.__version__) < Version("5.16"):
+        pytest.skip("this transformers casts the integers that it reads back from the disk; 5.16 does not")
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     places |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
     model = load(packed, device_map=places, offload_folder=tmp_path / "disk", offload_buffers=buffers)
@@ -208,7 +212,7 @@ BAD = {
     "settings as list": (outer(quantization_config=[1]), r"should be an object, it is \[1\]"),
     "another method": (outer(quantization_config={"quant_method": "alphaprun"}), "model.layers.0"),
     "other vocabulary": (outer(vocab_size=300), r"embed_tokens.weight: has shape \[257, 96\].*describes \[300, 96\]"),
-    "size as text": (outer(hidden_size="wide"), "config.json cannot be used"),
+    "size as text": (outer(hidden_size="wide"), "config.json cannot be used|cannot be loaded"),
     "no family": (outer(model_type="llamma"), "config.json cannot be used"),
     "a list": (lambda _: [1, 2], "config.json cannot be used"),
 }
