@@ -1,0 +1,78 @@
+"""`alphaprune serve`: a model behind OpenAI's HTTP interface, until it is told to stop."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from alphaprune import model as models
+from alphaprune.console import size
+
+
+def run(model: str, **options: Any) -> None:
+    _check(options)
+    folder = models.resolve(model)
+    from alphaprune import data, hf
+
+    try:
+        from alphaprune.serving import server
+    except ImportError as error:
+        raise ValueError(f"{error.name} is not installed: pip install 'alphaprune[serve]'") from error
+
+    sock = server.bind(options["host"], options["port"])  # before the model: a taken port is known at once
+    with sock:
+        import torch
+
+        if options["threads"]:
+            torch.set_num_threads(options["threads"])
+        tokenizer = data.load_tokenizer(folder)
+        if options["chat_template"]:
+            tokenizer.chat_template = data.read_text(options["chat_template"])
+        loaded = hf.load(folder, options["dtype"], options["device"])
+        service = _service(loaded, tokenizer, options["name"] or folder.resolve().name, options)
+        try:
+            host, port = sock.getsockname()[:2]
+            print(_summary(service), f"http://{f'[{host}]' if ':' in host else host}:{port}", sep="\n", flush=True)
+            server.run(service, sock, options["drain"])
+        finally:
+            service.engine.stop()
+
+
+def _check(options: dict[str, Any]) -> None:
+    least = {"max_running": 1, "queue": 0, "max_body": 1, "block_size": 4, "drain": 0, "threads": 1}
+    for name, low in {**least, "kv_blocks": 1, "kv_memory": 0}.items():
+        if options[name] is not None and options[name] < low:
+            raise ValueError(f"--{name.replace('_', '-')} {options[name]}: wanted {low} or more")
+    if not 0 <= options["port"] < 2**16:
+        raise ValueError(f"--port {options['port']}: wanted 0 to 65535; 0 takes a free one")
+    if options["kv_blocks"] and options["kv_memory"]:
+        raise ValueError("give one of --kv-blocks and --kv-memory")
+    template = options["chat_template"]
+    if template and not Path(template).is_file():
+        raise ValueError(f"{template}: there is no such file")
+
+
+def _service(loaded: Any, tokenizer: Any, name: str, options: dict[str, Any]) -> Any:
+    from alphaprune.serving import kv
+    from alphaprune.serving.app import Limits, Service
+    from alphaprune.serving.engine import Engine
+    from alphaprune.serving.metrics import Metrics
+
+    running, block = options["max_running"], options["block_size"]
+    memory = options["kv_memory"] and options["kv_memory"] * 1e9
+    cache = kv.plan(loaded.config, loaded.dtype, running, block, options["kv_blocks"], memory)
+    metrics = Metrics()
+    engine = Engine(loaded, tokenizer, cache, running, metrics.tell)
+    metrics.watch(engine)
+    engine.start()
+    key = options["api_key"] or os.environ.get("ALPHAPRUNE_API_KEY") or None
+    limits = Limits(running, options["queue"], options["max_body"])
+    return Service(engine, metrics, name, limits, kv.defaults(loaded.generation_config), key)
+
+
+def _summary(service: Any) -> str:
+    engine, limits = service.engine, service.limits
+    key = "with an API key" if service.key else "without an API key"
+    return (
+        f"{service.name}: {size(engine.weight_bytes)} of weights; {engine.kv}\n"
+        f"{limits.running} requests at a time, {limits.queue} more wait; requests up to {size(limits.body)}; {key}"
+    )

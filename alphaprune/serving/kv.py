@@ -1,0 +1,72 @@
+"""How much memory the keys and values of running requests may take."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from alphaprune.console import size
+from alphaprune.serving.request import Defaults
+
+MODEST = 10**9  # bytes, unless a quarter of what is free is less
+
+
+@dataclass(frozen=True)
+class KV:
+    """A cache of `blocks` blocks for `block` tokens each, `block_bytes` bytes per block over all layers.
+
+    context: the most tokens a request may have, prompt and answer together.
+    """
+
+    blocks: int
+    block: int
+    block_bytes: int
+    context: int
+
+    @property
+    def tokens(self) -> int:
+        return self.blocks * self.block
+
+    def __str__(self) -> str:
+        room = f"{self.tokens} tokens in {self.blocks} blocks of {self.block}, {size(self.blocks * self.block_bytes)}"
+        return f"KV cache for {room}; at most {self.context} tokens per request"
+
+
+def defaults(settings: Any) -> Defaults:
+    """What the generation_config of a model wants for requests that do not say otherwise."""
+    wanted = {
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": settings.top_k,
+        "min_p": settings.min_p,
+        "repetition": settings.repetition_penalty,
+    }
+    return Defaults(**{name: value for name, value in wanted.items() if value is not None})
+
+
+def plan(
+    config: Any, dtype: torch.dtype, running: int, block: int, blocks: int | None = None, memory: float | None = None
+) -> KV:
+    """The cache for `running` requests at a time: `blocks` blocks, or as many as fit into `memory` bytes.
+
+    By default no more than every request could fill, in at most 1 GB or a quarter of the free memory.
+    Raises ValueError if that is less than one block.
+    """
+    config = config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    block_bytes = 2 * config.num_hidden_layers * heads * head * dtype.itemsize * block
+    longest = getattr(config, "max_position_embeddings", None) or 2**31
+    if blocks is None:
+        import psutil
+
+        limit = min(MODEST, psutil.virtual_memory().available / 4) if memory is None else memory
+        blocks = int(limit // block_bytes)
+        if blocks < 1:
+            raise ValueError(
+                f"{size(limit)} for keys and values is less than one block of {block} tokens, {size(block_bytes)}; "
+                f"give more --kv-memory or a smaller --block-size"
+            )
+        if memory is None:
+            blocks = min(blocks, running * -(-longest // block))
+    return KV(blocks, block, block_bytes, min(longest, blocks * block))

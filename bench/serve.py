@@ -1,0 +1,129 @@
+"""The server under load: the embedded model packed at 70 % beside the dense one, for 1, 8 and 32 clients.
+
+python bench/serve.py --clients 1,8,32 --out bench/results/serve.jsonl
+
+Both servers run; in each of `--rounds` rounds each of them in turn gets the load of each number of clients. A client
+streams completions of `--new` tokens after prompts of some 24, greedily, one after the other. The clients are one
+process on the same cores as the server. Rows, one JSON object each, seconds and bytes throughout:
+
+machine, threads, torch      where it ran
+weights                      packed or dense
+sparsity, weight_bytes       of the prunable layers; of the whole model
+clients, new                 at the same time; tokens per completion
+tokens_per_second            of all clients together, median of the rounds
+first_token_seconds          from a request to its first token, median of all requests
+first_token_seconds_p95      95 % of the requests were faster
+token_seconds                from one token of a stream to its next one, median of all requests
+over_one_client              tokens per second over those of one client, median of the rounds
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from served import Reply, Served, complete, pack_demo, serve
+
+COLUMNS = ("weights", "clients", "tokens/s", "over one", "first s", "first p95", "token s")
+PROMPTS = [f"def {verb}_{noun}(self, {noun}, count):\n    " for verb in ("read", "write", "find", "copy", "sort")
+           for noun in ("file", "line", "name", "table", "node", "entry", "value", "token")]  # fmt: skip
+
+
+async def load(server: Served, clients: int, requests: int, new: int) -> tuple[float, list[Reply]]:
+    """Tokens per second of all clients together, and their replies."""
+
+    async def client(number: int) -> list[Reply]:
+        prompts = [PROMPTS[(number + 7 * i) % len(PROMPTS)] for i in range(requests)]
+        return [await complete(server.host, server.port, prompt, new) for prompt in prompts]
+
+    started = perf_counter()
+    replies = [r for each in await asyncio.gather(*(client(n) for n in range(clients))) for r in each]
+    return sum(reply.tokens for reply in replies) / (perf_counter() - started), replies
+
+
+def measure(servers: dict[str, Served], clients: list[int], rounds: int, new: int) -> list[dict[str, Any]]:
+    """A row per server and number of clients, measured by turns."""
+    rates: dict[tuple[str, int], list[float]] = {}
+    replies: dict[tuple[str, int], list[Reply]] = {}
+    for turn in range(rounds + 1):
+        for count in clients:
+            for weights, server in servers.items():
+                rate, made = asyncio.run(load(server, count, 2 if count > 1 else 4, new))
+                if turn:  # the first round warms up
+                    rates.setdefault((weights, count), []).append(rate)
+                    replies.setdefault((weights, count), []).extend(made)
+    rows = []
+    for (weights, count), found in rates.items():
+        first = sorted(reply.first for reply in replies[weights, count])
+        alone = rates.get((weights, 1))
+        rows.append(
+            {
+                "weights": weights,
+                "clients": count,
+                "new": new,
+                "tokens_per_second": statistics.median(found),
+                "first_token_seconds": statistics.median(first),
+                "first_token_seconds_p95": first[int(0.95 * (len(first) - 1))],
+                "token_seconds": statistics.median(reply.per_token for reply in replies[weights, count]),
+                "over_one_client": alone and statistics.median(a / b for a, b in zip(found, alone, strict=True)),
+            }
+        )
+    return rows
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clients", default="1,8,32")
+    parser.add_argument("--sparsity", type=float, default=0.7)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--new", type=int, default=64, help="tokens per completion")
+    parser.add_argument("--threads", type=int, help="of the server's kernels (default: its own)")
+    parser.add_argument("--json", action="store_true", help="one JSON object per row instead of the table")
+    parser.add_argument("--out", help="append the rows to this file, one JSON object each")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    import torch
+
+    from alphaprune import timing
+    from alphaprune.demo.run import MODEL
+
+    extra = ("--threads", options.threads) if options.threads else ()
+    with tempfile.TemporaryDirectory() as place:
+        packed = pack_demo(Path(place) / "packed", options.sparsity)
+        logs = [Path(place) / "packed.log", Path(place) / "dense.log"]
+        with serve(packed, logs[0], *extra) as ours, serve(MODEL, logs[1], *extra) as theirs:
+            servers = {"packed": ours, "dense": theirs}
+            rows = measure(servers, [int(c) for c in options.clients.split(",")], options.rounds, options.new)
+        folders = {"packed": packed, "dense": MODEL}
+        sizes = {name: sum(f.stat().st_size for f in at.glob("*.safetensors")) for name, at in folders.items()}
+    common = {"machine": timing.machine(), "threads": options.threads or torch.get_num_threads()}
+    if not options.json:
+        print("  ".join(f"{name:>10}" for name in COLUMNS))
+    for row in rows:
+        made = {**common, "torch": torch.__version__, **row, "weight_bytes": sizes[row["weights"]]}
+        made["sparsity"] = options.sparsity if row["weights"] == "packed" else 0.0
+        print(json.dumps(made) if options.json else line(made), flush=True)
+        if options.out:
+            with open(options.out, "a") as file:
+                file.write(json.dumps(made) + "\n")
+    return 0
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    over = row["over_one_client"]
+    cells = [row["weights"], str(row["clients"]), f"{row['tokens_per_second']:.0f}", f"{over:.2f}" if over else ""]
+    cells += [f"{row[name]:.4f}" for name in ("first_token_seconds", "first_token_seconds_p95", "token_seconds")]
+    return "  ".join(f"{cell:>10}" for cell in cells)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
