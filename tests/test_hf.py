@@ -143,6 +143,8 @@ WAYS = {
     "no cache": {"use_cache": False},
     "dynamic": {"cache_implementation": "dynamic"},
     "static": {"cache_implementation": "static"},
+    "sliding_window": {"cache_implementation": "sliding_window"},
+    "hybrid": {"cache_implementation": "hybrid"},
     "offloaded": {"cache_implementation": "offloaded"},
     "offloaded_static": {"cache_implementation": "offloaded_static"},
     "quantized": {"cache_implementation": "quantized", "cache_config": {"backend": "quanto", "nbits": 4}},

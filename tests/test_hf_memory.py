@@ -44,3 +44,19 @@ def test_loading_maps_the_file(tmp_path: Path, values: torch.dtype | None) -> No
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert found["loaded"] < 40e6, found
     assert stored * 0.8 < found["ran"] < stored * 1.2, found
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_loading(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "bench" / "load.py"
+    options = ["--model", "tiny", "--blocks", "3", "--rounds", "1", "--folder", str(tmp_path), "--out", "rows.jsonl"]
+    for _ in range(2):  # the rows of a machine are replaced, not added to
+        subprocess.run([sys.executable, script, *options], cwd=tmp_path, capture_output=True, check=True)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["cache"] for row in rows] == ["cold", "warm"]
+    for row in rows:
+        assert row["model"] == "tiny" and row["blocks"] == 3 and row["bytes"] > 10_000
+        assert all(row[f"{name}_seconds"] > 0 for name in ("read", "load", "first", "next", "import", "help"))
+        beyond = row["load_seconds"] + row["first_seconds"] - row["read_seconds"]
+        assert row["beyond_seconds"] == pytest.approx(beyond) and row["resident_first"] >= row["resident_loaded"]
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]  # the model is gone
