@@ -105,7 +105,7 @@ class Answer:
         return {**self.head, "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": finish}]}
 
     def _usage(self) -> dict[str, int]:
-        prompt, new = self.stream.prompt_tokens, self.stream.new_tokens
+        prompt, new = self.stream.prompt_tokens, len(self.stream.tokens)
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
     async def _start(self, send: Any, status: int, kind: bytes) -> None:

@@ -122,7 +122,7 @@ class Engine:
         if len(tokens) >= self.kv.context:
             raise Refused(
                 400,
-                f"the prompt has {len(tokens)} tokens, at most {self.kv.context} fit with one new one; shorten it",
+                f"the prompt has {len(tokens)} tokens, and {self.kv.context - 1} fit beside a new one; shorten it",
                 "prompt" if asked.prompt is not None else "messages",
                 "context_length_exceeded",
             )
@@ -182,7 +182,8 @@ class Stream:
     def __init__(
         self, engine: Engine, cb: Any, tokens: list[int], asked: Asked, request_id: str, arrived: float
     ) -> None:
-        self.id, self.prompt_tokens, self.new_tokens = request_id, len(tokens), 0
+        self.id, self.prompt_tokens = request_id, len(tokens)
+        self.tokens: list[int] = []  # the new ones
         self.finish, self.error, self.ended = "stop", None, False
         self._engine, self._before, self._stops = engine, arrived, Stops(asked.stops)
         self._queue: asyncio.Queue[Piece | None] = asyncio.Queue()
@@ -245,15 +246,15 @@ class Stream:
         """New tokens, in the event loop."""
         if self.ended:
             return
-        now, new = perf_counter(), len(output.generated_tokens) - self.new_tokens
+        now, new = perf_counter(), len(output.generated_tokens) - len(self.tokens)
         if new > 0:
             self._engine.tell("generated_tokens", new)
-            self._engine.tell("token" if self.new_tokens else "first_token", (now - self._before) / new)
-            self.new_tokens, self._before = len(output.generated_tokens), now
+            self._engine.tell("token" if self.tokens else "first_token", (now - self._before) / new)
+            self.tokens, self._before = output.generated_tokens, now
         try:
             self._streamer.put(output)
             if output.error is None and output.is_finished():
-                full = self.new_tokens >= self._limit and output.generated_tokens[-1] not in self._engine.ends
+                full = len(self.tokens) >= self._limit and self.tokens[-1] not in self._engine.ends
                 self.finish = "length" if full else self.finish
                 self.ended = True
                 self._streamer.end()

@@ -1,0 +1,196 @@
+"""The engine in this process: bfloat16, a cache that is too small, windows, and an error in the middle of a step."""
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import perf_counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, make_model
+from torch import nn
+from transformers import MistralConfig, MistralForCausalLM
+
+import alphaprune
+from alphaprune import data
+from alphaprune.serving import kv
+from alphaprune.serving.answer import Answer
+from alphaprune.serving.engine import Engine, ReasoningText, Stream, ToolCall
+from alphaprune.serving.request import Asked, Defaults, Refused, parse
+
+sys.path.insert(0, str(ROOT / "bench"))
+from served import pack_demo
+
+
+def ask(prompt: object, new: int, **settings: object) -> Asked:
+    body = {"prompt": prompt, "max_tokens": new, "temperature": 0, **settings}
+    return parse(json.dumps(body).encode(), False, "model", 10**6, Defaults())
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Engine]]:
+    """Starts engines and stops them."""
+    started: list[Engine] = []
+
+    def make(model: nn.Module, tokenizer: object, blocks: int = 256, running: int = 32) -> Engine:
+        cache = kv.plan(model.config, model.dtype, running, 16, blocks=blocks)
+        started.append(Engine(model, tokenizer, cache, running, lambda kind, value: None))
+        started[-1].start()
+        return started[-1]
+
+    yield make
+    for engine in started:
+        engine.stop()
+
+
+def generate(engine: Engine, requests: list[Asked]) -> list[Stream]:
+    """The streams of requests that come at the same time, at their ends."""
+
+    async def one(number: int, asked: Asked) -> Stream:
+        stream = engine.submit(engine.encode(asked), asked, str(number), perf_counter())
+        async for _ in stream.pieces():
+            pass
+        return stream
+
+    async def everything() -> list[Stream]:
+        return await asyncio.gather(*(one(i, asked) for i, asked in enumerate(requests)))
+
+    return asyncio.run(everything())
+
+
+@torch.inference_mode()
+def alone(model: nn.Module, prompt: list[int], new: int) -> list[int]:
+    out = model.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=False, pad_token_id=0)
+    return out[0, len(prompt) :].tolist()
+
+
+def prompts(count: int, vocabulary: int, longest: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(3, longest, (count,), generator=generator).tolist()
+    return [torch.randint(1, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(directory: Path):
+    return data.load_tokenizer(directory)
+
+
+def test_bfloat16_differs_only_where_dense_hardly_knows(tmp_path: Path, start) -> None:
+    """A token may differ from that of dense alone where the gap of its two best is below what bfloat16 loses there."""
+    packed = alphaprune.load(pack_demo(tmp_path / "packed"))
+    dense = packed.__class__.from_pretrained(tmp_path / "packed").dequantize()
+    exact = packed.__class__.from_pretrained(tmp_path / "packed", dtype=torch.float32).dequantize()
+    engine = start(packed, data.load_tokenizer(tmp_path / "packed"))
+    given = prompts(24, 4096, 60)
+    differing = 0
+    for prompt, stream in zip(given, generate(engine, [ask(p, 40) for p in given]), strict=True):
+        wanted = alone(dense, prompt, 40)
+        place = next((i for i, (a, b) in enumerate(zip(stream.tokens, wanted, strict=False)) if a != b), None)
+        if place is None:
+            assert stream.tokens == wanted
+            continue
+        differing += 1
+        with torch.inference_mode():
+            so_far = torch.tensor([prompt + wanted[:place]])
+            truth, rounded = exact(so_far).logits[0, -1], dense(so_far).logits[0, -1].float()
+        best = rounded.topk(2).values
+        assert best[0] - best[1] <= 2 * (rounded - truth).abs().max(), (place, best)
+    assert differing < 12  # most are the same
+
+
+def test_a_cache_too_small_for_all_gives_everyone_the_same(tokenizer, start) -> None:
+    model = make_model(seed=4).eval()
+    given = prompts(12, 256, 20)
+    wanted = [alone(model, prompt, 40) for prompt in given]
+    engine = start(model, tokenizer, blocks=9)  # of 16 tokens: two or three of the twelve at a time
+    streams = generate(engine, [ask(prompt, 40) for prompt in given])
+    assert [stream.tokens for stream in streams] == wanted
+    assert engine.kv_used() == engine.running() == engine.queued() == 0
+
+
+def test_attention_in_windows_is_left_to_transformers(tokenizer, start) -> None:
+    torch.manual_seed(6)
+    config = make_model().config.to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "head_dim", "max_position_embeddings", "initializer_range")
+    config = MistralConfig(**{name: config[name] for name in names}, sliding_window=8)
+    model = MistralForCausalLM(config).eval()
+    given = prompts(6, 256, 20)
+    wanted = [alone(model, prompt, 20) for prompt in given]
+    assert [s.tokens for s in generate(start(model, tokenizer), [ask(p, 20) for p in given])] == wanted
+
+
+def test_an_error_in_a_step_is_told_to_everyone(tokenizer, start) -> None:
+    model = make_model(seed=4)
+    engine = start(model, tokenizer)
+    model.forward = lambda *_, **__: 1 / 0
+    streams = generate(engine, [ask("hello", 4), ask("you", 4)])
+    assert [stream.error for stream in streams] == ["generation failed: division by zero"] * 2
+    assert not engine.alive()
+    with pytest.raises(Refused, match="restart the server") as refused:
+        generate(engine, [ask("hello", 4)])
+    assert refused.value.status == 503
+
+
+def test_a_model_that_cannot_be_served_says_so(tokenizer, start) -> None:
+    model = make_model(seed=4)
+    model.forward = lambda *_, **__: 1 / 0
+    with pytest.raises(ValueError, match="does not run under transformers' continuous batching: division by zero"):
+        start(model, tokenizer)
+    with pytest.raises(ValueError, match=r"no tokenizer\.json"):
+        start(make_model(), SimpleNamespace())
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_thoughts_and_calls_have_fields_of_their_own(streamed: bool) -> None:
+    """What a chat model of the Qwen kind says, as transformers' parser gives it."""
+
+    class Said:
+        id, prompt_tokens, tokens, finish, error = "chatcmpl-1", 3, [1, 2], "tool_calls", None
+
+        async def pieces(self):
+            yield [ReasoningText("so, "), ReasoningText("two")]
+            yield ["It is ", ToolCall("add", '{"a": 1}')]
+            yield [ToolCall("add", '{"a": 2}')]
+
+    sent, ended = [], []
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    async def receive() -> dict:
+        await asyncio.sleep(60)
+
+    body = {"messages": [{"role": "user", "content": "x"}], "stream": streamed}
+    asked = parse(json.dumps(body).encode(), True, "model", 10, Defaults())
+    asyncio.run(Answer(Said(), asked, "model", lambda: ended.append(1))({}, receive, send))
+    raw = b"".join(message.get("body", b"") for message in sent)
+    if streamed:
+        events = [json.loads(line[6:]) for line in raw.splitlines() if line.startswith(b"data: {")]
+        deltas = [event["choices"][0]["delta"] for event in events]
+        thought = "".join(delta.get("reasoning_content", "") for delta in deltas)
+        text = "".join(delta.get("content", "") for delta in deltas)
+        calls = [call for delta in deltas for call in delta.get("tool_calls", [])]
+        finish = events[-1]["choices"][0]["finish_reason"]
+        assert raw.endswith(b"data: [DONE]\n\n")
+    else:
+        choice = json.loads(raw)["choices"][0]
+        thought, text = choice["message"]["reasoning_content"], choice["message"]["content"]
+        calls, finish = choice["message"]["tool_calls"], choice["finish_reason"]
+    assert (thought, text, finish, ended) == ("so, two", "It is ", "tool_calls", [1])
+    assert [(call["index"], call["function"]["arguments"]) for call in calls] == [(0, '{"a": 1}'), (1, '{"a": 2}')]
+
+
+def test_remembered_prefixes_never_keep_a_request_out(tokenizer, start) -> None:
+    model = make_model(seed=4)
+    engine = start(model, tokenizer, blocks=4, running=2)  # the context, and not a block more
+    generator = torch.Generator().manual_seed(1)
+    for length in (17, 50, 33, 60, 60, 20, 62, 49, 63):
+        prompt = torch.randint(1, 256, (length,), generator=generator).tolist()
+        (stream,) = generate(engine, [ask(prompt, 64)])
+        assert stream.error is None and stream.tokens == alone(make_model(seed=4), prompt, 64 - length)
+    with pytest.raises(Refused, match="the prompt has 64 tokens, and 63 fit beside a new one"):
+        engine.encode(ask([1] * 64, 1))
