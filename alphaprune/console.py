@@ -21,8 +21,8 @@ def table(columns: list[str], rows: list[list[str]], header: bool = True) -> Non
 
 
 @contextmanager
-def bar(total: int, description: str, unit: str) -> Iterator[Callable[[str], None]]:
-    """A progress bar on stderr; yields what to call after each step."""
+def bar(total: int | None, description: str, unit: str) -> Iterator[Callable[[str], None]]:
+    """A progress bar on stderr; yields what to call after each step. total: None where it is not known."""
     from tqdm import tqdm
 
     with tqdm(total=total, desc=description, unit=unit, leave=False, disable=not sys.stderr.isatty()) as progress:

@@ -7,7 +7,14 @@ from typing import Any
 
 from alphaprune import model as models
 from alphaprune.commands.plan import make_plan
-from alphaprune.commands.shared import calibration_windows, dump, window
+from alphaprune.commands.shared import (
+    calibration_windows,
+    check_values,
+    dump,
+    rounding_loss,
+    window,
+    written_as_dict,
+)
 from alphaprune.console import bar, size
 
 
@@ -40,7 +47,7 @@ def run(
         what = f"--method {pruner.name}" if pruner.needs_calibration else "--refit"
         raise ValueError(f"{what} needs --calibration FILE, the text that the model should stay good at")
     _check_plan_options(plan, options)
-    _check_values(values, group, format)
+    check_values(values, group, format)
     if channel_permute and plan is None and options["pattern"] == "unstructured":
         raise ValueError(permute.NEEDS_PATTERN)
     checkpoint.check_free(Path(output))
@@ -64,39 +71,19 @@ def run(
             return pruning.prune_blocks(source, chosen, recipe, tokens, restore, tick, finish)
 
         written = checkpoint.write_pruned(source, output, identity, made, run, format == "sbt", values, group)
-    _report(written, chosen.realized, values is not None, json)
+    _report(written, chosen.realized, json)
 
 
-def _report(written: Any, sparsity: float, quantized: bool, json: bool) -> None:
+def _report(written: Any, sparsity: float, json: bool) -> None:
     if json:
-        errors = {name: error._asdict() for name, error in written.errors.items()}
-        found = {**vars(written), "folder": str(written.folder), "sparsity": sparsity}
-        found.pop("errors")
-        print(dump(found | ({"quantization_error": errors} if quantized else {})))
+        print(dump(written_as_dict(written) | {"sparsity": sparsity}))
         return
     print(
         f"{written.folder}: sparsity {sparsity:.4f}, linears {size(written.dense_bytes)} → "
         f"{size(written.stored_bytes)}, {written.packed_layers} of {written.layers} layers packed"
     )
     if written.errors:
-        print(_loss(written.errors))
-
-
-def _check_values(values: str | None, group: int | None, format: str) -> None:  # noqa: A002
-    if group is not None and values is None:
-        raise ValueError(f"--group {group} belongs to --values int8")
-    if values is not None and format == "dense":
-        raise ValueError(f"--values {values} is a way to pack weights: leave out --format dense")
-
-
-def _loss(errors: dict[str, Any]) -> str:
-    """One line about what int8 values lost; per layer it stands in alphaprune.json."""
-    relative = {name: error.relative for name, error in errors.items()}
-    worst = max(relative, key=relative.__getitem__)
-    return (
-        f"int8 values: relative error {sum(relative.values()) / len(relative):.2%} on average over {len(relative)} "
-        f"layers, at most {relative[worst]:.2%} ({worst})"
-    )
+        print(rounding_loss(written.errors))
 
 
 def _method(method: str | None, calibration: str | None) -> str:

@@ -41,5 +41,29 @@ def calibration_windows(
     return data.sample_windows(text, samples, length, seed), identity
 
 
+def check_values(values: str | None, group: int | None, format: str | None) -> None:  # noqa: A002
+    if group is not None and values is None:
+        raise ValueError(f"--group {group} belongs to --values int8")
+    if values is not None and format == "dense":
+        raise ValueError(f"--values {values} is a way to pack weights: leave out --format dense")
+
+
+def written_as_dict(written: Any) -> dict[str, Any]:
+    """A `checkpoint.Written` for JSON."""
+    found = {**vars(written), "folder": str(written.folder)}
+    errors = {name: error._asdict() for name, error in found.pop("errors").items()}
+    return found | ({"quantization_error": errors} if errors else {})
+
+
+def rounding_loss(errors: dict[str, Any]) -> str:
+    """One line about what int8 values lost; per layer it stands in alphaprune.json."""
+    relative = {name: error.relative for name, error in errors.items()}
+    worst = max(relative, key=relative.__getitem__)
+    return (
+        f"int8 values: relative error {sum(relative.values()) / len(relative):.2%} on average over {len(relative)} "
+        f"layers, at most {relative[worst]:.2%} ({worst})"
+    )
+
+
 def dump(found: Any) -> str:
     return json.dumps(found, indent=2)

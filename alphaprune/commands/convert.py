@@ -1,0 +1,67 @@
+"""`alphaprune convert`: a checkpoint of others → packed, packed → dense, a plan → a recipe of llm-compressor."""
+
+from pathlib import Path
+from typing import Any
+
+from alphaprune.commands.shared import check_file, check_values, dump, rounding_loss, written_as_dict
+from alphaprune.console import bar, size
+
+
+def run(
+    old: str,
+    new: str,
+    format: str | None,  # noqa: A002
+    values: str | None,
+    group: int | None,
+    negative_zeros: str | None,
+    modifier: str | None,
+    json: bool,
+) -> None:
+    if Path(old).is_file():
+        if format or values or group or negative_zeros:
+            raise ValueError(f"{old}: is a file, so a plan: it becomes a recipe, which has no --format or --values")
+        _recipe(old, new, modifier or "wanda", json)
+        return
+    if modifier is not None:
+        raise ValueError("--modifier belongs to a plan that becomes a recipe of llm-compressor")
+    check_values(values, group, format)
+    if format == "dense" and negative_zeros is not None:
+        raise ValueError("--negative-zeros is about packing: leave out --format dense")
+    from alphaprune import checkpoint, convert
+
+    checkpoint.check_free(Path(new))
+    with bar(None, "check", "layer") as tick:
+        source = convert.open_stored(old, tick)
+    with bar(source.block_count(), "convert", "block") as tick:
+        done = convert.convert(source, new, format != "dense", values, group, negative_zeros != "drop", tick)
+    _report(done, json)
+
+
+def _recipe(old: str, new: str, modifier: str, json: bool) -> None:
+    from alphaprune import llm_compressor
+    from alphaprune.plan_file import Plan
+
+    check_file(new)
+    made = llm_compressor.write(Plan.load(old), new, modifier)
+    if json:
+        print(dump(made))
+        return
+    for modifiers in made["pruning_stage"].values():
+        for name, settings in modifiers.items():
+            print(f"{new}: {name}, {settings['mask_structure']}, {len(settings['targets'])} targets")
+
+
+def _report(done: Any, json: bool) -> None:
+    written = done.written
+    if json:
+        print(dump(written_as_dict(written) | {"layouts": done.layouts, "negative_zeros": done.negative_zeros}))
+        return
+    layouts = ", ".join(f"{count} {layout}" for layout, count in done.layouts.items())
+    print(
+        f"{written.folder}: {layouts} → {written.packed_layers} of {written.layers} layers packed, linears "
+        f"{size(written.dense_bytes)} dense, now {size(written.stored_bytes)}"
+    )
+    if done.negative_zeros:
+        print(f"{done.negative_zeros:,} weights are -0 and were kept; --negative-zeros drop makes zeros of them")
+    if written.errors:
+        print(rounding_loss(written.errors))

@@ -1,0 +1,204 @@
+"""Checkpoints of others → ours, and ours → dense: one block in memory at a time, whole or not at all.
+
+Kept is what the files keep, or of a dense layer what is not 0; values keep their bits unless int8 is asked for.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from alphaprune import __version__, checkpoint, hf
+from alphaprune import model as models
+from alphaprune.formats import quantize
+from alphaprune.layer import worth_packing
+from alphaprune.pruning import Finish, PrunedBlock, Restore
+from alphaprune.shards import Shards, checkpoint_files, read_header
+from alphaprune.stored import Stored
+
+SETTINGS = ("quantization_config", "compression_config", "sparsity_config")  # by which releases said how weights lie
+READ = ("dense", "sparse-bitmask", "sparse_bitmask", "sparse-24-bitmask")
+SAMPLE = 64  # bytes at three places of every tensor, for the fingerprint
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written, and how the prunable layers had been stored: {layout: layers}.
+
+    negative_zeros: weights that are -0 and were kept for their sign, in layers read by this run.
+    """
+
+    written: checkpoint.Written
+    layouts: dict[str, int]
+    negative_zeros: int
+
+
+class StoredSource(models.DirectorySource):
+    """A folder whose layers may be stored in any layout that is known here; its blocks are dense ones."""
+
+    shards: Stored
+
+    def __init__(self, folder: Path, progress: Callable[[str], None] | None = None) -> None:
+        check_settings(folder)
+        self.name, self.folder = str(folder), folder
+        self.config = models.read_config(folder)
+        for name in SETTINGS:
+            if hasattr(self.config, name):
+                delattr(self.config, name)
+        models.family_of(self.config, self.name)
+        self.skeleton = models.make_skeleton(self.config)
+        self.shards = Stored(Shards(folder), self.skeleton, getattr(self.config, "dtype", None) or torch.float32)
+        tied = set(getattr(self.skeleton, "all_tied_weights_keys", None) or ()) - set(self.shards.names())
+        for name, parameter in self.skeleton.named_parameters():
+            if name in tied:
+                continue
+            found = self.shards.shape(name)
+            if found != tuple(parameter.shape):
+                raise ValueError(
+                    f"{folder}: {name} has shape {found} in the file, "
+                    f"but config.json describes {tuple(parameter.shape)}"
+                )
+        self.shards.check(progress)
+
+    def layers(self) -> list[str]:
+        """The prunable layers by full name, in order."""
+        return list(models.prunable(self.skeleton, self.prefix))
+
+    def fingerprint(self) -> str:
+        """sha256 over the headers of the files and three samples of every tensor in them."""
+        digest = hashlib.sha256()
+        for file in checkpoint_files(self.folder):
+            header = read_header(file)
+            with file.open("rb") as handle:
+                start = 8 + int.from_bytes(handle.read(8), "little")
+                for name, entry in sorted(header.items()):
+                    first, end = entry["data_offsets"]
+                    digest.update(f"{name} {entry['dtype']} {entry['shape']}\n".encode())
+                    for place in (first, (first + end) // 2, max(first, end - SAMPLE)):
+                        handle.seek(start + place)
+                        digest.update(handle.read(min(SAMPLE, end - place)))
+        return digest.hexdigest()
+
+
+def check_settings(folder: Path) -> None:
+    """ValueError naming how the weights of a folder were quantized, if they were by others than this package."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # `read_config` says what is wrong
+    for name in SETTINGS if isinstance(config, dict) else ():
+        settings = config.get(name) or {}
+        if not isinstance(settings, dict):
+            raise ValueError(f"{folder}: {name} in config.json should be an object, got {settings!r}")
+        method = settings.get("quant_method", "compressed-tensors")
+        if method == "alphaprune":
+            try:
+                hf.AlphaPruneQuantizer(hf.AlphaPruneConfig(**settings)).validate_environment()
+            except ValueError as error:
+                raise ValueError(f"{folder}: {error}") from error
+            continue
+        layout = settings.get("format") or "dense"
+        if method != "compressed-tensors" or layout not in READ or settings.get("config_groups"):
+            kind = method if layout in READ else f"{method}, {layout}"
+            raise ValueError(
+                f"{folder}: {name} says that its weights are quantized ({kind}); convert reads floating-point weights: "
+                f"take the checkpoint from before that, and ask for --values int8"
+            )
+
+
+class _Masks:
+    """What is kept of a block's layers: {layer: bool [N, K]}; counts the -0 among it."""
+
+    def __init__(self, source: StoredSource, negative_zeros: bool, values: str | None) -> None:
+        self.source, self.negative_zeros, self.values = source, negative_zeros, values
+        self.count = 0
+
+    def of(self, block: models.Block) -> dict[str, Tensor]:
+        if self.values is not None:
+            models.check_finite(block, "they have no place among int8 values")
+        return {name: self._of(name, layer.weight) for name, layer in block.linears.items()}
+
+    def _of(self, name: str, weight: Tensor) -> Tensor:
+        mask = self.source.shards.mask(name)
+        if mask is not None:
+            return mask
+        mask = weight != 0  # NaN is unlike 0
+        if self.negative_zeros and self.values is None:
+            negative = weight.signbit() & ~mask
+            self.count += int(negative.sum())
+            mask |= negative
+        return mask
+
+
+def convert(
+    old: "StoredSource | str | Path",
+    new: "str | Path",
+    packed: bool = True,
+    values: str | None = None,
+    group: int | None = None,
+    negative_zeros: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> Converted:
+    """Writes NEW from the checkpoint OLD, a folder or hub id; an interrupted run goes on where it was.
+
+    packed: SBT where that is smaller; otherwise everything dense, with its zeros. values, group: as
+    SparseLinear.from_linear has them. negative_zeros: -0 in a dense layer is a weight like any other, so that every bit
+    comes back; otherwise, and as int8, it is dropped as +0 is.
+    ValueError in one sentence, before anything is written, if OLD cannot be read, NEW exists, or nothing would change.
+    """
+    quantize.check(values, group)
+    checkpoint.check_free(Path(new))
+    source = old if isinstance(old, StoredSource) else open_stored(old)
+    layouts = Counter(source.shards.layout(name) for name in source.layers())
+    _check_change(source, layouts, packed, values)
+    if packed:
+        _check_gain(source, _Masks(source, negative_zeros, values), values, group)
+    masks = _Masks(source, negative_zeros, values)
+
+    def run(restore: Restore, finish: Finish) -> Iterator[PrunedBlock]:
+        for block in source.blocks():
+            kept = restore(block)
+            restored = kept is not None
+            if not restored:
+                kept = masks.of(block) if packed else {}
+                finish(block, kept)
+            if progress is not None:
+                progress(block.name)
+            yield PrunedBlock(block, kept, restored)
+
+    identity = {"checkpoint": source.fingerprint(), "format": "sbt" if packed else "dense", "values": values}
+    identity |= {"group": group, "negative_zeros": negative_zeros}
+    recipe = {"alphaprune": __version__, "converted_from": source.name, "layouts": dict(layouts), **identity}
+    written = checkpoint.write_pruned(source, new, identity, recipe, run, packed, values, group)
+    return Converted(written, dict(layouts), masks.count)
+
+
+def open_stored(old: "str | Path", progress: Callable[[str], None] | None = None) -> StoredSource:
+    """The blocks of a folder or hub id, dense, in whatever known layout they are stored; their masks are checked."""
+    return StoredSource(models.resolve(old), progress)
+
+
+def _check_change(source: StoredSource, layouts: Counter, packed: bool, values: str | None) -> None:
+    """ValueError if NEW would be what OLD is, or would round a second time."""
+    if not packed and set(layouts) == {"dense"}:
+        raise ValueError(f"{source.name}: dense already; leave out --format dense to pack it")
+    if packed and set(layouts) <= {"sbt", "dense"} and layouts["sbt"]:
+        if values is None:
+            raise ValueError(f"{source.name}: packed already; give --format dense to expand it, or --values int8")
+        if any(source.shards.is_rounded(name) for name in source.layers()):
+            raise ValueError(f"{source.name}: its values are int8 already")
+
+
+def _check_gain(source: StoredSource, masks: _Masks, values: str | None, group: int | None) -> None:
+    """ValueError unless one layer at least gets smaller; reads no further than to the first that does."""
+    for block in source.blocks():
+        kept = masks.of(block)
+        if any(worth_packing(layer.weight, kept[name], values, group) for name, layer in block.linears.items()):
+            return
+    remedy = "give --negative-zeros drop" if masks.count else "prune it first, or ask for --values int8"
+    raise ValueError(f"{source.name}: no layer of it would get smaller; {remedy}")
