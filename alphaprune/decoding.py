@@ -4,13 +4,12 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from alphaprune import formats, generate, timing
+from alphaprune import formats, generate, hardware, timing
 from alphaprune import model as models
 from alphaprune.decoder import Decoder
 from alphaprune.layer import SparseLinear
@@ -132,11 +131,7 @@ def nbytes(config: Any, sparsity: float | None, dtype: torch.dtype, values: torc
 
 def memory() -> int | None:
     """Bytes of memory that can be taken without swapping; None where the system does not say."""
-    info = Path("/proc/meminfo")
-    if not info.exists():
-        return None
-    lines = [line for line in info.read_text().splitlines() if line.startswith("MemAvailable:")]
-    return int(lines[0].split()[1]) * 1024 if lines else None
+    return hardware.memory().get("MemAvailable")
 
 
 def time_generation(model: nn.Module, ours: bool, prompt: int = 16, new: int = 32) -> dict[str, float]:

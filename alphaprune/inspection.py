@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from alphaprune import __version__, formats, timing
+from alphaprune import __version__, affinity, formats, hardware, timing
 from alphaprune import model as models
+from alphaprune.console import size
 from alphaprune.formats import Packed
 from alphaprune.kernels import base, cuda, spmm, table
 from alphaprune.kernels.table import DENSE
@@ -158,10 +159,11 @@ def model_summary(found: dict[str, Any]) -> str:
     )
 
 
-def describe_machine() -> dict[str, Any]:
-    """Which kernels work here and why the others do not; processor, GPUs, threads and versions.
+def describe_machine(bandwidth: bool = False) -> dict[str, Any]:
+    """Which kernels work here and why the others do not; processor, memory, GPUs, threads and versions.
 
-    times: per device what kernels are chosen by (see _source).
+    times: per device what kernels are chosen by (see _source). bandwidth: whether to measure the bytes/s that memory is
+    read with, which takes some seconds and 2 GiB; otherwise those of the time table, None without one.
     """
     import transformers
 
@@ -173,7 +175,11 @@ def describe_machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "machine": timing.machine(),
+        "hardware": hardware.describe(),
+        "usable_cpus": len(affinity.cpus()),
         "threads": torch.get_num_threads(),
+        "openmp": hardware.openmp(),
+        "bandwidth": timing.read_bandwidth() if bandwidth else getattr(table.current("cpu"), "bandwidth", None),
         "native": spmm.native_status(),
         "kernels": {name: reason or "works" for name, reason in spmm.back_ends()},
         "cuda": f"{'; '.join(gpus) or 'torch sees no GPU'} (compiled kernels: {cuda.missing() or 'work'})",
@@ -198,10 +204,52 @@ def _break_even(device: str) -> dict[str, dict[str, float]]:
 
 def machine_rows(found: dict[str, Any]) -> list[list[str]]:
     """Two columns; of the break-even sparsities one line per shape."""
-    rows = [[key, str(value)] for key, value in found.items() if not isinstance(value, dict)]
+    made = {"hardware", "usable_cpus", "threads", "openmp", "bandwidth"}
+    rows = [[key, str(value)] for key, value in found.items() if not isinstance(value, dict) and key not in made]
+    rows[5:5] = _hardware_rows(found)
     rows += [[f"kernel {name}", state] for name, state in found["kernels"].items()]
     rows += [[f"times {device}", source] for device, source in found["times"].items()]
     for what, known in found["break_even"].items():
         text = ", ".join(f"{t}: {percent(value)}" for t, value in known.items())
         rows.append([f"break-even {what}", f"sparsity by tokens: {text}"])
     return rows
+
+
+def _hardware_rows(found: dict[str, Any]) -> list[list[str]]:
+    known = {name: "?" if value is None else value for name, value in found["hardware"].items()}
+    cores = "sockets {sockets}, cores {cores}, threads per core {threads_per_core}, CPUs {cpus}".format(**known)
+    nodes = "; ".join(f"{node}: CPUs {cpus}" for node, cpus in known["numa_nodes"].items())
+    levels = [
+        f"{cache['count']} × L{cache['level']} {cache['type']} {cache['bytes'] >> 10:,} KiB for CPUs: {cache['cpus']}"
+        for cache in known["caches"]
+    ]
+    memory = [size(known[name]) if known[name] != "?" else "?" for name in ("memory", "memory_available")]
+    limit = "" if known["memory_limit"] == "?" else f"; a container may use {size(known['memory_limit'])}"
+    speed = "`alphaprune info --bandwidth` measures it"
+    if found["bandwidth"]:
+        speed = f"{found['bandwidth'] / 1e9:.1f} GB/s"
+    libraries = found["openmp"]
+    pools = "" if len(libraries) < 2 else ": several pools of threads get in each other's way; load one library only"
+    return [
+        ["instruction sets", " ".join(known["instruction_sets"]) or "?"],
+        ["cores", f"{cores}, of which this process may use {found['usable_cpus']}"],
+        ["NUMA nodes", nodes or "?"],
+        ["caches", "; ".join(levels) or "?"],
+        ["memory", f"{memory[0]}, {memory[1]} available{limit}"],
+        ["memory is read at", speed],
+        ["threads", f"{found['threads']}{_advice(found)}"],
+        ["OpenMP", (", ".join(libraries) or "?") + pools],
+    ]
+
+
+def _advice(found: dict[str, Any]) -> str:
+    """What is wrong with the number of threads; empty if nothing is."""
+    threads, usable, known = found["threads"], found["usable_cpus"], found["hardware"]
+    granted = known["cpu_limit"]
+    if granted and threads > max(granted, 1):
+        return f": the container grants the time of {granted:g} CPUs; set OMP_NUM_THREADS={max(int(granted), 1)}"
+    if threads > usable:
+        return f": more than the CPUs of this process; set OMP_NUM_THREADS={usable}"
+    if known["cores"] and threads > known["cores"]:
+        return f": more than there are cores; OMP_NUM_THREADS={known['cores']} is usually faster"
+    return ""

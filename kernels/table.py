@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from alphaprune import __version__
+from alphaprune import __version__, affinity
 from alphaprune.files import atomic_write_text
 from alphaprune.formats import native
 
@@ -57,8 +57,7 @@ class Machine:
         model = [f"{key} {found[key]}" for key in ("cpu family", "model", "stepping", "CPU part") if key in found]
         module = native.load()
         usable = () if module is None else tuple(name for name, missing in module.isas() if not missing)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return cls(name, ", ".join(model), usable, cores)
+        return cls(name, ", ".join(model), usable, len(affinity.cpus()))
 
     def __str__(self) -> str:
         return f"{self.cpu}, {self.cores} cores"

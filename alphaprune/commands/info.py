@@ -4,12 +4,14 @@ from alphaprune.commands.shared import dump
 from alphaprune.console import table
 
 
-def run(model: str | None, tokens: int, device: str, json: bool) -> None:
+def run(model: str | None, tokens: int, device: str, bandwidth: bool, json: bool) -> None:
     from alphaprune import inspection
 
     if tokens < 1:
         raise ValueError(f"--tokens {tokens}: wanted a whole number from 1")
-    found = inspection.describe_model(model, tokens, device) if model else inspection.describe_machine()
+    if model and bandwidth:
+        raise ValueError(f"--bandwidth is of the machine: leave out {model}")
+    found = inspection.describe_model(model, tokens, device) if model else inspection.describe_machine(bandwidth)
     if json:
         print(dump(found))
     elif model:

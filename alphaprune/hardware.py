@@ -1,0 +1,126 @@
+"""What the system says of its processor and memory: sockets, cores, caches, NUMA nodes, limits. Linux; others say less.
+
+Every function takes the root of the file system, and leaves out what is not there.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path("/")
+# What kernels for x86 and Arm ask of a processor, by the names of /proc/cpuinfo.
+SETS = (
+    *("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_vbmi2", "avx512_bf16"),
+    *("avx_vnni", "amx_tile", "amx_bf16", "amx_int8", "asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve", "sve2"),
+)
+UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def describe(root: Path = ROOT) -> dict[str, Any]:
+    """What the functions below find, in one dict."""
+    return topology(root) | {
+        "instruction_sets": instruction_sets(root),
+        "numa_nodes": numa_nodes(root),
+        "caches": caches(root),
+        "cpu_limit": cpu_limit(root),
+        "memory": memory(root).get("MemTotal"),  # bytes, as the next two
+        "memory_available": memory(root).get("MemAvailable"),
+        "memory_limit": memory_limit(root),
+    }
+
+
+def topology(root: Path = ROOT) -> dict[str, int | None]:
+    """How many sockets, cores and logical CPUs are online, and how many of the latter share a core."""
+    places = set()
+    folders = [folder for folder in _cpus(root) if (folder / "topology" / "core_id").exists()]
+    for folder in folders:
+        socket, core = (_text(folder / "topology" / name) for name in ("physical_package_id", "core_id"))
+        places.add((socket, _text(folder / "topology" / "die_id"), core))
+    sockets = len({socket for socket, _, _ in places})
+    return {
+        "sockets": sockets or None,
+        "cores": len(places) or None,
+        "cpus": len(folders) or None,
+        "threads_per_core": len(folders) // len(places) if places else None,
+    }
+
+
+def instruction_sets(root: Path = ROOT) -> list[str]:
+    """Those of SETS that the processor has and the system knows."""
+    lines = (_text(root / "proc/cpuinfo") or "").splitlines()
+    flags = next((line.partition(":")[2].split() for line in lines if re.match(r"flags|Features", line)), [])
+    return [name for name in SETS if name in flags]
+
+
+def numa_nodes(root: Path = ROOT) -> dict[str, str]:
+    """The CPUs of each node, as the system lists them: {"0": "0-31,64-95"}."""
+    nodes = (root / "sys/devices/system/node").glob("node[0-9]*")
+    found = {node.name.removeprefix("node"): _text(node / "cpulist") or "" for node in nodes}
+    return dict(sorted(found.items(), key=lambda one: int(one[0])))
+
+
+def caches(root: Path = ROOT) -> list[dict[str, Any]]:
+    """Each kind of cache of data: level, type, bytes of one, the CPUs that share it, and how many there are."""
+    found: dict[tuple[int, str, int], set[str]] = {}
+    for cpu in _cpus(root):
+        for folder in (cpu / "cache").glob("index*"):
+            kind, level, size = (_text(folder / name) for name in ("type", "level", "size"))
+            match = re.fullmatch(r"(\d+)([KMG]?)", size or "")
+            if kind in ("Data", "Unified") and level and match:
+                one = int(level), kind.lower(), int(match[1]) * UNITS.get(match[2], 1)
+                found.setdefault(one, set()).add(_text(folder / "shared_cpu_list") or cpu.name)
+    return [
+        {"level": level, "type": kind, "bytes": size, "cpus": _count(next(iter(shared))), "count": len(shared)}
+        for (level, kind, size), shared in sorted(found.items())
+    ]
+
+
+def cpu_limit(root: Path = ROOT) -> float | None:
+    """How many CPUs' worth of time a container grants; None without a limit."""
+    parts = (_text(root / "sys/fs/cgroup/cpu.max") or "").split()
+    if len(parts) != 2:
+        old = root / "sys/fs/cgroup/cpu"
+        parts = [_text(old / f"cpu.cfs_{name}_us") or "" for name in ("quota", "period")]
+    quota, period = parts
+    return int(quota) / int(period) if quota.isdigit() and period.isdigit() and int(period) else None
+
+
+def memory(root: Path = ROOT) -> dict[str, int]:
+    """Bytes by the names of /proc/meminfo: MemTotal, MemAvailable, …"""
+    lines = (_text(root / "proc/meminfo") or "").splitlines()
+    found = (re.fullmatch(r"(\w+):\s+(\d+) kB", line) for line in lines)
+    return {match[1]: int(match[2]) * 1024 for match in found if match}
+
+
+def memory_limit(root: Path = ROOT) -> int | None:
+    """Bytes that a container grants; None without a limit below the memory of the machine."""
+    total = memory(root).get("MemTotal")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        text = _text(root / "sys/fs/cgroup" / name) or ""
+        if text.isdigit() and (total is None or int(text) < total):
+            return int(text)
+    return None
+
+
+def openmp(root: Path = ROOT) -> list[str]:
+    """The OpenMP libraries that this process has loaded: one, or their threads get in each other's way."""
+    lines = (_text(root / "proc/self/maps") or "").splitlines()
+    paths = {line.split(maxsplit=5)[5] for line in lines if len(line.split(maxsplit=5)) == 6}
+    return sorted(path for path in paths if re.search(r"/lib(g|i|)omp\d*[^/]*\.(so|dylib)", path))
+
+
+def _cpus(root: Path) -> list[Path]:
+    return sorted((root / "sys/devices/system/cpu").glob("cpu[0-9]*"))
+
+
+def _count(listed: str) -> int:
+    """How many numbers a list such as 0-3,8 names."""
+    spans = re.findall(r"(\d+)(?:-(\d+))?", listed)
+    return sum(int(last or first) - int(first) + 1 for first, last in spans)
+
+
+def _text(file: Path) -> str | None:
+    try:
+        return file.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
