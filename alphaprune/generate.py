@@ -94,11 +94,16 @@ def why_not_ours(model: nn.Module, settings: Any = None) -> str | None:
     """
     if reason := why_not(model.config, model):
         return reason
-    asked = (settings or model.generation_config).to_diff_dict()
+    unknown = not_done(settings or model.generation_config)
+    return f"generation_config asks for {', '.join(unknown)}" if unknown else None
+
+
+def not_done(settings: Any) -> list[str]:
+    """The names in a GenerationConfig that change tokens and are not done here."""
+    asked = settings.to_diff_dict()
     idle = HANDLED | HARMLESS | {name for name, value in asked.items() if value is None or value is False}
     idle |= {name for name, value in NEUTRAL.items() if asked.get(name) == value}
-    unknown = sorted(asked.keys() - idle)
-    return f"generation_config asks for {', '.join(unknown)}" if unknown else None
+    return sorted(asked.keys() - idle)
 
 
 def continuation(

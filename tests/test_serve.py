@@ -277,6 +277,22 @@ def test_a_taken_port_and_bad_options(directory: Path, run) -> None:
         assert status == 2 and words in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("missing", "again", "words"),
+    [
+        ("uvicorn", "server", r"uvicorn is not installed: pip install 'alphaprune\[serve\]'"),
+        ("transformers.cli.serving.utils", "engine", r"install transformers==5\.24"),
+    ],
+)
+def test_what_is_not_installed(directory: Path, run, monkeypatch, missing: str, again: str, words: str) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    for module in ("server", "app", "answer", again):
+        monkeypatch.delitem(sys.modules, f"alphaprune.serving.{module}", raising=False)
+        monkeypatch.delattr(f"alphaprune.serving.{module}", raising=False)
+    status, _, err = run("serve", directory, "--port", 0)
+    assert status == 2 and re.search(words, err) and err.count("\n") == 1
+
+
 def test_a_full_queue_and_a_drain(packed: Path, tmp_path: Path) -> None:
     with serve(packed, tmp_path / "log", "--max-running", 1, "--queue", 1) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=60)

@@ -1,6 +1,7 @@
 """`alphaprune serve`: a model behind OpenAI's HTTP interface, until it is told to stop."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,14 @@ def _check(options: dict[str, Any]) -> None:
 
 
 def _service(loaded: Any, tokenizer: Any, name: str, options: dict[str, Any]) -> Any:
+    from alphaprune.generate import not_done
     from alphaprune.serving import kv
     from alphaprune.serving.app import Limits, Service
     from alphaprune.serving.engine import Engine
     from alphaprune.serving.metrics import Metrics
 
+    if ignored := not_done(loaded.generation_config):
+        print(f"not done by serve, though generation_config asks for it: {', '.join(ignored)}", file=sys.stderr)
     running, block = options["max_running"], options["block_size"]
     memory = options["kv_memory"] and options["kv_memory"] * 1e9
     cache = kv.plan(loaded.config, loaded.dtype, running, block, options["kv_blocks"], memory)
