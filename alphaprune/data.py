@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from alphaprune.files import first_line
+from alphaprune.model import read_config
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def load_tokenizer(folder: "str | os.PathLike") -> Any:
         raise ValueError(f"{folder}: no tokenizer in it; put the tokenizer files of the model beside its weights")
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # it has no types of its own for files that are damaged
+        read_config(Path(folder))  # if that is the reason, it is said
         raise ValueError(f"{folder}: its tokenizer cannot be loaded: {first_line(error)}") from error
 
 

@@ -4,7 +4,6 @@ Imported by the hook in the package's `__init__` as soon as transformers' own re
 5.0 to 5.24 (tests/compat.py); older ones do not pass the checkpoint files that tell how many values each layer has.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -277,14 +276,11 @@ def _entry(name: str, suffix: str, entries: dict[str, dict]) -> dict:
     return entry
 
 
-def check_settings(folder: Path) -> None:
-    """ValueError if `quantization_config` in config.json is there and no object; transformers would not say so."""
-    try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
-    except (OSError, ValueError, AttributeError):
-        return  # read_config explains it
-    if not isinstance(settings, dict):
-        raise ValueError(f"{folder}: quantization_config in config.json should be an object, it is {settings!r}")
+def check_config(config: Any) -> None:
+    """ValueError if packed weights of a transformers config are of a kind that this version does not read."""
+    settings = getattr(config, "quantization_config", None)
+    if isinstance(settings, dict) and settings.get("quant_method") == "alphaprune":
+        AlphaPruneQuantizer(AlphaPruneConfig(**settings)).validate_environment()
 
 
 def load(
@@ -301,7 +297,6 @@ def load(
 
     check_tokens(tokens)
     folder = resolve(path)
-    check_settings(folder)
     read_config(folder)
     Shards(folder)  # truncated and missing files are found here, by name
     bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()

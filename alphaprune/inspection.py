@@ -31,9 +31,12 @@ def describe_model(model: "str | Path", tokens: int = 1, device: str = "cpu") ->
     Raises ValueError in one sentence if the folder holds no usable model or its packed tensors disagree, or there is no
     such device here.
     """
+    from alphaprune import hf
+
     where = str(timing.clock(device).device)
     folder = models.resolve(model)
     config, shards = models.read_config(folder), Shards(folder)
+    hf.check_config(config)
     prefix = models.family_of(config, str(folder))
     names, layers = set(shards.names()), []
     plain = getattr(config, "dtype", None) or torch.float32  # of int8 layers when they were dense

@@ -261,7 +261,9 @@ def read_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
+        if not isinstance(settings, dict):
+            raise ValueError(f"quantization_config should be an object, it is {settings!r}")
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # wrong types in it have error types of their own, and the reason beneath them
         reason = first_line(error.__cause__ or error)

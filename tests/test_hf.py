@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -227,6 +228,17 @@ def test_edited_configs_are_refused_in_one_sentence(packed: Path, tmp_path: Path
     with pytest.raises(ValueError, match=message) as found:
         alphaprune.load(folder)
     assert len(str(found.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "kind", ["unknown format", "newer", "no such setting", "settings as text", "size as text", "a list"]
+)
+def test_commands_refuse_them_in_one_line(packed: Path, tmp_path: Path, run, kind: str) -> None:
+    change, message = BAD[kind]
+    folder = edited(packed, tmp_path, change)
+    for command in (("info", folder), ("generate", folder, "--prompt", "x"), ("eval", folder, "--text", __file__)):
+        status, out, err = run(*command)
+        assert status == 2 and not out and len(err.splitlines()) == 1 and re.search(message, err), (command[0], err)
 
 
 def test_a_plain_load_refuses_them_too(packed: Path, tmp_path: Path) -> None:
