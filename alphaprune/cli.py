@@ -118,13 +118,18 @@ def _compare_command(sub) -> None:
 
 
 def _use_commands(sub) -> None:
-    evaluate = sub.add_parser("eval", help="perplexity and bits per byte on a text")
+    evaluate = sub.add_parser("eval", help="perplexity and bits per byte on a text, or tasks of lm-eval")
     evaluate.add_argument("model", metavar="MODEL")
     text = evaluate.add_mutually_exclusive_group(required=True)
     text.add_argument("--text", metavar="FILE", help="text, tokenised as it is")
     text.add_argument("--wikitext", metavar="FILE", help="WikiText raw, read in rows as Wanda's evaluation does")
+    text.add_argument("--tasks", metavar="NAMES", help="of lm-eval, with commas; data that they need may be fetched")
     evaluate.add_argument("--length", type=int, help="tokens per window (default 2048, or the context if shorter)")
-    evaluate.add_argument("--windows", type=int, help="only the first so many")
+    evaluate.add_argument("--windows", type=int, help="of a text only the first so many")
+    evaluate.add_argument("--task-dir", metavar="DIR", help="with --tasks: YAML files to look at first")
+    evaluate.add_argument("--shots", type=int, metavar="N", help="with --tasks: examples before each question")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="with --tasks: documents of each at most")
+    evaluate.add_argument("--batch", type=int, metavar="N", help="with --tasks: requests at a time (default 1)")
     evaluate.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     evaluate.add_argument("--json", action="store_true")
 

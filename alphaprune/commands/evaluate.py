@@ -1,10 +1,11 @@
-"""`alphaprune eval`: perplexity of a model on a text."""
+"""`alphaprune eval`: perplexity of a model on a text, or what tasks of lm-eval say of it."""
 
 import sys
+from typing import Any
 
 from alphaprune import model as models
 from alphaprune.commands.shared import dump, window
-from alphaprune.console import bar
+from alphaprune.console import bar, table
 
 BLANK_ROW = "\n" * 4  # an empty row between two joints
 
@@ -13,19 +14,37 @@ def run(
     model: str,
     text: str | None,
     wikitext: str | None,
+    tasks: str | None,
     length: int | None,
     windows: int | None,
+    task_dir: str | None,
+    shots: int | None,
+    limit: int | None,
+    batch: int | None,
     dtype: str,
     json: bool,
+) -> None:
+    if tasks is not None:
+        if windows is not None:
+            raise ValueError("--windows belongs to --text; --limit says how many documents of a task")
+        _tasks(model, tasks, length, task_dir, shots, limit, 1 if batch is None else batch, dtype, json)
+        return
+    given = {"--task-dir": task_dir, "--shots": shots, "--limit": limit, "--batch": batch}
+    if any(value is not None for value in given.values()):
+        raise ValueError(f"{next(n for n, v in given.items() if v is not None)} belongs to --tasks")
+    _perplexity(model, text or wikitext, wikitext is not None, length, windows, dtype, json)
+
+
+def _perplexity(
+    model: str, file: str, rows: bool, length: int | None, windows: int | None, dtype: str, json: bool
 ) -> None:
     from alphaprune import data, hf
     from alphaprune import evaluate as evaluation
 
-    file = text or wikitext
     folder = models.resolve(model)
     length = window(length, models.read_config(folder))
-    raw = data.read_text(file, wikitext is not None)
-    if wikitext and BLANK_ROW not in raw:
+    raw = data.read_text(file, rows)
+    if rows and BLANK_ROW not in raw:
         print(f"{file}: no blank row in it, and WikiText raw has many: do not compare with published", file=sys.stderr)
     found = data.encode(data.load_tokenizer(folder), raw, file)
     evaluation.window_count(found, length)
@@ -42,3 +61,50 @@ def run(
         f"{result.tokens} tokens in {result.windows} windows of {result.length}, {result.dtype}, "
         f"text sha256 {result.data_sha256[:16]}, {result.seconds:.1f} s"
     )
+
+
+def _tasks(
+    model: str,
+    names: str,
+    length: int | None,
+    folder: str | None,
+    shots: int | None,
+    limit: int | None,
+    batch: int,
+    dtype: str,
+    json: bool,
+) -> None:
+    from alphaprune import data, hf
+    from alphaprune import tasks as evaluation
+
+    evaluation.check_numbers(limit, batch)
+    place = models.resolve(model)
+    config = models.read_config(place)
+    length = window(length, config) if length is not None else getattr(config, "max_position_embeddings", 2048)
+    tokenizer = data.load_tokenizer(place)
+    loaded = evaluation.load([name.strip() for name in names.split(",")], folder, shots)
+    result = evaluation.evaluate(hf.load(place, dtype=dtype), tokenizer, loaded, length, limit, batch)
+    if json:
+        print(dump({"model": str(place), **result.as_dict()}))
+        return
+    rows = [_row(name, task, metric) for name, task in result.tasks.items() for metric in task.metrics]
+    table(["task", "version", "shots", "samples", "metric", "value", "± stderr", "data"], rows)
+    for name, metrics in result.groups.items():
+        means = ", ".join(f"{metric} {_number(m['value'])}" for metric, m in metrics.items())
+        print(f"group {name}: {means}")
+    print(
+        f"{result.tokens} tokens scored, requests up to {result.length}, {result.dtype}, lm-eval {result.lm_eval}, "
+        f"{result.seconds:.1f} s"
+    )
+
+
+def _row(name: str, task: Any, metric: str) -> list[str]:
+    found = task.metrics[metric]
+    error = "" if found["stderr"] is None else _number(found["stderr"])
+    samples = f"{task.samples}" if task.samples == task.available else f"{task.samples} of {task.available}"
+    value = _number(found["value"])
+    return [name, str(task.version), str(task.shots), samples, metric, value, error, task.data_sha256[:16]]
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
