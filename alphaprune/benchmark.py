@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from alphaprune import decoding, formats, generate, hf, timing
+from alphaprune import decoding, formats, hf, throughput, timing
 from alphaprune import model as models
 from alphaprune.kernels import base
 from alphaprune.layer import SparseLinear
@@ -29,6 +29,11 @@ COLUMNS = [
     "GB/s",
     "% of memory",
 ]
+GENERATION = [
+    *("weights", "decoder", "prefill tokens/s", "p50", "p90", "p99"),
+    *("tokens/s", "step p50", "p90", "p99", "MB per step", "GB/s"),
+]
+LAYERS = ["layer", "shape", "stored as", "sparsity", "kernel", "seconds", "of the step", "dense seconds", "speed-up"]
 DECODING = ["weights", "values", "decoder", "tokens/s", "step seconds", "step / kernels"]
 
 
@@ -90,26 +95,73 @@ def bench_model(
     bar: Bar,
     values: str | None = None,
     device: str = "cpu",
+    prompt: int | None = None,
+    new: int | None = None,
+    batch: int = 1,
+    seconds: float = 5.0,
+    warmup: float = 1.0,
+    per_layer: bool = False,
 ) -> dict[str, Any]:
-    """Decoding of a packed model beside its dense twin, tokens per second, and rows for the shapes of its layers.
+    """Reading prompts and writing tokens with a packed model beside its dense twin, see throughput.time_models.
 
-    The layers are timed at the model's own sparsity; where nothing is packed, at those asked for. device: as above.
+    generation: rows of weights and decoder; where the twin does not fit into memory, `skipped` says so. Then rows for
+    the shapes of its layers at the model's own sparsity (where nothing is packed, at those asked for), or, per_layer,
+    `layers`, a row for each. device: as above.
+
+    ValueError if prompt and new tokens do not fit into the context.
     """
     folder, where = models.resolve(model), timing.clock(device).device
-    loaded = hf.load(folder, device=str(where))
+    loaded = hf.load(folder, device=str(where), tokens=batch)
+    load = _load(loaded, prompt, new, batch, seconds, warmup)
     packed = {n: m for n, m in loaded.named_modules() if isinstance(m, SparseLinear)}
     prefix = models.family_of(loaded.config, str(folder))
     shapes = {(m.out_features, m.in_features) for n, m in loaded.named_modules() if n.startswith(prefix) and _linear(m)}
-    result: dict[str, Any] = {"model": str(Path(folder)), "packed_layers": len(packed)}
+    dense, skipped = _dense_twin(loaded, folder, str(where)) if packed else (loaded, None)
+    competitors = {}
+    if packed:
+        competitors["packed", throughput.decoders(loaded)[0]] = loaded
+    if dense is not None:
+        competitors |= {("dense", decoder): dense for decoder in throughput.decoders(dense)}
+    found = throughput.time_models({key: (one, key[1]) for key, one in competitors.items()}, load, bar)
+    result: dict[str, Any] = {"model": str(Path(folder)), "packed_layers": len(packed), "load": asdict(load)}
+    result["generation"] = [{"weights": key[0], "decoder": key[1]} | row for key, row in found.items()]
+    if skipped:
+        result["generation"].append({"weights": "dense", "decoder": "", "skipped": skipped})
+    if per_layer:
+        step = next(iter(found.values()))["step_seconds"]["p50"]
+        result["layers"] = throughput.time_layers(loaded, dense if packed else None, load, step, bar)
+        clock = timing.clock(device)
+        return result | {"machine": str(clock.machine), "threads": clock.threads}
     if packed:
         kept = sum(formats.get("sbt").kept(m.packed) for m in packed.values())
         sparsity = f"{1 - kept / sum(m.out_features * m.in_features for m in packed.values()):.4f}"
-        result["tokens_per_second"] = generate.decode_rate(loaded)
-        loaded = loaded.dequantize()
-    result["dense_tokens_per_second"] = generate.decode_rate(loaded)
-    result["transformers_tokens_per_second"] = generate.decode_rate(loaded, ours=False)
+    del loaded, dense, competitors  # the rows below need the memory
     named = ",".join(f"{n}x{k}" for n, k in sorted(shapes))
     return result | bench_shapes(named, sparsity, pattern, tokens, dtype, kernel, bar, values, device=device)
+
+
+def _load(
+    model: torch.nn.Module, prompt: int | None, new: int | None, batch: int, seconds: float, warmup: float
+) -> throughput.Load:
+    """What is asked for; by default a prompt of 128 tokens and 32 new ones, fewer where the context is short."""
+    context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    new = new or min(32, context // 4)
+    prompt = prompt or min(128, context // 2)
+    if prompt + new > context:
+        raise ValueError(
+            f"--prompt {prompt} and --new {new} do not fit into {context} positions of this model; give smaller numbers"
+        )
+    return throughput.Load(prompt, new, batch, seconds, warmup)
+
+
+def _dense_twin(model: torch.nn.Module, folder: Any, device: str) -> tuple[torch.nn.Module | None, str | None]:
+    """The same model with dense layers, or None and why there is none."""
+    plain = model.get_input_embeddings().weight.dtype.itemsize
+    layers = [m for m in model.modules() if isinstance(m, SparseLinear)]
+    needed, free = plain * sum(m.out_features * m.in_features for m in layers), decoding.memory()
+    if free is not None and device == "cpu" and needed > free:
+        return None, f"dense it needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+    return hf.load(folder, device=device, tokens=None).dequantize(), None
 
 
 def _linear(module: torch.nn.Module) -> bool:
@@ -119,14 +171,14 @@ def _linear(module: torch.nn.Module) -> bool:
 def tables(result: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """Heading, columns and cells of what `bench` prints."""
     if "model" in result:
-        rows = [
-            ["dense", "transformers", f"{result['transformers_tokens_per_second']:.1f}"],
-            ["dense", generate.OURS, f"{result['dense_tokens_per_second']:.1f}"],
-        ]
-        if "tokens_per_second" in result:
-            packed = f"packed ({result['packed_layers']} layers)"
-            rows.append([packed, generate.OURS, f"{result['tokens_per_second']:.1f}"])
-        yield f"{result['model']}: greedy decoding, 1 sequence", ["weights", "decoder", "tokens/s"], rows
+        load = result["load"]
+        heading = (
+            f"{result['model']}: {load['prompt']} prompt tokens, {load['new']} greedy steps, batch {load['batch']}"
+        )
+        yield heading, GENERATION, [_generation_cells(row) for row in result["generation"]]
+    if "layers" in result:
+        yield f"{result['machine']}; medians of one call", LAYERS, [_layer_cells(row) for row in result["layers"]]
+        return
     does = f"{result['threads']} threads, reads" if result["threads"] else "copies"
     heading = f"{result['machine']}, {does} {result['bandwidth'] / 1e9:.1f} GB/s; medians"
     rows = [
@@ -148,6 +200,25 @@ def tables(result: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[s
     if "decoding" in result:
         rows = [_decoding_cells(row) for row in result["decoding"]]
         yield "whole models, greedy decoding of 1 sequence", DECODING, rows
+
+
+def _generation_cells(row: dict[str, Any]) -> list[str]:
+    if "skipped" in row:
+        return [row["weights"], row["skipped"], *[""] * (len(GENERATION) - 2)]
+    latencies = (f"{row[name][p]:.2e}" for name in ("prefill_seconds", "step_seconds") for p in ("p50", "p90", "p99"))
+    prefill = [f"{row['prefill_tokens_per_second']:.1f}", *itertools.islice(latencies, 3)]
+    decode = [f"{row['decode_tokens_per_second']:.1f}", *latencies]
+    read = [f"{row['bytes_per_step'] / 1e6:.1f}", f"{row['bytes_per_second'] / 1e9:.1f}"]
+    return [row["weights"], row["decoder"], *prefill, *decode, *read]
+
+
+def _layer_cells(row: dict[str, Any]) -> list[str]:
+    times = [f"{row['seconds']:.2e}", f"{row['share']:.1%}"]
+    if "shape" not in row:
+        return [row["name"], "", "", "", "", *times, "", ""]
+    shape = f"{row['shape'][0]}×{row['shape'][1]}"
+    dense = ["", ""] if row["ratio"] is None else [f"{row['dense_seconds']:.2e}", f"{row['ratio']:.2f}×"]
+    return [row["name"], shape, row["stored"], f"{row['sparsity']:.2f}", row["kernel"], *times, *dense]
 
 
 def _decoding_cells(row: dict[str, Any]) -> list[str]:

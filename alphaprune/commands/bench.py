@@ -1,9 +1,16 @@
-"""`alphaprune bench`: times of layers and models on this machine."""
+"""`alphaprune bench`: times of layers and models on this machine.
 
+Nothing here imports torch before `run` has bound its threads: OpenMP reads how to bind them once, when torch loads it.
+"""
+
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
-from alphaprune.commands.shared import check_file, dump
+from alphaprune import affinity
 from alphaprune.console import bar, table
+
+OF_MODELS = ("prompt", "new", "batch", "time", "warmup", "per_layer")
 
 
 def run(
@@ -15,32 +22,91 @@ def run(
     output: str | None,
     decode: bool,
     device: str,
+    threads: int | None,
+    pin: str,
     **options: Any,
 ) -> None:
-    from alphaprune import benchmark
-
-    if tune:
-        return _tune(model or shape, quick, output, device, json)
-    if quick or output:
+    load = {name: options.pop(name) for name in OF_MODELS}
+    given = {name: value for name, value in load.items() if value is not None and value is not False}
+    _check(model, shape, tune, given)
+    if not tune and (quick or output):
         raise ValueError("--quick and --output belong to --tune")
-    if (model is None) == (shape is None):
-        raise ValueError("give either MODEL or --shape, such as --shape llama2-7b or --shape 11008x4096")
     if model and decode:
         raise ValueError("--decode belongs to --shape; the decoding of a MODEL is timed without it")
-    if model:
-        result = benchmark.bench_model(model, bar=bar, device=device, **options)
-    else:
-        result = benchmark.bench_shapes(shape, bar=bar, decode=decode, device=device, **options)
+    usable = len(affinity.cpus())
+    if threads is not None and not 1 <= threads <= usable:
+        raise ValueError(f"--threads {threads}: this process may use {usable} CPUs")
+    if pin == "core":
+        if tune:
+            raise ValueError("--pin core belongs to MODEL or --shape: a time table is of threads that are not bound")
+        affinity.pin()
+
+    from alphaprune import benchmark
+    from alphaprune.commands.shared import dump
+
+    with _threads(threads) as count:
+        places = _places(count) if pin == "core" else None
+        if tune:
+            return _tune(model or shape, quick, output, device, json)
+        if model:
+            given["seconds"] = given.pop("time", 5.0)
+            result = benchmark.bench_model(model, bar=bar, device=device, **given, **options)
+        else:
+            result = benchmark.bench_shapes(shape, bar=bar, decode=decode, device=device, **options)
+    if places:
+        result["pinned"] = places
     if json:
         print(dump(result))
-    else:
-        for heading, columns, rows in benchmark.tables(result):
-            print(heading)
-            table(columns, rows)
+        return
+    for heading, columns, rows in benchmark.tables(result):
+        print(heading)
+        table(columns, rows)
+
+
+def _check(model: str | None, shape: str | None, tune: bool, given: dict[str, Any]) -> None:
+    """What was given of a load, for what, and in which range."""
+    if not tune and (model is None) == (shape is None):
+        raise ValueError("give either MODEL or --shape, such as --shape llama2-7b or --shape 11008x4096")
+    if given and (tune or shape):
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')} belongs to MODEL, whose decoding is timed")
+    for name in ("prompt", "new", "batch"):
+        if given.get(name, 1) < 1:
+            raise ValueError(f"--{name} {given[name]}: wanted a whole number from 1")
+    for name in ("time", "warmup"):
+        if not 0 <= given.get(name, 0) < float("inf"):
+            raise ValueError(f"--{name} {given[name]}: wanted seconds, 0 or more")
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[int]:
+    """So many threads of torch and the kernels, or as many as there are, until the end."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield count or before
+    finally:
+        torch.set_num_threads(before)
+
+
+def _places(threads: int) -> list[list[int]]:
+    """The places that threads are bound to once they have run; ValueError if they are not."""
+    import torch
+
+    torch.ones(1 << 22).add_(1)
+    places = affinity.bound()
+    if len(places) < threads and len(affinity.cpus()) > 1:
+        raise ValueError(
+            f"--pin core: {threads} threads run in {len(places)} places of their own: there are fewer cores than "
+            f"threads, or another OpenMP than torch's is loaded; give fewer --threads or leave it out"
+        )
+    return places
 
 
 def _tune(problem: str | None, quick: bool, output: str | None, device: str, json: bool) -> None:
     from alphaprune import timing, tuning
+    from alphaprune.commands.shared import check_file, dump
 
     if problem:
         raise ValueError(f"{problem}: --tune measures a table for all models; name neither MODEL nor --shape")
