@@ -271,12 +271,18 @@ def read_config(folder: Path) -> Any:
 
 
 def make_skeleton(config: Any) -> nn.Module:
-    """The model that a config describes: parameters on the meta device, rotary tables real."""
+    """The model that a config describes: parameters on the meta device, rotary tables real; ValueError if none."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    with init_empty_weights():
-        return AutoModelForCausalLM.from_config(config).eval()
+    try:
+        with init_empty_weights():
+            return AutoModelForCausalLM.from_config(config).eval()
+    except (AttributeError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+        name = getattr(config, "name_or_path", "") or config.model_type
+        raise ValueError(
+            f"{name}: config.json cannot be used: no model is of these sizes: {first_line(error)}"
+        ) from error
 
 
 def prunable(skeleton: nn.Module, prefix: str) -> dict[str, nn.Linear]:
