@@ -194,3 +194,27 @@ def test_remembered_prefixes_never_keep_a_request_out(tokenizer, start) -> None:
         assert stream.error is None and stream.tokens == alone(make_model(seed=4), prompt, 64 - length)
     with pytest.raises(Refused, match="the prompt has 64 tokens, and 63 fit beside a new one"):
         engine.encode(ask([1] * 64, 1))
+
+
+def test_nothing_is_kept_of_requests_that_were_cancelled(tokenizer, start) -> None:
+    engine = start(make_model(seed=4), tokenizer)
+
+    async def leave(number: int) -> None:
+        asked = ask([number + 1] * 20, 40)
+        stream = engine.submit(engine.encode(asked), asked, str(number), perf_counter())
+        while not stream.tokens:
+            await asyncio.sleep(0.001)
+        stream.cancel()
+        assert len(stream.tokens) < 40
+
+    async def everyone() -> None:
+        await asyncio.gather(*(leave(number) for number in range(8)))
+        for _ in range(100):
+            if engine.running() + engine.queued() + engine.kv_used() == 0:
+                return
+            await asyncio.sleep(0.02)
+        raise AssertionError("requests or blocks were left")
+
+    asyncio.run(everyone())
+    assert not engine._cb.output_router.result_handlers
+    assert engine._cb.current_batch < 30  # steps: none of the 40 tokens was made for nobody

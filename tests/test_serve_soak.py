@@ -1,18 +1,33 @@
-"""One minute of bench/soak.py; `python bench/soak.py --minutes 10` is the same for longer."""
+"""bench/soak.py and bench/serve.py in small: a minute of the former, a few tokens of the latter."""
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
+import serve
 import soak
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_a_minute_of_32_clients(capsys: pytest.CaptureFixture) -> None:
     status = soak.main(["--minutes", "1", "--clients", "32"])
     found = json.loads(capsys.readouterr().out)
     assert status == 0, found
     assert found["requests"] > 100 and found["left"] > 10 and found["refused"] > 10
+
+
+def test_rows_of_the_load(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "rows.jsonl"
+    assert serve.main(["--rounds", "1", "--clients", "1,2", "--new", "8", "--json", "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows == [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["weights"], row["clients"]) for row in rows] == [(w, c) for c in (1, 2) for w in ("packed", "dense")]
+    for row in rows:
+        assert row["tokens_per_second"] > 0 and 0 < row["first_token_seconds"] <= row["first_token_seconds_p95"]
+        assert (row["over_one_client"] == 1) == (row["clients"] == 1)
+    assert rows[0]["weight_bytes"] < rows[1]["weight_bytes"] / 2 and rows[1]["sparsity"] == 0
