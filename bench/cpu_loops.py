@@ -34,6 +34,7 @@ COUNTS = {"vpmulld": 256}  # one multiplication counts what is kept before each 
 TABLES = {"vpshufb": 8, "vpermd": 8, "vpermps": 8, "vpcompressd": 16}
 EXPANSIONS = {
     "amx": EXPAND,
+    "avx512bf16": EXPAND,
     "avx512": EXPAND,
     "avx512vnni": COUNTS,
     "avx512bw": TABLES,
@@ -55,6 +56,7 @@ PRODUCTS = (
 WIDTHS = {"%zmm": 1.0, "%ymm": 0.5, "%xmm": 0.25}
 TARGETS = {
     "amx": ("sapphirerapids",),
+    "avx512bf16": ("znver4",),
     "avx512": ("icelake-server", "sapphirerapids", "znver4"),
     "avx512vnni": ("cascadelake",),
     "avx512bw": ("skylake-avx512",),

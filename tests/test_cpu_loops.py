@@ -37,6 +37,8 @@ def test_every_compiled_kernel_has_a_loop(objects: list[Path]) -> None:
         fused = {(loop.dtype, loop.tokens) for loop in found if loop.part == "fused"}
         if isa == "avx512vnni":
             assert {("int8", 1), ("int8", 2)} <= fused, fused
+        if isa == "avx512bf16":
+            assert {("bfloat16", tokens) for tokens in (1, 2, 3)} <= fused, fused
         if isa in ("avx2", "avx512bw", "avx512"):
             assert {(dtype, 1) for dtype in ("bfloat16", "float16", "float32", "int8")} <= fused, (isa, fused)
 

@@ -26,12 +26,13 @@ constexpr bool kEmulated = true;
 
 #if defined(__x86_64__)
 struct Cpu {
-  bool avx2 = false, avx512bw = false, avx512vnni = false, avx512 = false;
+  bool avx2 = false, avx512bw = false, avx512vnni = false, avx512 = false, avx512bf16 = false, amd = false;
   bool os_ymm = false, os_zmm = false;
   std::string without_amx = "this CPU has no AMX with BF16 and INT8";
 
   Cpu() {
     unsigned a, b, c, d;
+    amd = __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return;
     const bool fma = c >> 12 & 1, osxsave = c >> 27 & 1, f16c = c >> 29 & 1, popcnt = c >> 23 & 1;
     if (osxsave) {
@@ -47,6 +48,7 @@ struct Cpu {
     avx512vnni = avx512bw && (c >> 11 & 1);
     avx512 = avx512vnni && (c >> 6 & 1);
     const bool amx = (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1);  // BF16, tiles, INT8
+    avx512bf16 = avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
     if (!avx512 || !amx) return;
     // Linux gives tile registers only to a process that asks: ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA.
     without_amx = syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? "" : "the operating system does not grant AMX tiles";
@@ -188,6 +190,9 @@ const Isa* const* isas() {
 #if defined(ALPHAPRUNE_AMX)
       &kAmx,
 #endif
+#if defined(ALPHAPRUNE_AVX512BF16)
+      &kAvx512bf16,
+#endif
 #if defined(ALPHAPRUNE_AVX512)
       &kAvx512,
 #endif
@@ -214,6 +219,8 @@ std::string unavailable(const Isa& isa) {
   if (name == "amx") return cpu().without_amx;
   if (name.rfind("avx512", 0) == 0) {
     if (!cpu().os_zmm) return "the operating system does not save AVX-512 registers";
+    if (name == "avx512bf16" && !cpu().avx512bf16) return "this CPU has no AVX-512 with VBMI2 and BF16";
+    if (name == "avx512bf16" && !cpu().amd) return "on Intel's CPUs VDPBF16PS is slower than what avx512 does";
     if (name == "avx512" && !cpu().avx512) return "this CPU has no AVX-512 with VBMI2 and VNNI";
     if (name == "avx512vnni" && !cpu().avx512vnni) return "this CPU has no AVX-512 with BW, DQ, VL and VNNI";
     if (!cpu().avx512bw) return "this CPU has no AVX-512 with BW, DQ and VL";

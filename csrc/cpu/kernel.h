@@ -55,6 +55,7 @@ extern const Isa kAvx2;
 extern const Isa kAvx512bw;
 extern const Isa kAvx512vnni;
 extern const Isa kAvx512;
+extern const Isa kAvx512bf16;
 extern const Isa kAmx;
 extern const Isa kNeon;
 

@@ -35,7 +35,7 @@ inline void store_rows(const Product& p, int64_t row_tile, int64_t token, float*
 }
 
 // `Math` describes one vector width and one kind of multiplication:
-//   Vector, load, store of accumulators;
+//   Element of panel and activations; Vector, load, store of accumulators;
 //   kLanes float lanes per accumulator, kVectors vectors of weights per step, kStep columns per step,
 //   kPanelTiles macro tiles per panel, kBlock tokens that fit the registers beside kGroup vectors of weights;
 //   weights(p), activations(p), multiply(w, x, sum) -> sum;
@@ -43,7 +43,7 @@ inline void store_rows(const Product& p, int64_t row_tile, int64_t token, float*
 //   rows(accumulators, out): the 16 sums of one token.
 template <class Math>
 struct Panel {
-  using Element = float;
+  using Element = typename Math::Element;
   static constexpr int64_t kTileElements = sbt::kTileRows * sbt::kTileCols;
   static constexpr int64_t kPanelBytes = Math::kPanelTiles * kTileElements * static_cast<int64_t>(sizeof(Element));
   static constexpr int64_t kSums = Math::kVectors * Math::kLanes;  // floats per token
@@ -130,10 +130,11 @@ struct Panel {
           const int64_t width = rest < Math::kPanelTiles ? rest : Math::kPanelTiles;
           for (int64_t c = 0; c < width; ++c) {
             Math::expand(p.weight, row_tile * tiles + first + c, panel + c * kTileElements);
-            if (p.weight.grouped()) scale(p.weight, row_tile, first + c, panel + c * kTileElements);
+            if constexpr (std::is_same_v<Element, float>)
+              if (p.weight.grouped()) scale(p.weight, row_tile, first + c, panel + c * kTileElements);
           }
-          blocks(panel, width * (sbt::kTileCols / Math::kStep), p.rows() + token * p.x_stride + first * sbt::kTileCols,
-                 p.x_stride, pass, sums);
+          const Element* x = static_cast<const Element*>(p.x) + token * p.x_stride + first * sbt::kTileCols;
+          blocks(panel, width * (sbt::kTileCols / Math::kStep), x, p.x_stride, pass, sums);
         }
         for (int64_t t = 0; t < pass; ++t) finish(p, row_tile, token + t, sums + t * kSums);
       }

@@ -7,6 +7,7 @@ namespace {
 
 // A step is 8 columns here, so the panel is [step of 8][16 rows][8]; an accumulator is a row.
 struct Float32 {
+  using Element = float;
   using Vector = __m256;
   static constexpr int64_t kLanes = 8, kVectors = 16, kStep = 8, kPanelTiles = 4, kGroup = 4, kBlock = 3;
   static constexpr int64_t kStepElements = sbt::kTileRows * kStep;

@@ -23,6 +23,7 @@ inline void expand_pair(const uint32_t*& value, uint32_t mask, __m512& even, __m
 
 // Activations and weights as float32; an accumulator is a row.
 struct Float32 {
+  using Element = float;
   using Vector = __m512;
   static constexpr int64_t kLanes = 16, kVectors = 16, kStep = 16, kPanelTiles = 4, kGroup = 4, kBlock = 6;
 
@@ -67,18 +68,19 @@ struct Float32 {
 
 // bfloat16 weights: the even columns of a word become float32 by a shift, the odd ones by clearing the low half, so an
 // accumulator is a word, 8 lanes of the even row and 8 of the odd one. Activations lie in steps of [8 even][8 odd].
-// VDPBF16PS would be one instruction, but on Sapphire Rapids it runs at a third of the FMA rate, and it flushes
-// subnormals.
+// VDPBF16PS would be one instruction (sbt_avx512bf16.cpp), but on Sapphire Rapids it runs at a third of the FMA rate.
 struct SplitBfloat16 {
+  using Element = float;
   using Vector = __m512;
   struct Both {
     __m512 even, odd;
   };
   static constexpr int64_t kLanes = 16, kVectors = 8, kStep = 16, kPanelTiles = 4, kGroup = 4, kBlock = 4;
+  static constexpr int words(int tokens) { return tokens <= 2 ? 8 : 4; }
 
   static Vector load(const float* p) { return _mm512_load_ps(p); }
   static void store(float* p, Vector v) { _mm512_store_ps(p, v); }
-  static Both split(__m512i w) {
+  static Both dense(__m512i w) {
     const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), _mm512_castsi512_ps(_mm512_and_si512(w, high))};
   }
@@ -96,7 +98,7 @@ struct SplitBfloat16 {
     prefetch(mask + 16);
     for (int64_t word = 0; word < sbt::kWords; ++word, panel += 32) {
       if (word % 2 == 0) prefetch(value);
-      const Both w = split(expand16(value, mask[word]));
+      const Both w = dense(expand16(value, mask[word]));
       _mm512_store_ps(panel, w.even);
       _mm512_store_ps(panel + 16, w.odd);
     }
@@ -105,56 +107,6 @@ struct SplitBfloat16 {
     for (int64_t r = 0; r < sbt::kTileRows; ++r) out[r] = sum8(_mm256_load_ps(sums + r * 8));
   }
 };
-
-// A few tokens straight from the expanded registers, without a panel; the sums are those of the panel, bit for bit.
-// The registers hold the sums of 8 words x 2 tokens or of 4 x 4: then the tile's rows 0-7 (half 0) and 8-15 take turns
-// along K, and the second turn finds the values in L2.
-template <int T, int Words>
-inline void fused_half(const Product& p, int64_t row_tile, int first, float* sums) {
-  const int64_t tiles = p.weight.col_tiles();
-  __m512 sum[Words][T];
-  for (auto& pair : sum)
-    for (auto& v : pair) v = _mm512_setzero_ps();
-  const uint32_t* mask = p.weight.mask + row_tile * tiles * sbt::kWords;
-  for (int64_t c = 0; c < tiles; ++c, mask += sbt::kWords) {
-    const uint16_t* value = tile_values<uint16_t>(p.weight, row_tile * tiles + c);
-    prefetch(mask);
-    prefetch(mask + 16);
-#pragma GCC unroll 4
-    for (int s = 0; s < 4; ++s) {
-      const auto skip = [&](int from, int to) {
-        for (int q = from; q < to; ++q) value += __builtin_popcount(mask[s * 8 + q]);
-      };
-      SplitBfloat16::Both a[T];
-      for (int t = 0; t < T; ++t)
-        a[t] = SplitBfloat16::activations(p.rows() + t * p.x_stride + c * sbt::kTileCols + s * 16);
-      if (Words < 8 && first) skip(0, Words);
-#pragma GCC unroll 8
-      for (int q = 0; q < Words; ++q) {
-        if (Words < 8 || q % 2 == 0) prefetch(value);
-        const SplitBfloat16::Both w = SplitBfloat16::split(expand16(value, mask[s * 8 + first + q]));
-        for (int t = 0; t < T; ++t) sum[q][t] = SplitBfloat16::multiply(w, a[t], sum[q][t]);
-      }
-      if (Words < 8 && !first) skip(Words, 8);
-    }
-  }
-  for (int t = 0; t < T; ++t)
-    for (int q = 0; q < Words; ++q) _mm512_store_ps(sums + t * 128 + (first + q) * 16, sum[q][t]);
-}
-
-template <int T>
-void fused_bfloat16(const Product& p, int64_t begin, int64_t end, void* scratch) {
-  auto* sums = static_cast<float*>(scratch);
-  for (int64_t row_tile = begin; row_tile < end; ++row_tile) {
-    if constexpr (T <= 2) {
-      fused_half<T, 8>(p, row_tile, 0, sums);
-    } else {
-      fused_half<T, 4>(p, row_tile, 0, sums);
-      fused_half<T, 4>(p, row_tile, 4, sums);
-    }
-    for (int t = 0; t < T; ++t) Panel<SplitBfloat16>::finish(p, row_tile, t, sums + t * 128);
-  }
-}
 
 template <class Value, class T>
 void fused_float32(const Product& p, int64_t begin, int64_t end, void* scratch) {
@@ -187,10 +139,10 @@ void fused_float32(const Product& p, int64_t begin, int64_t end, void* scratch) 
 
 void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
   if (p.weight.dtype == Dtype::bfloat16) {
-    if (p.tokens == 1) return fused_bfloat16<1>(p, begin, end, scratch);
-    if (p.tokens == 2) return fused_bfloat16<2>(p, begin, end, scratch);
-    if (p.tokens == 3) return fused_bfloat16<3>(p, begin, end, scratch);
-    if (p.tokens == 4) return fused_bfloat16<4>(p, begin, end, scratch);
+    if (p.tokens == 1) return fused_pairs<SplitBfloat16, 1>(p, begin, end, scratch);
+    if (p.tokens == 2) return fused_pairs<SplitBfloat16, 2>(p, begin, end, scratch);
+    if (p.tokens == 3) return fused_pairs<SplitBfloat16, 3>(p, begin, end, scratch);
+    if (p.tokens == 4) return fused_pairs<SplitBfloat16, 4>(p, begin, end, scratch);
     return Panel<SplitBfloat16>::product(p, begin, end, scratch);
   }
   if (rounds(p.given, p.weight)) return Integer<ExpandedBytes>::product(p, begin, end, scratch);

@@ -8,6 +8,7 @@ namespace {
 
 // An accumulator is a row.
 struct Float32 {
+  using Element = float;
   using Vector = __m512;
   static constexpr int64_t kLanes = 16, kVectors = 16, kStep = 16, kPanelTiles = 4, kGroup = 4, kBlock = 6;
 

@@ -199,6 +199,7 @@ inline void by_value(Dtype dtype, Work work) {
 
 // A step is 4 columns here, so the panel is [step of 4][16 rows][4]; an accumulator is a row.
 struct Float32 {
+  using Element = float;
   using Vector = float32x4_t;
   static constexpr int64_t kLanes = 4, kVectors = 16, kStep = 4, kPanelTiles = 4, kGroup = 4, kBlock = 6;
   static constexpr int64_t kStepElements = sbt::kTileRows * kStep;

@@ -22,6 +22,7 @@ struct Words {
 };
 
 struct Float32 {
+  using Element = float;
   struct Vector {
     float lane[16];
   };

@@ -45,18 +45,6 @@ inline void clear_above(int tile) {
       if (r >= t.rows[tile] || i >= t.row_bytes[tile]) t.data[tile][r][i] = 0;
 }
 
-// Subnormals count as zero, in and out.
-inline float flushed(float v) { return std::fabs(v) < 0x1p-126f ? std::copysign(0.0f, v) : v; }
-
-inline float bfloat16(const uint8_t* p) {
-  uint16_t half;
-  std::memcpy(&half, p, 2);
-  const uint32_t bits = static_cast<uint32_t>(half) << 16;
-  float v;
-  std::memcpy(&v, &bits, 4);
-  return flushed(v);
-}
-
 template <class A, class B>
 inline void integer_product(int c, int a, int b) {
   check_product(c, a, b);

@@ -106,12 +106,24 @@ inline void store_lanes(void* p, Mask mask, Vector v) {
 }
 
 template <class T, class Mask>
-inline __m512i expand(Mask mask, __m512i packed) {
+inline __m512i expand(__m512i other, Mask mask, __m512i packed) {
   const auto from = lanes<T>(packed);
-  Lanes<T, __m512i> out{};
+  auto out = lanes<T>(other);
   for (size_t i = 0, next = 0; i < out.size(); ++i)
     if (mask >> i & 1) out[i] = from[next++];
   return vector<__m512i>(out);
+}
+
+// Subnormals count as zero, in and out.
+inline float flushed(float v) { return std::fabs(v) < 0x1p-126f ? std::copysign(0.0f, v) : v; }
+
+inline float bfloat16(const void* p) {
+  uint16_t half;
+  std::memcpy(&half, p, 2);
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return flushed(v);
 }
 
 // Of every 16 bytes the lower (0) or the upper (1) half of the lanes, x's and y's in turn.
@@ -177,6 +189,7 @@ inline __m512i _mm512_setr_epi32(Int... v) {
 }
 inline __m512 _mm512_broadcast_f32x8(__m256 v) { return twin::repeated<__m512>(v); }
 inline __m512i _mm512_broadcast_i32x4(__m128i v) { return twin::repeated<__m512i>(v); }
+inline __m512i _mm512_broadcast_i64x4(__m256i v) { return twin::repeated<__m512i>(v); }
 
 inline __m512 _mm512_castsi512_ps(__m512i v) { return twin::load<__m512>(&v); }
 inline __m512i _mm512_castps_si512(__m512 v) { return twin::load<__m512i>(&v); }
@@ -189,9 +202,15 @@ inline __m128i _mm512_extracti32x4_epi32(__m512i v, int which) { return twin::pa
 inline __m256i _mm512_extracti64x4_epi64(__m512i v, int which) { return twin::part<__m256i>(v, which & 1); }
 inline __m256 _mm512_extractf32x8_ps(__m512 v, int which) { return twin::part<__m256>(v, which & 1); }
 
-inline __m512i _mm512_maskz_expand_epi8(__mmask64 m, __m512i v) { return twin::expand<uint8_t>(m, v); }
-inline __m512i _mm512_maskz_expand_epi16(__mmask32 m, __m512i v) { return twin::expand<uint16_t>(m, v); }
-inline __m512i _mm512_maskz_expand_epi32(__mmask16 m, __m512i v) { return twin::expand<uint32_t>(m, v); }
+inline __m512i _mm512_mask_expand_epi8(__m512i other, __mmask64 m, __m512i v) {
+  return twin::expand<uint8_t>(other, m, v);
+}
+inline __m512i _mm512_mask_expand_epi16(__m512i other, __mmask32 m, __m512i v) {
+  return twin::expand<uint16_t>(other, m, v);
+}
+inline __m512i _mm512_mask_expand_epi32(__m512i other, __mmask16 m, __m512i v) {
+  return twin::expand<uint32_t>(other, m, v);
+}
 inline __m512 _mm512_unpacklo_ps(__m512 a, __m512 b) { return twin::unpack<float>(a, b, 0); }
 inline __m512 _mm512_unpackhi_ps(__m512 a, __m512 b) { return twin::unpack<float>(a, b, 1); }
 inline __m512d _mm512_unpacklo_pd(__m512d a, __m512d b) { return twin::unpack<double>(a, b, 0); }
@@ -268,6 +287,16 @@ inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
   std::array<__m256, 2> out;
   for (int i = 0; i < 2; ++i)
     out[i] = _mm256_fmadd_ps(twin::part<__m256>(a, i), twin::part<__m256>(b, i), twin::part<__m256>(c, i));
+  return twin::vector<__m512>(out);
+}
+
+// The odd one of a pair is added first.
+inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
+  auto out = twin::lanes<float>(sum);
+  const auto x = twin::lanes<uint16_t>(a), y = twin::lanes<uint16_t>(b);
+  for (size_t i = 0; i < out.size(); ++i)
+    for (const size_t j : {2 * i + 1, 2 * i})
+      out[i] = twin::flushed(__builtin_fmaf(twin::bfloat16(&x[j]), twin::bfloat16(&y[j]), twin::flushed(out[i])));
   return twin::vector<__m512>(out);
 }
 

@@ -103,14 +103,15 @@ OPERATION(multiply_integers, F, put(out, _mm512_mullo_epi32(A, B)))
 OPERATION(set_float, F, put(out, _mm512_set1_ps(1.5f)))
 OPERATION(set_byte, F, put(out, _mm512_add_epi32(_mm512_set1_epi8(-3), _mm512_set1_epi32(70000))))
 OPERATION(broadcast8, F, put(out, _mm512_broadcast_f32x8(_mm512_castps512_ps256(AF))))
+OPERATION(broadcast_half, F, put(out, _mm512_broadcast_i64x4(_mm512_castsi512_si256(A))))
 OPERATION(broadcast4, F, put(out, _mm512_broadcast_i32x4(_mm512_castsi512_si128(A))))
 OPERATION(extract1, F, put(out, _mm512_extracti32x4_epi32(A, 1)))
 OPERATION(extract3, F, put(out, _mm512_extracti32x4_epi32(A, 3)))
 OPERATION(extract_half, F, put(out, _mm512_extracti64x4_epi64(A, 1)))
 OPERATION(extract_floats, F, put(out, _mm512_extractf32x8_ps(AF, 1)))
-OPERATION(expand32, F, put(out, _mm512_maskz_expand_epi32(MASK16, A)))
-OPERATION(expand16, F ",avx512vbmi2", put(out, _mm512_maskz_expand_epi16(static_cast<__mmask32>(in.mask), A)))
-OPERATION(expand8, F ",avx512vbmi2", put(out, _mm512_maskz_expand_epi8(in.mask, A)))
+OPERATION(expand32, F, put(out, _mm512_mask_expand_epi32(B, MASK16, A)))
+OPERATION(expand16, F ",avx512vbmi2", put(out, _mm512_mask_expand_epi16(B, static_cast<__mmask32>(in.mask), A)))
+OPERATION(expand8, F ",avx512vbmi2", put(out, _mm512_mask_expand_epi8(B, in.mask, A)))
 OPERATION(unpack_low, F, put(out, _mm512_unpacklo_epi32(A, B)))
 OPERATION(unpack_high, F, put(out, _mm512_unpackhi_epi32(A, B)))
 OPERATION(unpack_low64, F, put(out, _mm512_unpacklo_epi64(A, B)))
@@ -134,6 +135,8 @@ OPERATION(products8, F ",avx512vnni", put(out, _mm512_dpbusd_epi32(A, B, C)))
 OPERATION(float_add, F, put(out, _mm512_add_ps(AF, BF)))
 OPERATION(float_multiply, F, put(out, _mm512_mul_ps(AF, BF)))
 OPERATION(float_fma, F, put(out, _mm512_fmadd_ps(AF, BF, CF)))
+OPERATION(pairs, F ",avx512bf16",
+          put(out, _mm512_dpbf16_ps(CF, reinterpret_cast<__m512bh>(A), reinterpret_cast<__m512bh>(B))))
 OPERATION(from_half, F, put(out, _mm512_cvtph_ps(_mm512_castsi512_si256(A))))
 OPERATION(to_half, F, put(out, _mm512_cvtps_ph(AF, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)))
 OPERATION(from_int, F, put(out, _mm512_cvtepi32_ps(A)))
@@ -160,6 +163,7 @@ void compare_vectors() {
   COMPARE(set_float, false, f);
   COMPARE(set_byte, false, f);
   COMPARE(broadcast8, false, f);
+  COMPARE(broadcast_half, false, f);
   COMPARE(broadcast4, false, f);
   COMPARE(extract1, false, f);
   COMPARE(extract3, false, f);
@@ -191,6 +195,7 @@ void compare_vectors() {
   COMPARE(float_add, true, f);
   COMPARE(float_multiply, true, f);
   COMPARE(float_fma, true, f);
+  COMPARE(pairs, true, f && __builtin_cpu_supports("avx512bf16"));
   COMPARE(from_half, false, f);
   COMPARE(to_half, false, f);
   COMPARE(from_int, false, f);

@@ -1,0 +1,84 @@
+// SBT on AVX-512 with VBMI2 and BF16 where VDPBF16PS is fast: bfloat16 weights and activations are multiplied as they
+// are, two columns an instruction, which treats subnormal numbers as zero. Everything else is computed as on AVX-512.
+#include "vbmi2.h"
+
+namespace alphaprune {
+namespace {
+
+// An accumulator is a word, 8 lanes of the even row and 8 of the odd one.
+struct PairsOfBfloat16 {
+  using Element = uint16_t;
+  using Vector = __m512;
+  static constexpr int64_t kLanes = 16, kVectors = 8, kStep = 16, kPanelTiles = 8, kGroup = 4, kBlock = 6;
+  static constexpr int words(int tokens) { return tokens <= 3 ? 8 : 4; }
+
+  static Vector load(const float* p) { return _mm512_load_ps(p); }
+  static void store(float* p, Vector v) { _mm512_store_ps(p, v); }
+  static __m512i dense(__m512i w) { return w; }
+  static __m512i weights(const uint16_t* p) { return _mm512_load_si512(p); }
+  static __m512i activations(const uint16_t* p) {
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static Vector multiply(__m512i w, __m512i x, Vector sum) { return dot(sum, w, x); }
+  static void expand(const sbt::View& weight, int64_t tile, uint16_t* panel) {
+    const uint16_t* value = tile_values<uint16_t>(weight, tile);
+    const uint32_t* mask = weight.mask + tile * sbt::kWords;
+    prefetch(mask);
+    prefetch(mask + 16);
+    for (int64_t word = 0; word < sbt::kWords; ++word, panel += 32) {
+      if (word % 2 == 0) prefetch(value);
+      _mm512_store_si512(panel, expand16(value, mask[word]));
+    }
+  }
+  static void rows(const float* sums, float* out) {
+    for (int64_t r = 0; r < sbt::kTileRows; ++r) out[r] = sum8(_mm256_load_ps(sums + r * 8));
+  }
+
+ private:
+  static __m512 dot(__m512 sum, __m512i w, __m512i x) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
+  }
+};
+
+bool pairs(const Activations& x, const sbt::View& weight) {
+  return weight.dtype == Dtype::bfloat16 && x.dtype == Dtype::bfloat16;
+}
+
+void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
+  if (!pairs(p.given, p.weight)) return kAvx512.product(p, begin, end, scratch);
+  if (p.tokens == 1) return fused_pairs<PairsOfBfloat16, 1>(p, begin, end, scratch);
+  if (p.tokens == 2) return fused_pairs<PairsOfBfloat16, 2>(p, begin, end, scratch);
+  if (p.tokens == 3) return fused_pairs<PairsOfBfloat16, 3>(p, begin, end, scratch);
+  if (p.tokens == 4) return fused_pairs<PairsOfBfloat16, 4>(p, begin, end, scratch);
+  if (p.tokens == 5) return fused_pairs<PairsOfBfloat16, 5>(p, begin, end, scratch);
+  if (p.tokens == 6) return fused_pairs<PairsOfBfloat16, 6>(p, begin, end, scratch);
+  Panel<PairsOfBfloat16>::product(p, begin, end, scratch);
+}
+
+void expand(const sbt::View& weight, int64_t begin, int64_t end, Dtype out_dtype, void* out) {
+  kAvx512.expand(weight, begin, end, out_dtype, out);
+}
+
+// Rows of bfloat16, the caller's own where no columns are missing.
+int64_t prepared_bytes(const Activations& x, const sbt::View& weight) {
+  if (!pairs(x, weight)) return kAvx512.prepared_bytes(x, weight);
+  const int64_t padded = weight.padded_cols();
+  return padded == weight.cols ? 0 : x.tokens * padded * static_cast<int64_t>(sizeof(uint16_t));
+}
+
+void prepare(const Activations& x, const sbt::View& weight, int64_t first, int64_t last, void* to) {
+  if (!pairs(x, weight)) return kAvx512.prepare(x, weight, first, last, to);
+  const int64_t padded = weight.padded_cols();
+  const auto* from = static_cast<const uint16_t*>(x.data);
+  for (int64_t t = first; t < last; ++t) {
+    uint16_t* row = static_cast<uint16_t*>(to) + t * padded;
+    std::memcpy(row, from + t * x.stride, static_cast<size_t>(weight.cols) * sizeof(uint16_t));
+    std::memset(row + weight.cols, 0, static_cast<size_t>(padded - weight.cols) * sizeof(uint16_t));
+  }
+}
+
+}  // namespace
+
+const Isa kAvx512bf16 = {"avx512bf16", product, expand, prepared_bytes, prepare};
+
+}  // namespace alphaprune
