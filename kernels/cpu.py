@@ -16,7 +16,16 @@ CODES = native.DTYPES
 FLOATS = tuple(dtype for dtype in CODES if dtype.is_floating_point)  # of activations and biases
 # Past so many tokens, expanding a chunk of rows for torch's matmul is faster. Measured at 4096 x 4096 in bfloat16 on
 # Sapphire Rapids without AMX: avx512 15 ms and expand 32 ms for 64 tokens, 33 and 53 for 128, about equal for 256.
-MOST_TOKENS = {"amx": 256, "avx512bf16": 128, "avx512": 128, "avx512vnni": 128, "avx512bw": 128, "avx2": 32, "neon": 32, "scalar": 4}
+MOST_TOKENS = {
+    "amx": 256,
+    "avx512bf16": 128,
+    "avx512": 128,
+    "avx512vnni": 128,
+    "avx512bw": 128,
+    "avx2": 32,
+    "neon": 32,
+    "scalar": 4,
+}
 
 
 def missing(isa: str) -> str | None:
