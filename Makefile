@@ -1,20 +1,23 @@
 # make demo    set-up, then the whole flow on the embedded model
 # make test    set-up, then what everybody should run: lint, formatting, all quick tests
 # make check   adds the slow and the strict: sanitizers, memcheck, aarch64 in an emulator, kill tests, clean installs
+# make compat  the adapters on transformers 5.0, 5.8, 5.16 and the newest, each in an environment of its own
+# make soak    ten minutes of 32 clients on the server; MINUTES=60 for longer
 # Set TORCH_INDEX to PyTorch's CPU index on a machine without an NVIDIA GPU: it saves several GB of CUDA packages.
 
 PYTHON ?= python3
 VENV ?= .venv
+MINUTES ?= 10
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
        $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 FORMATTED := $(wildcard $(foreach kind,h cpp cu cuh c,csrc/*.$(kind) csrc/*/*.$(kind) tests/native/*.$(kind) bench/*.$(kind)))
 # The kernels' machine code is counted with nvcc: that of the machine, or else the package's.
 COMMA := ,
-EXTRAS := demo,test$(if $(shell command -v nvcc),,$(COMMA)nvcc)
+EXTRAS := demo,test,serve,eval$(if $(shell command -v nvcc),,$(COMMA)nvcc)
 NATIVE := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt setup.py
 
-.PHONY: demo test check lint format clean
+.PHONY: demo test check compat soak lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.stamp
@@ -27,6 +30,12 @@ check: $(VENV)/test.stamp
 	$(BIN)/python tests/native/sanitize.py
 	$(BIN)/python tests/native/cross.py
 	$(BIN)/python -m pytest --durations=20 -m slow
+
+compat: $(VENV)/test.stamp
+	$(BIN)/python tests/compat.py
+
+soak: $(VENV)/test.stamp
+	$(BIN)/python bench/soak.py --minutes $(MINUTES)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
