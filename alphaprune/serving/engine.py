@@ -79,7 +79,7 @@ class Engine:
             self._cb.start()
         self._cb.add_request([0], "first", max_new_tokens=1, sampling=Sampling(temperature=0))
         patience = monotonic() + START_SECONDS
-        while (done := self._cb.get_result(timeout=0.1)) is None and self.alive() and monotonic() < patience:
+        while (done := self._cb.get_result(timeout=0.1)) is None and self._cb.is_running() and monotonic() < patience:
             sleep(0.01)
         if done is None or done.error:
             cause = done.error if done else self._cb.background_thread_status.fatal_error or "no token in time"
@@ -94,7 +94,7 @@ class Engine:
             gc.collect()
 
     def alive(self) -> bool:
-        return self._cb.background_thread_status.fatal_error is None and self._cb.is_running()
+        return self._cb.background_thread_status.can_accept_new_requests() is None and self._cb.is_running()
 
     def running(self) -> int:
         processor = self._cb.batch_processor
