@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = ("5.0.0", "5.8.1", "5.16.1", "newest")
 TESTS = ("hf", "hf_pack", "peft", "checkpoint", "checkpoint_int8", "package")
+PACKAGES = ("transformers", "huggingface_hub", "tokenizers", "peft", "torch")
 SHOWN = 25  # lines of a failure
 
 
@@ -58,13 +59,18 @@ def tail(text: str) -> str:
 
 def found(python: Path) -> str:
     """The versions that an environment really imports."""
-    code = "import torch, transformers, huggingface_hub, tokenizers as t, peft; print(*[m.__version__ for m in "
-    code += "(transformers, huggingface_hub, t, peft, torch)])"
-    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, env={**os.environ})
-    names = ("transformers", "huggingface_hub", "tokenizers", "peft", "torch")
+    code = f"""
+import importlib
+for name in {PACKAGES}:
+    try:
+        print(name, importlib.import_module(name).__version__)
+    except ModuleNotFoundError:
+        print(name, "missing")
+"""
+    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True)
     if done.returncode:
         raise ValueError("does not import: " + tail(done.stderr))
-    return ", ".join(f"{name} {version}" for name, version in zip(names, done.stdout.split(), strict=True))
+    return ", ".join(done.stdout.splitlines())
 
 
 def main(arguments: list[str] | None = None) -> int:
