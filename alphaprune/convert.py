@@ -53,8 +53,10 @@ class StoredSource(models.DirectorySource):
         models.family_of(self.config, self.name)
         self.skeleton = models.make_skeleton(self.config)
         self.shards = Stored(Shards(folder), self.skeleton, getattr(self.config, "dtype", None) or torch.float32)
+        parameters = dict(self.skeleton.named_parameters())
+        models.check_places(self.shards.names(), parameters, self.prefix, self.name)
         tied = set(getattr(self.skeleton, "all_tied_weights_keys", None) or ()) - set(self.shards.names())
-        for name, parameter in self.skeleton.named_parameters():
+        for name, parameter in parameters.items():
             if name in tied:
                 continue
             found = self.shards.shape(name)
@@ -152,6 +154,8 @@ def convert(
     ValueError in one sentence, before anything is written, if OLD cannot be read, NEW exists, or nothing would change.
     """
     quantize.check(values, group)
+    if values is not None and not packed:
+        raise ValueError(f"values {values} is a way to pack weights: leave it out where everything becomes dense")
     checkpoint.check_free(Path(new))
     source = old if isinstance(old, StoredSource) else open_stored(old)
     layouts = Counter(source.shards.layout(name) for name in source.layers())

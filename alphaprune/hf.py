@@ -21,7 +21,7 @@ from alphaprune.files import first_line
 from alphaprune.formats import quantize
 from alphaprune.kernels import base
 from alphaprune.layer import SparseLinear, check_tokens, expand_losers, pack_weight, worth_packing
-from alphaprune.model import family_of, prunable, read_config, resolve
+from alphaprune.model import FAMILIES, check_places, family_of, prunable, read_config, resolve
 from alphaprune.shards import BY_CODE, Shards, read_header
 
 VALUE_TYPES = ("F32", "F16", "BF16", "I8")
@@ -306,18 +306,21 @@ def load(
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
         )
-    except (OSError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ImportError, ArithmeticError, AttributeError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{folder}: cannot be loaded: {first_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()
-    check_loaded(folder, found)
+    check_loaded(folder, model, found)
     return expand_losers(model.to(device).eval(), tokens)
 
 
-def check_loaded(folder: Path, found: dict[str, Any]) -> None:
-    """ValueError naming the first tensor that transformers filled with random values, for the files do not have it."""
+def check_loaded(folder: Path, model: nn.Module, found: dict[str, Any]) -> None:
+    """ValueError naming the first tensor that the files or, inside the blocks, the model should have and do not.
+
+    transformers fills it with random values, or leaves it out.
+    """
     for name, stored, wanted in sorted(found["mismatched_keys"]):
         raise ValueError(
             f"{folder}: {name} has shape {list(stored)} in the file, but config.json describes {list(wanted)}; "
@@ -325,3 +328,5 @@ def check_loaded(folder: Path, found: dict[str, Any]) -> None:
         )
     for name in sorted(found["missing_keys"]):
         raise ValueError(f"{folder}: no tensor {name} in its safetensors files, though config.json needs it")
+    if model.config.model_type in FAMILIES:
+        check_places(sorted(found["unexpected_keys"]), (), decoder_of(model), str(folder))

@@ -7,7 +7,7 @@ the skeleton has no weights, and a block's weights are read when its turn comes 
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,8 +169,9 @@ class DirectorySource(Source):
                     setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
     def _check_shapes(self) -> None:
-        prefix = self.prefix + "."
-        for name, parameter in self.skeleton.named_parameters():
+        prefix, parameters = self.prefix + ".", dict(self.skeleton.named_parameters())
+        check_places(self.shards.names(), parameters, self.prefix, self.name)
+        for name, parameter in parameters.items():
             if name.startswith(prefix):
                 found = self.shards.shape(name)
                 if found != tuple(parameter.shape):
@@ -278,11 +279,24 @@ def make_skeleton(config: Any) -> nn.Module:
     try:
         with init_empty_weights():
             return AutoModelForCausalLM.from_config(config).eval()
-    except (AttributeError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         name = getattr(config, "name_or_path", "") or config.model_type
         raise ValueError(
-            f"{name}: config.json cannot be used: no model is of these sizes: {first_line(error)}"
+            f"{name}: config.json cannot be used: no model is of these settings: {first_line(error)}"
         ) from error
+
+
+def check_places(names: Iterable[str], places: Collection[str], prefix: str, model: str) -> None:
+    """ValueError naming the first weight or bias inside the blocks whose name is not among `places`.
+
+    Such are blocks past the last one of config.json: without them the model would be another, and nothing would say so.
+    """
+    for name in names:
+        if name.startswith(f"{prefix}.") and name.endswith((".weight", ".bias")) and name not in places:
+            raise ValueError(
+                f"{model}: tensor {name} is in its files, but config.json has no place for it; "
+                f"one of them belongs to another model"
+            )
 
 
 def prunable(skeleton: nn.Module, prefix: str) -> dict[str, nn.Linear]:

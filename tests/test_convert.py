@@ -288,6 +288,11 @@ def test_what_is_quantized_by_others_is_refused_by_name(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("new*"))
 
 
+def test_dense_has_no_values_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="int8 is a way to pack weights"):
+        convert.convert(tmp_path / "old", tmp_path / "new", packed=False, values="int8")
+
+
 def test_settings_of_early_releases(tmp_path: Path) -> None:
     dense = dense_folder(tmp_path / "dense")
     old = legacy.write(dense, tmp_path / "old", suffix=".weight")

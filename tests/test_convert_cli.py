@@ -74,6 +74,8 @@ BAD = {
     "truncated": (("truncated", "o"), "copy it again"),
     "float8": (("float8", "o"), "model.layers.0.mlp.up_proj: holds F8_E4M3; wanted one of float32"),
     "another family": (("family", "o"), "gpt2"),
+    "fewer blocks": (("fewer", "o"), r"tensor model\.layers\.2\..* no place for it"),
+    "no such activation": (("activation", "o"), "config.json cannot be used: .*gellu"),
     "damaged packing": (("crooked", "o", "--format", "dense"), "model.layers.1.mlp.gate_proj"),
 }
 
@@ -88,10 +90,13 @@ def bad_folders(folders: Path) -> None:
     for name, of in {
         "newer": "packed", "edited": "packed", "hole": "bitmask", "no norm": "zeros", "damaged": "bitmask",
         "truncated": "bitmask", "float8": "zeros", "family": "zeros", "crooked": "packed",
+        "fewer": "bitmask", "activation": "zeros",
     }.items():  # fmt: skip
         shutil.copytree(folders / of, name)
     edit(Path("newer"), lambda c: c["quantization_config"].update(format_version=99))
     edit(Path("edited"), lambda c: c.update(intermediate_size=264))
+    edit(Path("fewer"), lambda c: c.update(num_hidden_layers=2))
+    edit(Path("activation"), lambda c: c.update(hidden_act="gellu"))
     edit(Path("family"), lambda c: c.update(model_type="gpt2"))
     change("hole", lambda t: t.pop("model.layers.1.mlp.up_proj.compressed"))
     change("no norm", lambda t: t.pop("model.norm.weight"))

@@ -262,3 +262,17 @@ def test_dense_directories_that_disagree(directory: Path, tmp_path: Path) -> Non
     folder = edited(directory, tmp_path / "more", outer(num_hidden_layers=4))
     with pytest.raises(ValueError, match=r"no tensor model\.layers\.3\..* in its safetensors files"):
         alphaprune.load(folder)
+    folder = edited(directory, tmp_path / "fewer", outer(num_hidden_layers=2))
+    with pytest.raises(ValueError, match=r"tensor model\.layers\.2\..* but config\.json has no place for it"):
+        alphaprune.load(folder)
+
+
+def test_what_transformers_says_in_other_ways_is_one_sentence_too(directory: Path, tmp_path: Path) -> None:
+    for number, (change, message) in enumerate(
+        (
+            (outer(num_key_value_heads=0), "cannot be loaded: .*zero"),
+            (outer(quantization_config={"quant_method": "gptq", "bits": 4}), "cannot be loaded: .*GPTQ"),
+        )
+    ):
+        with pytest.raises(ValueError, match=message):
+            alphaprune.load(edited(directory, tmp_path / str(number), change))
