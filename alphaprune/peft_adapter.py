@@ -25,17 +25,18 @@ class LoraSparseLinear(Linear):
     ValueError naming the layer where a setting needs the dense weight, and on merging.
     """
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, *arguments: Any, **settings: Any) -> None:
+    def update_layer(self, adapter_name: str, *arguments: Any, **settings: Any) -> None:
+        # For the first adapter called by __init__, for later ones by PEFT itself.
         def asked(name: str) -> Any:
             return getattr(settings.get("config"), name, settings.get(name))
 
         for name, harmless in HARMLESS.items():
             if asked(name) not in harmless:
                 raise ValueError(
-                    f"{packed_name(base_layer)}: {name}={asked(name)!r} needs the dense weight, this layer is packed; "
+                    f"{packed_name(self)}: {name}={asked(name)!r} needs the dense weight, this layer is packed; "
                     f"leave it out, or expand the model with model.dequantize() first"
                 )
-        super().__init__(base_layer, adapter_name, *arguments, **settings)
+        super().update_layer(adapter_name, *arguments, **settings)
 
     @property
     def lora_variants(self) -> dict:

@@ -13,6 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -146,7 +147,6 @@ def evaluate(
     if tokenizer.eos_token_id is None and tokenizer.bos_token_id is None:
         raise ValueError("the tokenizer names no token for the begin or end of a text, which tasks start with")
     import lm_eval
-    import numpy as np
 
     random.seed(SEED["random"])
     np.random.seed(SEED["numpy"])
@@ -156,7 +156,7 @@ def evaluate(
         judge = _judge(model, tokenizer, batch, length)
         try:
             found = lm_eval.evaluate(lm=judge, task_dict=loaded, limit=limit)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError) as error:
+        except Exception as error:  # of metrics, their packages and Python files that a task names
             raise ValueError(f"lm-eval could not run {', '.join(loaded['tasks'])}: {first_line(error)}") from error
     return TaskEvaluation(
         tasks={name: _result(name, found) for name in loaded["tasks"]},
@@ -205,13 +205,18 @@ def _metrics(name: str, values: dict[str, Any], found: dict[str, Any]) -> dict[s
         metric, comma, filtered = key.partition(",")
         if not comma or metric.endswith("_stderr"):
             continue
-        error = values.get(f"{metric}_stderr,{filtered}")
+        value, error = (_plain(found) for found in (value, values.get(f"{metric}_stderr,{filtered}")))
         metrics[metric if filtered == "none" else key] = {
             "value": value,
             "stderr": error if isinstance(error, float) else None,  # lm-eval says N/A where it has none
             "higher_is_better": better.get(metric),
         }
     return metrics
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy, which JSON does not know, as one of Python."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 @contextmanager

@@ -132,6 +132,12 @@ def test_a_wikitext_without_blank_rows_is_noticed(run, directory: Path) -> None:
         assert status == 0 and out.startswith("perplexity ") and ("no blank row" in err) is noticed
 
 
+def test_a_text_without_a_name(run, directory: Path) -> None:
+    for option in ("--text", "--wikitext"):
+        status, _, err = run("eval", directory, option, "")
+        assert status == 2 and len(err.splitlines()) == 1 and "cannot be read as UTF-8 text" in err
+
+
 def test_calibration_windows_are_of_the_text_and_depend_on_the_seed(directory: Path, text_file: Path) -> None:
     text = data.encode(data.load_tokenizer(directory), data.read_text(text_file), "text")
     a, again, other = (data.sample_windows(text, 6, 40, seed) for seed in (0, 0, 1))

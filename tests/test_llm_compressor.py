@@ -110,5 +110,11 @@ def test_the_command(run, directory: Path) -> None:
     status, out, _ = run("convert", "plan.json", "recipe.yaml", "--json")
     assert json.loads(out) == yaml.safe_load(Path("recipe.yaml").read_text())
     assert "WandaPruningModifier" in out
+    before = Path("plan.json").read_bytes()
+    Path("link.json").symlink_to("plan.json")
+    for same in ("plan.json", "./plan.json", "link.json"):
+        status, _, err = run("convert", "plan.json", same)
+        assert status == 2 and "is the plan itself" in err
+    assert Path("plan.json").read_bytes() == before
     status, _, err = run("convert", "plan.json", "nowhere/recipe.yaml")
     assert status == 2 and "no folder" in err

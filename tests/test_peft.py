@@ -133,6 +133,10 @@ def test_what_needs_the_dense_weight_is_refused(packed: Path, setting: dict) -> 
     with pytest.raises(ValueError, match=r"^model\.layers\.0\..*needs the dense weight.*model\.dequantize\(\)"):
         adapted(load(packed), **setting)
     assert adapted(load(packed).dequantize(), **setting) is not None
+    model = adapted(load(packed))
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\..*needs the dense weight"):
+        model.add_adapter("second", peft.LoraConfig(target_modules=TARGETS, **setting))
+    assert not [name for name in adapter(model) if "second" in name]
 
 
 def test_prepared_as_for_quantized_training(packed: Path) -> None:

@@ -216,6 +216,26 @@ def test_bad_input_is_one_line(run, packed: Path, tmp_path: Path, kind: str) -> 
     assert status == 2 and out == "" and len(err.strip().splitlines()) == 1 and message in err, err
 
 
+def write_scored(folder: Path, name: str, body: str) -> None:
+    """A task whose answers are scored by a function of its own."""
+    write_choices(folder, name, 3, seed=1, process_results=f"!function {name}_score.of")
+    (folder / f"{name}_score.py").write_text(f"import numpy\n\ndef of(doc, results):\n    {body}\n")
+
+
+def test_functions_of_tasks(run, packed: Path, tmp_path: Path) -> None:
+    """They may raise anything, after minutes; and numbers of numpy are numbers."""
+    write_scored(tmp_path, "divides", "return {'acc': 1 / 0, 'acc_norm': 0}")
+    write_scored(tmp_path, "imports", "import no_such_metric")
+    for name, message in (("divides", "division by zero"), ("imports", "no_such_metric")):
+        status, out, err = run("eval", packed, "--tasks", name, "--task-dir", tmp_path)
+        assert status == 2 and out == "" and len(err.splitlines()) == 1
+        assert f"could not run {name}: " in err and message in err
+    write_scored(tmp_path, "numbers", "return {'acc': numpy.float32(0.5), 'acc_norm': numpy.float32(1)}")
+    status, out, _ = run("eval", packed, "--tasks", "numbers", "--task-dir", tmp_path, "--json")
+    metrics = json.loads(out)["tasks"]["numbers"]["metrics"]
+    assert status == 0 and (metrics["acc"]["value"], metrics["acc_norm"]["value"]) == (0.5, 1)
+
+
 def test_options_of_the_other_kind(run, packed: Path, text_file: Path) -> None:
     status, _, err = run("eval", packed, "--text", text_file, "--limit", 3)
     assert status == 2 and "--limit belongs to --tasks" in err

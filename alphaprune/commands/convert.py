@@ -42,6 +42,8 @@ def _recipe(old: str, new: str, modifier: str, json: bool) -> None:
     from alphaprune.plan_file import Plan
 
     check_file(new)
+    if Path(new).exists() and Path(new).samefile(old):
+        raise ValueError(f"{new}: is the plan itself; name another file for the recipe")
     made = llm_compressor.write(Plan.load(old), new, modifier)
     if json:
         print(dump(made))

@@ -32,7 +32,7 @@ def run(
     given = {"--task-dir": task_dir, "--shots": shots, "--limit": limit, "--batch": batch}
     if any(value is not None for value in given.values()):
         raise ValueError(f"{next(n for n, v in given.items() if v is not None)} belongs to --tasks")
-    _perplexity(model, text or wikitext, wikitext is not None, length, windows, dtype, json)
+    _perplexity(model, wikitext if text is None else text, wikitext is not None, length, windows, dtype, json)
 
 
 def _perplexity(
