@@ -22,6 +22,7 @@ from alphaprune.shards import Shards, checkpoint_files, read_header
 from alphaprune.stored import Stored
 
 SETTINGS = ("quantization_config", "compression_config", "sparsity_config")  # by which releases said how weights lie
+LOST = ("transform_config", "kv_cache_scheme")  # what compressed-tensors does beside the weights
 READ = ("dense", "sparse-bitmask", "sparse_bitmask", "sparse-24-bitmask")
 SAMPLE = 64  # bytes at three places of every tensor, for the fingerprint
 
@@ -110,6 +111,11 @@ def check_settings(folder: Path) -> None:
             raise ValueError(
                 f"{folder}: {name} says that its weights are quantized ({kind}); convert reads floating-point weights: "
                 f"take the checkpoint from before that, and ask for --values int8"
+            )
+        if changed := next((key for key in LOST if settings.get(key)), None):
+            raise ValueError(
+                f"{folder}: {name} has a {changed}, which the weights alone do not say: the converted model would be "
+                f"another one; take the checkpoint from before that"
             )
 
 
@@ -205,4 +211,6 @@ def _check_gain(source: StoredSource, masks: _Masks, values: str | None, group: 
         if any(worth_packing(layer.weight, kept[name], values, group) for name, layer in block.linears.items()):
             return
     remedy = "give --negative-zeros drop" if masks.count else "prune it first, or ask for --values int8"
+    if source.shards.bitmasks:
+        remedy = "give --format dense"
     raise ValueError(f"{source.name}: no layer of it would get smaller; {remedy}")

@@ -16,7 +16,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import alphaprune
-from alphaprune import formats
+from alphaprune import bitmask, formats
 from alphaprune.files import first_line
 from alphaprune.formats import quantize
 from alphaprune.kernels import base
@@ -298,7 +298,12 @@ def load(
     check_tokens(tokens)
     folder = resolve(path)
     read_config(folder)
-    Shards(folder)  # truncated and missing files are found here, by name
+    stored = Shards(folder).names()  # truncated and missing files are found here, by name
+    if layers := bitmask.find(stored):
+        raise ValueError(
+            f"{folder}: {next(iter(layers))} is stored in a layout of compressed-tensors that nothing loads any more; "
+            f"`alphaprune convert {folder} NEW` makes a directory of it that runs"
+        )
     bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what its report would say is said below, in one sentence

@@ -269,6 +269,18 @@ print(peak() - before)
     assert content(tmp_path / "again") == content(tmp_path / "new")
 
 
+def test_whoever_loads_an_orphan_learns_of_convert(tmp_path: Path) -> None:
+    old = legacy.write(dense_folder(tmp_path / "dense"), tmp_path / "old")
+    with pytest.raises(ValueError, match=r"model\.layers\.0\..* nothing loads any more; `alphaprune convert"):
+        alphaprune.load(old)
+
+
+def test_an_orphan_that_would_not_shrink_can_be_expanded(tmp_path: Path) -> None:
+    dense = dense_folder(tmp_path / "dense", sparsity=0.01)
+    with pytest.raises(ValueError, match="no layer of it would get smaller; give --format dense"):
+        convert.convert(legacy.write(dense, tmp_path / "old"), tmp_path / "new")
+
+
 def test_what_is_quantized_by_others_is_refused_by_name(tmp_path: Path) -> None:
     folder = dense_folder(tmp_path / "dense")
     config = json.loads((folder / "config.json").read_text())
@@ -281,6 +293,11 @@ def test_what_is_quantized_by_others_is_refused_by_name(tmp_path: Path) -> None:
     ):
         (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
         with pytest.raises(ValueError, match=rf"quantized \({kind}.*before that"):
+            convert.convert(folder, tmp_path / "new")
+    for lost in ({"transform_config": {"config_groups": groups}}, {"kv_cache_scheme": {"num_bits": 8}}):
+        settings = {"quant_method": "compressed-tensors", "format": "dense", **lost}
+        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+        with pytest.raises(ValueError, match=f"quantization_config has a {next(iter(lost))}"):
             convert.convert(folder, tmp_path / "new")
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": "int4"}))
     with pytest.raises(ValueError, match="should be an object"):
