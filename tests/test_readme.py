@@ -1,5 +1,7 @@
 """What README.md tells people to type works."""
 
+import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +13,8 @@ from tables import curve, linear, made
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 GUIDE = (ROOT / "docs" / "quality.md").read_text()
+SERVING = (ROOT / "docs" / "serving.md").read_text()
+SPEED = (ROOT / "docs" / "speed.md").read_text()
 
 
 def code(language: str, number: int, page: str = README) -> str:
@@ -24,7 +28,8 @@ def test_figures_are_those_of_the_committed_rows() -> None:
 
 
 def test_every_link_leads_somewhere() -> None:
-    for page, folder, least in ((README, ROOT, 8), (GUIDE, ROOT / "docs", 3)):
+    pages = ((GUIDE, 3), (SERVING, 1), (SPEED, 2))
+    for page, folder, least in ((README, ROOT, 8), *((page, ROOT / "docs", least) for page, least in pages)):
         links = re.findall(r"\]\(([^)#:]+)\)", page)
         assert len(links) > least and [link for link in links if not (folder / link).exists()] == []
 
@@ -68,3 +73,41 @@ def test_the_guide_as_written(directory: Path, text_file: Path, use_table, monke
     for line in timed:
         number = line.split()[-1]
         assert "predicted" in shell([line.removesuffix(number) + "1000"], tmp_path)
+
+
+TASK = """
+task: mine
+dataset_path: json
+dataset_kwargs: {data_files: {test: questions.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.mark.slow
+def test_the_serving_guide_as_written(directory: Path, text_file: Path, tmp_path: Path) -> None:
+    """Packing on loading, perplexity and tasks, conversions and a plan's recipe; the server has tests of its own."""
+    prune = f"alphaprune prune {directory} --sparsity 0.6 --allocator uniform --method magnitude"
+    plan = f"alphaprune analyze {directory}; alphaprune plan analysis.json --sparsity 0.6"
+    shell([f"{prune} -o pruned; {prune} -o zeros --format dense; {plan}"], tmp_path)
+    found = subprocess.run(
+        [sys.executable, "-c", code("python", 0, SERVING)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert found.returncode == 0 and (tmp_path / "packed-zeros" / "config.json").exists(), found.stderr
+    for name in ("held-out.txt", "wiki.test.raw"):
+        (tmp_path / name).write_bytes(text_file.read_bytes())
+    (tmp_path / "tasks").mkdir()
+    question = json.dumps({"question": "1 + 1 =", "choices": ["2", "3"], "answer": 0})
+    (tmp_path / "questions.jsonl").write_text(f"{question}\n")
+    (tmp_path / "tasks" / "mine.yaml").write_text(TASK.replace("questions", f"{tmp_path}/questions"))
+    *perplexity, tasks = code("bash", 1, SERVING).splitlines()
+    assert shell(perplexity, tmp_path).count("perplexity") == 2
+    if importlib.util.find_spec("lm_eval"):
+        assert "acc" in shell([tasks], tmp_path)
+    shell(code("bash", 2, SERVING).splitlines(), tmp_path)
+    assert "sparsity" in (tmp_path / "recipe.yaml").read_text()
+    assert not json.loads((tmp_path / "dense-again" / "config.json").read_text()).get("quantization_config")
