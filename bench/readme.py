@@ -335,8 +335,8 @@ def load() -> str:
     ]
     first = rows("load.jsonl")[0]
     note = (
-        f"A packed directory of {first['bytes'] / 1e9:.1f} GB, out of the file cache and in it; what loading adds to "
-        f"the process is resident before the first token: `python bench/load.py`, {first['machine']}, "
+        f"A packed directory of {first['bytes'] / 1e9:.1f} GB, out of the file cache and in it; MB added: resident "
+        f"memory after loading, before the first token. `python bench/load.py`, {first['machine']}, "
         f"{first['threads']} threads ([rows](RESULTS/load.jsonl))."
     )
     columns = [
