@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 import torch
 from conftest import ROOT
+from serving_here import openai
 
 import alphaprune
 from alphaprune import data

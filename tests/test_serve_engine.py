@@ -9,6 +9,7 @@ from time import perf_counter
 from types import SimpleNamespace
 
 import pytest
+import serving_here  # noqa: F401
 import torch
 from conftest import ROOT, make_model
 from torch import nn

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import serving_here  # noqa: F401
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
