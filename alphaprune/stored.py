@@ -71,7 +71,10 @@ class Stored:
         return formats.get("sbt").unpack(self._packed(layer))[1] if layer in self.packed else None
 
     def check(self, progress: Callable[[str], None] | None = None) -> None:
-        """ValueError naming the first layer whose stored tensors disagree; dense values are not read for it."""
+        """ValueError naming the first tensor that cannot be written, or the first layer whose tensors disagree.
+
+        Dense values are not read for it.
+        """
         for layer in dict.fromkeys((*self.linears, *self.bitmasks)):
             if layer in self.bitmasks:
                 self._bitmask(layer)
@@ -82,6 +85,9 @@ class Stored:
             name = f"{layer}.weight"
             if self.layout(layer) == "dense" and name in self._names and self.raw.dtype(name) not in VALUE_TYPES:
                 raise ValueError(f"{layer}: holds {self.raw.dtype(name)}; wanted one of {', '.join(VALUE_TYPES)}")
+        for name in self.raw.names():
+            if self.raw.dtype(name) not in DTYPES:
+                raise ValueError(f"{name}: holds {self.raw.dtype(name)}, which is not written here")
 
     def _bitmask(self, layer: str) -> bitmask.Bitmask:
         return bitmask.read(self.raw, layer, self.bitmasks[layer])

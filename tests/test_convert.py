@@ -269,6 +269,16 @@ print(peak() - before)
     assert content(tmp_path / "again") == content(tmp_path / "new")
 
 
+def test_a_dtype_that_cannot_be_written_is_named_before_anything_is(tmp_path: Path) -> None:
+    folder = dense_folder(tmp_path / "dense")
+    tensors = legacy.tensors_of(folder)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
+    legacy.save(folder, tensors)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight: holds F8_E4M3, which is not written here"):
+        convert.convert(folder, tmp_path / "new")
+    assert not list(tmp_path.glob("new*"))
+
+
 def test_whoever_loads_an_orphan_learns_of_convert(tmp_path: Path) -> None:
     old = legacy.write(dense_folder(tmp_path / "dense"), tmp_path / "old")
     with pytest.raises(ValueError, match=r"model\.layers\.0\..* nothing loads any more; `alphaprune convert"):
