@@ -185,7 +185,7 @@ def show(result: dict[str, Any], table: Callable) -> None:
         f"{result['corpus_sha256'][:16]}, {result['bytes']:,} bytes in {result['tokens']:,} tokens."
     )
     print(
-        "tokens/s: this model, greedy decoding through transformers; with 11 M parameters much of its time goes into\n"
+        "tokens/s: this model, greedy decoding by the package; with 11 M parameters much of its time goes into\n"
         "Python, not weights. 7B block: the seven linears of one LLaMA-2-7B block with random weights, one token,\n"
         "weights read from memory, each matrix pruned in parts with the ratios of the plan's blocks."
     )
