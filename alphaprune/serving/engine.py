@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from alphaprune.files import first_line
+from alphaprune.generate import ends_of
 from alphaprune.serving import attention
 from alphaprune.serving.kv import KV
 from alphaprune.serving.request import Asked, Refused
@@ -54,8 +55,7 @@ class Engine:
             raise ValueError("serve streams through fast tokenizers, and this model has no tokenizer.json")
         self.model, self.tokenizer, self.kv, self.tell = model, tokenizer, kv, tell
         self.vocabulary: int = model.config.get_text_config().vocab_size
-        ends = model.generation_config.eos_token_id
-        self.ends = frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
+        self.ends = ends_of(model.generation_config)
         self.weight_bytes = sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
         self._batching = ContinuousBatchingConfig(
             page_size=kv.block,
