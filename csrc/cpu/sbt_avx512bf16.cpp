@@ -19,7 +19,9 @@ struct PairsOfBfloat16 {
   static __m512i activations(const uint16_t* p) {
     return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
-  static Vector multiply(__m512i w, __m512i x, Vector sum) { return dot(sum, w, x); }
+  static Vector multiply(__m512i w, __m512i x, Vector sum) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
+  }
   static void expand(const sbt::View& weight, int64_t tile, uint16_t* panel) {
     const uint16_t* value = tile_values<uint16_t>(weight, tile);
     const uint32_t* mask = weight.mask + tile * sbt::kWords;
@@ -32,11 +34,6 @@ struct PairsOfBfloat16 {
   }
   static void rows(const float* sums, float* out) {
     for (int64_t r = 0; r < sbt::kTileRows; ++r) out[r] = sum8(_mm256_load_ps(sums + r * 8));
-  }
-
- private:
-  static __m512 dot(__m512 sum, __m512i w, __m512i x) {
-    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
   }
 };
 
