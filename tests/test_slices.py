@@ -1,8 +1,9 @@
-"""Slices of packed weights: the bits of the dense slices, sums and concatenations that are the whole, only own bytes."""
+"""Slices of packed weights: the bits of dense slices, sums and concatenations that are the whole, only own bytes."""
 
 import os
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -46,9 +47,10 @@ def test_rows_are_those_of_the_dense_weight(drawn: tuple, unit: int) -> None:
     weight, mask = random_bits(*drawn)
     scale = scale_of(weight, drawn[-1])
     packed, ends = sbt.pack(weight, mask, scale), cuts(drawn[0], drawn[-1], unit)
-    parts = [slices.rows(packed, *pair) for pair in zip(ends, ends[1:], strict=False)]
-    for part, first, last in zip(parts, ends, ends[1:], strict=False):
-        assert_packed(part, weight[first:last], mask[first:last], None if scale is None else scale[first:last])
+    parts = []
+    for first, last in pairwise(ends):
+        parts.append(slices.rows(packed, first, last))
+        assert_packed(parts[-1], weight[first:last], mask[first:last], None if scale is None else scale[first:last])
     assert same_bits(torch.cat([sbt.dense(part)[0] for part in parts]), sbt.dense(packed)[0])
 
 
@@ -60,7 +62,7 @@ def test_columns_are_those_of_the_dense_weight(drawn: tuple, unit: int) -> None:
     grouped = scale is not None and scale.dim() == 2
     packed, ends = sbt.pack(weight, mask, scale), cuts(drawn[1], drawn[-1], 128 if grouped else unit)
     parts = []
-    for first, last in zip(ends, ends[1:], strict=False):
+    for first, last in pairwise(ends):
         parts.append(slices.columns(packed, first, last))
         own = scale[:, first // 128 : -(-last // 128)] if grouped else scale
         assert_packed(parts[-1], weight[:, first:last], mask[:, first:last], own)
@@ -70,7 +72,7 @@ def test_columns_are_those_of_the_dense_weight(drawn: tuple, unit: int) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize(("n", "k", "ranks"), [(48, 256, 2), (64, 512, 4), (30, 120, 3)])
 def test_products_of_slices(kind, n: int, k: int, ranks: int) -> None:
-    """Rows: the parts of y, bit for bit where the kernel is the same. Columns: summands, in float32 from exact bf16 x."""
+    """Rows give parts of y; columns give summands, whose sum is within the sum of their bounds."""
     if kind == "int8/128" and k % (128 * ranks):
         pytest.skip("its groups of 128 columns would be cut")
     x_type = kind if isinstance(kind, torch.dtype) else torch.float32
@@ -137,7 +139,7 @@ def test_bad_ranges_and_ranks() -> None:
     with pytest.raises(ValueError, match="rank 2 of 2"):
         slices.share(8, 2, 2)
     integers = sbt.pack(torch.ones(16, 256, dtype=torch.int8), None, torch.ones(16, 2))
-    with pytest.raises(ValueError, match="start inside a group of 128.*fewer ranks, or pack with one scale per row"):
+    with pytest.raises(ValueError, match=r"start inside a group of 128.*fewer ranks, or pack with one scale per row"):
         slices.columns(integers, 64, 128)
 
 
