@@ -10,8 +10,6 @@ torch. Weights are shared with the model, never copied. `Decoder` is stateless, 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,17 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from alphaprune.kernels import spmm as op
-from alphaprune.layer import SparseLinear
+from alphaprune import blocks
+from alphaprune.blocks import Block
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length
 GROWING_ROPE = ("dynamic", "longrope")
 CHUNK = 1024  # tokens per pass of a prefill: bounds the activations, and the mask where one is needed
-
-Linear = Callable[[Tensor], Tensor]  # x [M, K] → y [M, N]
-Group = Callable[[Tensor], Sequence[Tensor]]  # x [M, K] → [y [M, N], …]
-Norm = Callable[[Tensor], Tensor]
 
 
 def why_not(config: Any, model: nn.Module | None = None) -> str | None:
@@ -106,10 +100,15 @@ class _Heads:
         kv = heads[:, :, queries:].view(batch, tokens, 2, d.key_heads, d.head_dim)
         self.kv = kv.permute(2, 0, 3, 1, 4)  # [2, batch, key heads, tokens, dim]
 
-    def fill(self, parts: Sequence[Tensor]) -> None:
-        """Takes the projections q, k, v, each [tokens of all sequences, heads × dim]."""
-        q, k, v = parts
+    def take(self, block: Block, h: Tensor, delta: Tensor | None, rope: tuple[Tensor, Tensor]) -> None:
+        """Takes the block's projections of h + delta, rotated."""
+        q, k, v = block.qkv(block.norm(h, delta))  # each [tokens of all sequences, heads × dim]
         torch.cat((q, q, k, v) if self.twice else (q, k, v), -1, out=self.rows)
+        if block.head_norm is not None:
+            block.head_norm(self.turned)
+        cos, sin = rope
+        swapped = self.halves.flip(3)
+        self.halves.mul_(cos).addcmul_(swapped, sin)
 
     def attend(self, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         """Attention of the queries over keys and values [batch, key heads, length, dim] → [tokens, heads × dim]."""
@@ -123,40 +122,13 @@ class _Heads:
         return found.reshape(self.batch * self.tokens, -1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """The parts of one decoder block as plain calls."""
-
-    norm: Norm
-    qkv: Group
-    head_norm: Callable[[Tensor], None] | None
-    out: Linear
-    mlp_norm: Norm
-    gate_up: Group
-    act: Callable[[Tensor], Tensor]
-    down: Linear
-
-    def run(self, h: Tensor, heads: _Heads, rope: tuple, slot: Tensor, context: tuple) -> None:
-        """Adds the block's work to h [M, hidden], in place; slot: where keys and values of the new tokens go."""
-        heads.fill(self.qkv(self.norm(h)))
-        if self.head_norm is not None:
-            self.head_norm(heads.turned)
-        cos, sin = rope
-        swapped = heads.halves.flip(3)
-        heads.halves.mul_(cos).addcmul_(swapped, sin)
-        slot.copy_(heads.kv)
-        h.add_(self.out(heads.attend(*context)))
-        gate, up = self.gate_up(self.mlp_norm(h))
-        h.add_(self.down(self.act(gate).mul_(up)))
-
-
 class Decoder:
     """The decoder of a loaded model as it is now: make it again after layers were exchanged.
 
     Raises ValueError with the reason of `why_not` for a model that it does not run.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, direct: bool = True) -> None:
         config, inner = model.config, getattr(model, "model", None)
         if reason := why_not(config, model):
             raise ValueError(f"this decoder does not run the model: {reason}")
@@ -172,9 +144,8 @@ class Decoder:
         # Up to this length the frequencies are those that the model was made with.
         self.table_end = (context or config.max_position_embeddings) if self._rope in GROWING_ROPE else 1 << 62
         with torch.inference_mode():
-            self.blocks = [_block(layer, self) for layer in inner.layers]
-        self._windows = [_window(config, layer.self_attn) for layer in inner.layers]
-        self._norm, self._head = _norm(inner.norm), _linear(model.lm_head)
+            self.blocks = [blocks.build(layer, config, self.head_dim, direct) for layer in inner.layers]
+        self._norm, self._head = blocks.norm(inner.norm), blocks.linear(model.lm_head, direct)
 
     @torch.inference_mode()
     def state(self, batch: int = 1, capacity: int | None = None) -> State:
@@ -242,17 +213,19 @@ class Decoder:
         heads = state.one if count == 1 else _Heads(self, batch, count)
         slots = state.cache[:, :, :, :, start:end].unbind(0)  # per block [2, batch, key heads, count, dim]
         contexts = self._contexts(state, start, end)
-        h = functional.embedding(tokens, self.embedding).view(batch * count, -1)
-        for index, (block, slot, window) in enumerate(zip(self.blocks, slots, self._windows, strict=True)):
-            keys, values, mask, causal = contexts[window]
-            block.run(h, heads, rope, slot, (keys[index], values[index], mask, causal))
+        h, delta = functional.embedding(tokens, self.embedding).view(batch * count, -1), None
+        for index, (block, slot) in enumerate(zip(self.blocks, slots, strict=True)):
+            keys, values, mask, causal = contexts[block.window]
+            heads.take(block, h, delta, rope)
+            slot.copy_(heads.kv)
+            delta = block.mlp(h, block.out(heads.attend(keys[index], values[index], mask, causal)))
         state.length = end
-        return h.view(batch, count, -1)
+        return h.add_(delta).view(batch, count, -1)
 
     def _contexts(self, state: State, start: int, end: int) -> dict[int | None, tuple]:
         """What queries [start, end) see, by window: keys and values per block, the mask if one is needed, causal."""
         found = {}
-        for window in {*self._windows}:
+        for window in {block.window for block in self.blocks}:
             first = 0 if window is None else max(0, start - window + 1)
             seen = state.cache[:, :, :, :, first:end]
             plain = start == first == 0 and (window is None or end <= window)
@@ -268,70 +241,3 @@ def _mask(first: int, start: int, end: int, window: int | None, device: torch.de
     """Which of the keys [first, end) each query in [start, end) sees: bool [end - start, end - first]."""
     distance = torch.arange(start, end, device=device)[:, None] - torch.arange(first, end, device=device)
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
-
-
-def _window(config: Any, attention: nn.Module) -> int | None:
-    """How many positions back a block sees, itself included; None for all."""
-    if config.model_type == "mistral":
-        return config.sliding_window
-    return getattr(attention, "sliding_window", None)
-
-
-def _block(layer: nn.Module, decoder: Decoder) -> _Block:
-    attention, mlp = layer.self_attn, layer.mlp
-    return _Block(
-        norm=_norm(layer.input_layernorm),
-        qkv=_group([attention.q_proj, attention.k_proj, attention.v_proj]),
-        head_norm=_head_norm(attention, decoder) if hasattr(attention, "q_norm") else None,
-        out=_linear(attention.o_proj),
-        mlp_norm=_norm(layer.post_attention_layernorm),
-        gate_up=_group([mlp.gate_proj, mlp.up_proj]),
-        act=partial(functional.silu, inplace=True) if decoder.config.hidden_act == "silu" else mlp.act_fn,
-        down=_linear(mlp.down_proj),
-    )
-
-
-def _norm(module: nn.Module) -> Norm:
-    """transformers' RMSNorm with its rounding: in half precision it rounds once more before the weight."""
-    weight, epsilon = module.weight, module.variance_epsilon
-    shape = tuple(weight.shape)
-    if weight.dtype == torch.float32:
-        return lambda x: functional.rms_norm(x, shape, weight, epsilon)
-    return lambda x: functional.rms_norm(x, shape, None, epsilon).mul_(weight)
-
-
-def _head_norm(attention: nn.Module, decoder: Decoder) -> Callable[[Tensor], None]:
-    """Qwen3's RMSNorm of each head of q and k, in place on [batch, tokens, heads, dim]: one call for both."""
-    weights, keys = (attention.q_norm.weight, attention.k_norm.weight), decoder.key_heads
-    epsilon, shape = attention.q_norm.variance_epsilon, (decoder.head_dim,)
-    tables: dict[int, Tensor] = {}  # by the number of heads: their weights, [heads, dim]
-
-    def run(turned: Tensor) -> None:
-        count = turned.shape[2]
-        if count not in tables:
-            tables[count] = torch.cat([weights[0].expand(count - keys, -1), weights[1].expand(keys, -1)])
-        torch.mul(functional.rms_norm(turned, shape, None, epsilon), tables[count], out=turned)
-
-    return run
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def _linear(module: nn.Module) -> Linear:
-    """The shortest call with the result of the module's; anything but a plain linear layer is called as it is."""
-    if type(module) is nn.Linear and not _hooked(module):
-        return partial(functional.linear, weight=module.weight, bias=module.bias)
-    if type(module) is SparseLinear and not _hooked(module):
-        return partial(module.prepared().run, bias=module.bias)
-    return module
-
-
-def _group(modules: Sequence[nn.Module]) -> Group:
-    """Several layers of one x: one call of the kernel if all are packed."""
-    if all(type(module) is SparseLinear and not _hooked(module) for module in modules):
-        prepared, biases = [module.prepared() for module in modules], [module.bias for module in modules]
-        return lambda x: op.spmm_group(x, prepared, biases)
-    calls = [_linear(module) for module in modules]
-    return lambda x: [call(x) for call in calls]

@@ -10,7 +10,7 @@ FLOW = """
     files console registry affinity pattern shards bitmask model data scores mask gram calibrate cusolver spectrum alpha
     metrics farms sketches activity analysis curves counts knapsack allocators plan_file nm_planning speed_planning
     planning llm_compressor refit pruners permute pruning formats kernels layer peft_adapter checkpoint hf stored
-    convert decoder generate detokenize text_request textgen chat evaluate tasks observed curves_measure candidates
+    convert memory blocks decoder sampling ragged graphs generate detokenize text_request textgen chat evaluate tasks observed curves_measure candidates
     compare picture hardware timing decoding tuning inspection throughput benchmark serving demo commands cli
 """.split()  # noqa: SIM905
 SOURCES = sorted((ROOT / "alphaprune").rglob("*.py")) + sorted((ROOT / "kernels").glob("*.py"))

@@ -1,0 +1,113 @@
+"""A decoder block of transformers as plain calls: norms, projections, activation. What families differ in is here."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from alphaprune.kernels import neighbours
+from alphaprune.kernels import spmm as op
+from alphaprune.layer import SparseLinear
+
+Linear = Callable[[Tensor], Tensor]  # x [M, K] → y [M, N]
+Group = Callable[[Tensor], Sequence[Tensor]]  # x [M, K] → [y [M, N], …]
+Norm = Callable[..., Tensor]  # h [M, K], delta [M, K] or None, which is added to h in place → x [M, K]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The parts of one decoder block.
+
+    head_norm: of q and k side by side, in place on [batch, tokens, heads, dim], or None. head_norms: the same of each,
+    [M, heads, dim] → [M, heads, dim]. act: (gate, up) → their product after the activation. window: how many positions
+    back it sees, itself included; None for all.
+    """
+
+    norm: Norm
+    qkv: Group
+    head_norm: Callable[[Tensor], None] | None
+    head_norms: tuple[Norm, Norm] | None
+    out: Linear
+    mlp_norm: Norm
+    gate_up: Group
+    act: Callable[[Tensor, Tensor], Tensor]
+    down: Linear
+    window: int | None
+
+    def mlp(self, h: Tensor, delta: Tensor) -> Tensor:
+        """What the second half of the block adds to h, which first takes `delta`, the work of the first half."""
+        gate, up = self.gate_up(self.mlp_norm(h, delta))
+        return self.down(self.act(gate, up))
+
+
+def build(layer: nn.Module, config: Any, head_dim: int, direct: bool = True) -> Block:
+    """The block of a transformers layer, which shares its weights.
+
+    direct: packed layers by the shortest call; without it through the op that torch.compile knows.
+    """
+    attention, mlp = layer.self_attn, layer.mlp
+    normed = hasattr(attention, "q_norm")
+    return Block(
+        norm=norm(layer.input_layernorm),
+        qkv=_group([attention.q_proj, attention.k_proj, attention.v_proj], direct),
+        head_norm=_head_norm(attention, config.num_key_value_heads, head_dim) if normed else None,
+        head_norms=(norm(attention.q_norm), norm(attention.k_norm)) if normed else None,
+        out=linear(attention.o_proj, direct),
+        mlp_norm=norm(layer.post_attention_layernorm),
+        gate_up=_group([mlp.gate_proj, mlp.up_proj], direct),
+        act=neighbours.swiglu if config.hidden_act == "silu" else lambda gate, up: mlp.act_fn(gate).mul_(up),
+        down=linear(mlp.down_proj, direct),
+        window=_window(config, attention),
+    )
+
+
+def norm(module: nn.Module) -> Norm:
+    """transformers' RMSNorm with its rounding, after the sum of h and a delta."""
+    weight, epsilon = module.weight, module.variance_epsilon
+    return lambda h, delta=None: neighbours.add_norm(h, delta, weight, epsilon)
+
+
+def linear(module: nn.Module, direct: bool = True) -> Linear:
+    """The shortest call with the result of the module's; anything but a plain linear layer is called as it is."""
+    if type(module) is nn.Linear and not _hooked(module):
+        return partial(functional.linear, weight=module.weight, bias=module.bias)
+    if direct and type(module) is SparseLinear and not _hooked(module):
+        return partial(module.prepared().run, bias=module.bias)
+    return module
+
+
+def _group(modules: Sequence[nn.Module], direct: bool) -> Group:
+    """Several layers of one x: one call of the kernel if all are packed."""
+    if direct and all(type(module) is SparseLinear and not _hooked(module) for module in modules):
+        prepared, biases = [module.prepared() for module in modules], [module.bias for module in modules]
+        return lambda x: op.spmm_group(x, prepared, biases)
+    calls = [linear(module, direct) for module in modules]
+    return lambda x: [call(x) for call in calls]
+
+
+def _head_norm(attention: nn.Module, keys: int, head_dim: int) -> Callable[[Tensor], None]:
+    """Qwen3's RMSNorm of each head of q and k, in place on [batch, tokens, heads, dim]: one call for both."""
+    weights, epsilon = (attention.q_norm.weight, attention.k_norm.weight), attention.q_norm.variance_epsilon
+    tables: dict[int, Tensor] = {}  # by the number of heads: their weights, [heads, dim]
+
+    def run(turned: Tensor) -> None:
+        count = turned.shape[2]
+        if count not in tables:
+            tables[count] = torch.cat([weights[0].expand(count - keys, -1), weights[1].expand(keys, -1)])
+        torch.mul(functional.rms_norm(turned, (head_dim,), None, epsilon), tables[count], out=turned)
+
+    return run
+
+
+def _window(config: Any, attention: nn.Module) -> int | None:
+    if config.model_type == "mistral":
+        return config.sliding_window
+    return getattr(attention, "sliding_window", None)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
