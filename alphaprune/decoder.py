@@ -9,7 +9,7 @@ torch. Weights are shared with the model, never copied. `Decoder` is stateless, 
     logits = decoder.step(state, logits.argmax(-1))   # [batch] → [batch, vocabulary]
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
