@@ -1,0 +1,193 @@
+"""What README.md and docs show of times, from the committed rows; RESULTS/ stands for their folder."""
+
+import math
+
+from figures import rows, table
+
+SHOWN = {1: (0.5, 0.7, 0.8), 16: (0.7, 0.8), 64: (0.8,), 256: (0.8,)}  # sparsities of a layer by tokens
+
+
+def linear() -> str:
+    """On the newest machine that has rows."""
+    return linear_tables()[-1]
+
+
+def linears() -> str:
+    """On every machine, the newest last."""
+    return "\n\n".join(linear_tables())
+
+
+def linear_tables() -> list[str]:
+    """Of one layer, and not of every sparsity: a table for every machine that has rows."""
+    shown = [
+        row
+        for row in rows("linear.jsonl")
+        if row["shape"] == [11008, 4096] and row["sparsity"] in SHOWN.get(row["tokens"], ())
+    ]
+    machines = dict.fromkeys(row["machine"] for row in shown)
+    return [linear_of([r for r in shown if r["machine"] == name]) for name in machines]
+
+
+def linear_of(found: list[dict]) -> str:
+    cells = [
+        [
+            str(r["tokens"]),
+            f"{r['sparsity']:.0%}",
+            r.get("values", r["dtype"]),
+            r["kernel"],
+            f"{r['seconds']:.2e}",
+            f"{r['dense_seconds']:.2e}",
+            f"{r['of_bandwidth']:.0%}",
+            f"{r['ratio']:.2f}×",
+        ]
+        for r in found
+    ]
+    columns = [
+        *("tokens", "sparsity", "values", "kernel", "seconds"),
+        *("dense, seconds", "of read bandwidth", "speed-up"),
+    ]
+    first = found[0]
+    dense = dict.fromkeys(r.get("dense_dtype", r["dtype"]) for r in found)
+    note = (
+        f"A layer of 11008×4096 ([more rows](RESULTS/linear.jsonl)): `python bench/linear.py`, "
+        f"{first['machine']}, {first['threads']} threads, which read "
+        f"{first['bandwidth'] / 1e9:.1f} GB/s; medians of interleaved calls, weights from memory; dense is torch in "
+        f"{' or '.join(dense)}."
+    )
+    return f"{table(columns, cells)}\n\n{note}"
+
+
+def peers() -> str:
+    """Every other engine beside ours at one token, on the newest machine that has rows."""
+    found = [row for row in rows("peers.jsonl") if row["tokens"] == 1]
+    found = [row for row in found if row["machine"] == found[-1]["machine"]]
+    ours = {
+        (tuple(r["shape"]), r["variant"], r["sparsity"]): r["seconds"] for r in found if r["engine"] == "alphaprune"
+    }
+    shapes, sparsities = (list(dict.fromkeys(key[place] for key in ours)) for place in (0, 2))
+    cells = []
+    for engine, variant in dict.fromkeys((r["engine"], r["variant"]) for r in found if r["engine"] != "alphaprune"):
+        values = "int8" if variant.startswith(("int8", "Q")) else "bfloat16"
+        line = [f"{engine} {variant}", values]
+        for shape in shapes:
+            theirs = {
+                r["sparsity"]: r["seconds"]
+                for r in found
+                if (r["engine"], r["variant"]) == (engine, variant) and tuple(r["shape"]) == shape
+            }
+            ratios = [theirs.get(s, theirs.get(None, math.nan)) / ours[shape, values, s] for s in sparsities]
+            line.append(" / ".join(f"{ratio:.2f}" for ratio in ratios))
+        cells.append(line)
+    cells.sort(key=lambda line: (line[1], line[0]))
+    at = " / ".join(f"{s:.0%}" for s in sparsities)
+    note = (
+        f"Seconds of other engines over ours at a sparsity of {at} (above 1: ours is faster), one token, weights "
+        f"from memory, all by turns in one run: `python bench/peers.py`, {found[0]['machine']}, "
+        f"{found[0]['threads']} threads ([rows](RESULTS/peers.jsonl), other machines and 16 tokens among them)."
+    )
+    return f"{table(['engine', 'our values', *(f'{n}×{k}' for n, k in shapes)], cells)}\n\n{note}"
+
+
+def decode() -> str:
+    """Whole models: the summary of every packed one."""
+    found = rows("decode.jsonl")
+    cells = [
+        [
+            r["model"],
+            f"{r['sparsity']:.0%}",
+            r["values"],
+            *(f"{r[name]:.2f}×" for name in ("ratio", "ratio_of_weights")),
+            " / ".join(f"{ratio:.2f}" for ratio in r["ratios"]),
+        ]
+        for r in found
+        if "ratio" in r
+    ]
+    first = found[0]
+    columns = ["model", "sparsity", "values", "over transformers, dense", "over our decoder, dense", "pairs"]
+    note = (
+        f"Tokens per second of a whole model with random weights, over those of the dense one in bfloat16, processes "
+        f"by turns: `python bench/decode.py`, {first['machine']}, {first['threads']} threads "
+        f"([rows](RESULTS/decode.jsonl))."
+    )
+    return f"{table(columns, cells)}\n\n{note}"
+
+
+def cubins() -> str:
+    shown = [row for row in rows("cubins.jsonl") if row["m"] == (1 if row["kernel"].startswith("delta") else 8)]
+    found = [row for row in shown if row["arch"] == "sm_80" or not row["kernel"].startswith("nm")]
+    cells = [
+        [
+            row["kernel"].partition("<")[0],
+            row["arch"],
+            str(row["m"]),
+            *(f"{row[column]:.4g}" for column in ("instr", "alu", "popc", "lsu", "hmma")),
+            str(row["registers"]),
+            f"{row['occupancy']:.0%}",
+        ]
+        for row in found
+    ]
+    note = (
+        "`python bench/cubins.py`, nvcc: issued by a warp in the main loop per 1024 weights (delta_spmv: non-zeros) at "
+        "50 % sparsity, bfloat16; no kernel spills ([more tokens](bench/results/cubins.jsonl)). Counts, not times."
+    )
+    columns = [
+        "kernel",
+        "architecture",
+        "tokens",
+        "instructions",
+        "ALU",
+        "POPC",
+        "LSU",
+        "HMMA",
+        "registers",
+        "occupancy",
+    ]
+    return f"{table(columns, cells)}\n\n{note}"
+
+
+def serve() -> str:
+    found = rows("serve.jsonl")
+    cells = [
+        [
+            str(r["clients"]),
+            r["weights"],
+            f"{r['tokens_per_second']:.0f}",
+            f"{r['over_one_client']:.2f}×",
+            *(f"{r[name]:.4f}" for name in ("first_token_seconds", "token_seconds")),
+        ]
+        for r in found
+    ]
+    packed = next(r for r in found if r["sparsity"])
+    note = (
+        f"The embedded model, packed at {packed['sparsity']:.0%} and dense, with clients that stream {packed['new']} "
+        f"tokens each: `python bench/serve.py`, {packed['machine']}, {packed['threads']} threads, clients on the same "
+        f"cores, medians ([rows](RESULTS/serve.jsonl))."
+    )
+    columns = ["clients", "weights", "tokens/s", "of one client", "first token, seconds", "each token, seconds"]
+    return f"{table(columns, cells)}\n\n{note}"
+
+
+def load() -> str:
+    cells = [
+        [
+            r["cache"],
+            *(f"{r[name]:.2f}" for name in ("read_seconds", "load_seconds", "first_seconds", "next_seconds")),
+            f"{r['resident_loaded'] / 1e6:.0f}",
+        ]
+        for r in rows("load.jsonl")
+    ]
+    first = rows("load.jsonl")[0]
+    note = (
+        f"A packed directory of {first['bytes'] / 1e9:.1f} GB, out of the file cache and in it; MB added: resident "
+        f"memory after loading, before the first token. `python bench/load.py`, {first['machine']}, "
+        f"{first['threads']} threads ([rows](RESULTS/load.jsonl))."
+    )
+    columns = [
+        "file cache",
+        "reading the files, s",
+        "from_pretrained, s",
+        "first token, s",
+        "next token, s",
+        "MB added",
+    ]
+    return f"{table(columns, cells)}\n\n{note}"
