@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from alphaprune import formats, shards
 from alphaprune.files import atomic_write_text, fsync_folder
-from alphaprune.formats import Packed
+from alphaprune.formats import PACKED_SUFFIXES, Packed
 from alphaprune.formats.quantize import Error
-from alphaprune.layer import PACKED_SUFFIXES, SparseLinear, pack_weight, worth_packing
+from alphaprune.layer import SparseLinear, pack_weight, worth_packing
 from alphaprune.model import Block, LiveSource, Source
 from alphaprune.pruning import Finish, PrunedBlock, Restore
 

@@ -4,26 +4,20 @@ Kept is what the files keep, or of a dense layer what is not 0; values keep thei
 """
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from alphaprune import __version__, checkpoint, hf
+from alphaprune import __version__, checkpoint, hf, stored
 from alphaprune import model as models
 from alphaprune.formats import quantize
 from alphaprune.layer import worth_packing
 from alphaprune.pruning import Finish, PrunedBlock, Restore
-from alphaprune.shards import Shards, checkpoint_files, read_header
-from alphaprune.stored import Stored
+from alphaprune.shards import checkpoint_files, read_header
 
-SETTINGS = ("quantization_config", "compression_config", "sparsity_config")  # by which releases said how weights lie
-LOST = ("transform_config", "kv_cache_scheme")  # what compressed-tensors does beside the weights
-READ = ("dense", "sparse-bitmask", "sparse_bitmask", "sparse-24-bitmask")
 SAMPLE = 64  # bytes at three places of every tensor, for the fingerprint
 
 
@@ -40,32 +34,11 @@ class Converted:
 
 
 class StoredSource(models.DirectorySource):
-    """A folder whose layers may be stored in any layout that is known here; its blocks are dense ones."""
-
-    shards: Stored
+    """A folder whose layers may be stored in any layout that is known here, all of them checked; blocks are dense."""
 
     def __init__(self, folder: Path, progress: Callable[[str], None] | None = None) -> None:
         check_settings(folder)
-        self.name, self.folder = str(folder), folder
-        self.config = models.read_config(folder)
-        for name in SETTINGS:
-            if hasattr(self.config, name):
-                delattr(self.config, name)
-        models.family_of(self.config, self.name)
-        self.skeleton = models.make_skeleton(self.config)
-        self.shards = Stored(Shards(folder), self.skeleton, getattr(self.config, "dtype", None) or torch.float32)
-        parameters = dict(self.skeleton.named_parameters())
-        models.check_places(self.shards.names(), parameters, self.prefix, self.name)
-        tied = set(getattr(self.skeleton, "all_tied_weights_keys", None) or ()) - set(self.shards.names())
-        for name, parameter in parameters.items():
-            if name in tied:
-                continue
-            found = self.shards.shape(name)
-            if found != tuple(parameter.shape):
-                raise ValueError(
-                    f"{folder}: {name} has shape {found} in the file, "
-                    f"but config.json describes {tuple(parameter.shape)}"
-                )
+        super().__init__(folder)
         self.shards.check(progress)
 
     def layers(self) -> list[str]:
@@ -89,34 +62,13 @@ class StoredSource(models.DirectorySource):
 
 
 def check_settings(folder: Path) -> None:
-    """ValueError naming how the weights of a folder were quantized, if they were by others than this package."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return  # `read_config` says what is wrong
-    for name in SETTINGS if isinstance(config, dict) else ():
-        settings = config.get(name) or {}
-        if not isinstance(settings, dict):
-            raise ValueError(f"{folder}: {name} in config.json should be an object, got {settings!r}")
-        method = settings.get("quant_method", "compressed-tensors")
-        if method == "alphaprune":
+    """ValueError naming a setting of a packed folder that is not known here."""
+    for settings in stored.read_settings(folder).values():
+        if settings.get("quant_method") == "alphaprune":
             try:
-                hf.AlphaPruneQuantizer(hf.AlphaPruneConfig(**settings)).validate_environment()
+                hf.AlphaPruneConfig(**settings)
             except ValueError as error:
                 raise ValueError(f"{folder}: {error}") from error
-            continue
-        layout = settings.get("format") or "dense"
-        if method != "compressed-tensors" or layout not in READ or settings.get("config_groups"):
-            kind = method if layout in READ else f"{method}, {layout}"
-            raise ValueError(
-                f"{folder}: {name} says that its weights are quantized ({kind}); convert reads floating-point weights: "
-                f"take the checkpoint from before that, and ask for --values int8"
-            )
-        if changed := next((key for key in LOST if settings.get(key)), None):
-            raise ValueError(
-                f"{folder}: {name} has a {changed}, which the weights alone do not say: the converted model would be "
-                f"another one; take the checkpoint from before that"
-            )
 
 
 class _Masks:

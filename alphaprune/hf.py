@@ -15,16 +15,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-import alphaprune
 from alphaprune import bitmask, formats
 from alphaprune.files import first_line
 from alphaprune.formats import quantize
 from alphaprune.kernels import base
 from alphaprune.layer import SparseLinear, check_tokens, expand_losers, pack_weight, worth_packing
 from alphaprune.model import FAMILIES, check_places, family_of, prunable, read_config, resolve
-from alphaprune.shards import BY_CODE, Shards, read_header
-
-VALUE_TYPES = ("F32", "F16", "BF16", "I8")
+from alphaprune.shards import Shards, read_header
+from alphaprune.stored import check_entries, check_version
 
 
 @register_quantization_config("alphaprune")
@@ -107,15 +105,7 @@ class AlphaPruneQuantizer(HfQuantizer):
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         settings = self.quantization_config
-        if settings.format_version > formats.VERSION:
-            raise ValueError(
-                f"the checkpoint has format_version {settings.format_version}, alphaprune {alphaprune.__version__} "
-                f"reads {formats.VERSION}: install a newer alphaprune, at least the one that wrote it"
-            )
-        if settings.format != "sbt":
-            raise ValueError(
-                f"packed format {settings.format!r} is not known to this version of alphaprune (it reads sbt)"
-            )
+        check_version(settings.format, settings.format_version)
         if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(
                 "a dense model cannot be packed while it is offloaded to disk: pack it without a device_map, "
@@ -244,36 +234,6 @@ def check_shapes(model: nn.Module, entries: dict[str, dict]) -> None:
                 f"{name}: has shape {entries[name]['shape']} in the file, config.json describes "
                 f"{list(parameter.shape)}; one of them belongs to another model"
             )
-
-
-def check_entries(name: str, layer: nn.Linear, entries: dict[str, dict]) -> None:
-    """Whether the packed tensors of a layer fit its shape; ValueError naming the layer if not."""
-    n, k = layer.out_features, layer.in_features
-    values = _entry(name, "weight", entries)
-    if len(values["shape"]) != 1 or values["dtype"] not in VALUE_TYPES:
-        found = BY_CODE.get(values["dtype"], values["dtype"])
-        raise ValueError(
-            f"{name}: packed values should be 1-D floating point or int8, the file has {found} {values['shape']}"
-        )
-    rows, columns = -(-n // 16), -(-k // 64)
-    wanted = {"weight_mask": ("I32", [[rows, columns, 32]]), "weight_offsets": ("I32", [[rows * columns + 1]])}
-    if values["dtype"] == "I8":
-        wanted["weight_scale"] = ("F32", [[n], [n, quantize.groups(k, quantize.GROUP)]])
-    for suffix, (dtype, shapes) in wanted.items():
-        entry = _entry(name, suffix, entries)
-        if entry["shape"] not in shapes or entry["dtype"] != dtype:
-            found = BY_CODE.get(entry["dtype"], entry["dtype"])
-            raise ValueError(
-                f"{name}: {suffix} should be {BY_CODE[dtype]} {' or '.join(map(str, shapes))} for a layer of {n}×{k}, "
-                f"the file has {found} {entry['shape']}"
-            )
-
-
-def _entry(name: str, suffix: str, entries: dict[str, dict]) -> dict:
-    entry = entries.get(f"{name}.{suffix}")
-    if entry is None:
-        raise ValueError(f"{name}: packed tensor {suffix} is missing from the checkpoint; copy it again")
-    return entry
 
 
 def check_config(config: Any) -> None:

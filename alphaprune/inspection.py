@@ -10,10 +10,9 @@ import torch
 from alphaprune import __version__, affinity, formats, hardware, timing
 from alphaprune import model as models
 from alphaprune.console import size
-from alphaprune.formats import Packed
+from alphaprune.formats import PACKED_SUFFIXES, Packed
 from alphaprune.kernels import base, cuda, spmm, table
 from alphaprune.kernels.table import DENSE
-from alphaprune.layer import PACKED_SUFFIXES
 from alphaprune.shards import Shards
 from alphaprune.tuning import general, percent
 

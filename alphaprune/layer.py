@@ -7,13 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from alphaprune import formats
-from alphaprune.formats import Packed, quantize
+from alphaprune.formats import PACKED_SUFFIXES, Packed, quantize
 from alphaprune.kernels import base
 from alphaprune.kernels import spmm as op
 from alphaprune.model import open_source
 
 NOISE = 1.05  # a table's medians wander by so much: a layer that is within it stays packed, which is smaller
-PACKED_SUFFIXES = ("weight", "weight_mask", "weight_offsets", "weight_scale")  # the last one only with int8 values
 
 
 class SparseLinear(nn.Module):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alphaprune import stored
 from alphaprune.files import first_line
 from alphaprune.shards import Shards, dtype_name
 
@@ -51,13 +52,19 @@ class Source(ABC):
     config: Any
     skeleton: nn.Module  # the model; without weights where it is read from a directory
 
-    def blocks(self) -> Iterator[Block]:
-        """Decoder blocks in order, each with its weights loaded, until the next one is asked for."""
+    def blocks(self, first: int = 0) -> Iterator[Block]:
+        """Decoder blocks in order from number `first` on, each with its weights loaded until the next is asked for.
+
+        Raises ValueError if the files that they come from were changed meanwhile.
+        """
         for index, (name, module) in enumerate(self._decoder().named_children()):
+            if index < first:
+                continue
             full = f"{self.prefix}.{name}"
             self._load(full, module)
             linears = {f"{full}.{n}": m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
             yield Block(index, full, module, linears)
+            self.check_unchanged()
             self._unload(module)
 
     def block_count(self) -> int:
@@ -66,6 +73,9 @@ class Source(ABC):
     @abstractmethod
     def outside_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name and values of all that is stored outside the blocks: embeddings, final norm, untied head."""
+
+    def check_unchanged(self) -> None:  # noqa: B027 - a live model has no files
+        """ValueError if what the blocks come from was changed since it was opened."""
 
     def _load(self, name: str, module: nn.Module) -> None:  # noqa: B027 - a live model has nothing to load
         ...
@@ -139,14 +149,24 @@ class LiveSource(Source):
 
 
 class DirectorySource(Source):
-    """A Hugging Face directory with safetensors; at most one block of it is in memory."""
+    """A Hugging Face directory with safetensors; at most one block of it is in memory.
 
-    def __init__(self, folder: Path) -> None:
-        self.name, self.folder = str(folder), folder
+    Its layers may be dense, packed by this package, or in a layout of others that stored.py knows; blocks are dense.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> None:
+        """dtype, device: that weights are had in and on; by default that of the files, and the CPU."""
+        stored.check_settings(folder)
+        self.name, self.folder, self.dtype, self.device = str(folder), folder, dtype, torch.device(device)
         self.config = read_config(folder)
+        for name in stored.SETTINGS:
+            if hasattr(self.config, name):
+                delattr(self.config, name)
         family_of(self.config, self.name)
-        self.shards = Shards(folder)
         self.skeleton = make_skeleton(self.config)
+        plain = getattr(self.config, "dtype", None) or torch.float32  # of int8 layers when they were dense
+        self.shards = stored.Stored(Shards(folder), self.skeleton, plain)
+        self.shards.check_floating()
         self._check_shapes()
 
     def outside_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -155,10 +175,14 @@ class DirectorySource(Source):
             if not name.startswith(inside):
                 yield name, self.shards.tensor(name)
 
+    def check_unchanged(self) -> None:
+        self.shards.check_unchanged()
+
     def load_outside(self) -> None:
-        """Gives the skeleton its embeddings and final norm, to run tokens into the first block."""
-        tensors = dict(self.outside_tensors())
+        """Gives the skeleton its embeddings, final norm and head, to run tokens into the first block."""
+        tensors = {name: self._placed(tensor) for name, tensor in self.outside_tensors()}
         self.skeleton.load_state_dict(tensors, strict=False, assign=True)
+        self.skeleton.tie_weights()
 
     def unload_outside(self) -> None:
         decoder = self._decoder()
@@ -169,21 +193,26 @@ class DirectorySource(Source):
                     setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
     def _check_shapes(self) -> None:
-        prefix, parameters = self.prefix + ".", dict(self.skeleton.named_parameters())
-        check_places(self.shards.names(), parameters, self.prefix, self.name)
+        names, parameters = self.shards.names(), dict(self.skeleton.named_parameters())
+        check_places(names, parameters, self.prefix, self.name)
+        tied = set(getattr(self.skeleton, "all_tied_weights_keys", None) or ()) - set(names)
         for name, parameter in parameters.items():
-            if name.startswith(prefix):
-                found = self.shards.shape(name)
-                if found != tuple(parameter.shape):
-                    raise ValueError(
-                        f"{self.name}: {name} has shape {found} in the file, "
-                        f"but config.json describes {tuple(parameter.shape)}"
-                    )
+            if name not in tied and (found := self.shards.shape(name)) != tuple(parameter.shape):
+                raise ValueError(
+                    f"{self.name}: {name} has shape {found} in the file, "
+                    f"but config.json describes {tuple(parameter.shape)}"
+                )
 
     def _load(self, name: str, module: nn.Module) -> None:
-        state = {n: self.shards.tensor(f"{name}.{n}") for n, _ in module.named_parameters()}
+        self.check_unchanged()
+        state = {n: self._placed(self.shards.tensor(f"{name}.{n}")) for n, _ in module.named_parameters()}
         module.load_state_dict(state, strict=False, assign=True)
         module.requires_grad_(False)
+        if self.device.type != "cpu":
+            module.to(self.device)  # buffers
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
 
     def _unload(self, module: nn.Module) -> None:
         for inner in module.modules():
@@ -191,30 +220,22 @@ class DirectorySource(Source):
                 setattr(inner, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
     def _row_sample(self, name: str, rows: list[int]) -> Tensor:
-        return self.shards.rows(name, rows)
+        return self._placed(self.shards.rows(name, rows))
 
     def _dtype(self, name: str) -> str:
-        return self.shards.dtype(name)
+        return self.shards.dtype(name) if self.dtype is None else dtype_name(self.dtype)
 
 
 def open_source(source: "Source | nn.Module | str | Path") -> Source:
     """`source` as a `Source`: a live model, a directory of ours or of Hugging Face, or a hub id.
 
-    A directory with packed weights is loaded and expanded to dense, since spectra and scores need the matrices.
+    The packed weights of a directory are expanded block by block, since spectra and scores need the matrices.
     """
     if isinstance(source, Source):
         return source
     if isinstance(source, nn.Module):
         return LiveSource(source)
-    folder = resolve(source)
-    if is_packed(folder):
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dequantize()
-        opened = LiveSource(model)
-        opened.name = str(folder)
-        return opened
-    return DirectorySource(folder)
+    return DirectorySource(resolve(source))
 
 
 def blocks(source: "Source | nn.Module | str | Path") -> Iterator[Block]:

@@ -7,6 +7,7 @@ safetensors aligns only to 8 bytes; this writer pads the header with spaces and 
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -69,12 +70,18 @@ class Shards:
         self.folder = folder
         self._headers: dict[str, dict[str, dict]] = {}
         self._file_of: dict[str, str] = {}
+        self._stamps: dict[str, tuple[int, ...]] = {}
+        index = read_index(folder)
         for file in checkpoint_files(folder):
             self._headers[file.name] = read_header(file)
+            self._stamps[file.name] = _stamp(file)
             for name in self._headers[file.name]:
                 if name in self._file_of:
                     raise ValueError(f"{folder}: {name} is in both {self._file_of[name]} and {file.name}")
                 self._file_of[name] = file.name
+        for name, named in index.items():
+            if (found := self._file_of.get(name, named)) != named:
+                raise ValueError(f"{folder / INDEX}: says that {name} is in {named}, it is in {found}; copy both again")
 
     def names(self) -> list[str]:
         return list(self._file_of)
@@ -97,6 +104,18 @@ class Shards:
             view = file.get_slice(name)
             return torch.stack([view[row : row + 1][0] for row in rows])
 
+    def check_unchanged(self) -> None:
+        """ValueError naming the first file that is another one than when this was made: by size, time or place."""
+        for name, stamp in self._stamps.items():
+            file = self.folder / name
+            if not file.is_file():
+                raise ValueError(f"{file}: was removed while it was read; put it back and repeat the command")
+            if _stamp(file) != stamp:
+                raise ValueError(
+                    f"{file}: was changed while it was read, so a part of it would be of another model; repeat the "
+                    f"command when nothing writes there any more"
+                )
+
     def _entry(self, name: str) -> dict:
         if name not in self._file_of:
             raise ValueError(f"{self.folder}: no tensor {name} in its safetensors files, though config.json needs it")
@@ -107,6 +126,11 @@ class Shards:
         return open_file(self.folder / self._file_of[name])
 
 
+def _stamp(file: Path) -> tuple[int, ...]:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
 def open_file(file: Path):
     """A safetensors file opened for lazy reading; ValueError naming it if that fails."""
     try:
@@ -115,16 +139,31 @@ def open_file(file: Path):
         raise ValueError(f"{file}: cannot be read as safetensors ({error}); copy it again") from error
 
 
+def read_index(folder: Path) -> dict[str, str]:
+    """Tensor → file, of the index of a folder, {} where it has none; ValueError if a tensor stands there twice."""
+    index = folder / INDEX
+    if not index.is_file():
+        return {}
+    twice: list[str] = []
+
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        twice.extend(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        return dict(pairs)
+
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=once)["weight_map"]
+        names = {name: str(Path(file)) for name, file in found.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: is no index of safetensors files; copy it again") from error
+    if twice:
+        raise ValueError(f"{index}: names {twice[0]} twice, so which values count is not said; copy or write it again")
+    return names
+
+
 def checkpoint_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, in the order of the index; ValueError if there is none."""
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            files = [folder / name for name in dict.fromkeys(names)]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index}: is no index of safetensors files; copy it again") from error
-        return files
+    if (folder / INDEX).is_file():
+        return [folder / name for name in dict.fromkeys(read_index(folder).values())]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if any(folder.glob("*.bin")):
@@ -152,13 +191,17 @@ def write(file: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     beside = file.with_name(file.name + ".part")
-    with beside.open("wb") as handle:
-        handle.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in ordered:
-            flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-            handle.write(memoryview(flat.view(torch.uint8).numpy()))
-        handle.flush()
-        os.fsync(handle.fileno())
-    beside.replace(file)
-    fsync_folder(file.parent)
+    try:
+        with beside.open("wb") as handle:
+            handle.write(len(text).to_bytes(8, "little") + text)
+            for _, tensor in ordered:
+                flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+                handle.write(memoryview(flat.view(torch.uint8).numpy()))
+            handle.flush()
+            os.fsync(handle.fileno())
+        beside.replace(file)
+        fsync_folder(file.parent)
+    except OSError:  # a full disk: what is of no use gives its place back
+        beside.unlink(missing_ok=True)
+        raise
     return {name: tensor.nbytes for name, tensor in ordered}

@@ -4,17 +4,32 @@ A layer is dense, packed by this package, or in one of the two layouts of compre
 more. A mask that the files hold is kept, so a 2:4 layer stays 2:4 where a kept value is 0.
 """
 
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from alphaprune import bitmask, formats, hf
-from alphaprune.formats import Packed
-from alphaprune.layer import PACKED_SUFFIXES
-from alphaprune.shards import DTYPES, Shards
+import alphaprune
+from alphaprune import bitmask, formats
+from alphaprune.formats import PACKED_SUFFIXES, Packed, quantize, slices
+from alphaprune.shards import BY_CODE, DTYPES, Shards
 
 VALUE_TYPES = ("float32", "float16", "bfloat16")
+PACKED_CODES = ("F32", "F16", "BF16", "I8")
+SETTINGS = ("quantization_config", "compression_config", "sparsity_config")  # by which releases said how weights lie
+LOST = ("transform_config", "kv_cache_scheme")  # what compressed-tensors does beside the weights
+READ = ("dense", "sparse-bitmask", "sparse_bitmask", "sparse-24-bitmask")
+# How the weights of other methods become floating-point ones again, by `quant_method`.
+DEQUANTIZE = {
+    "bitsandbytes": "load it with transformers and save what model.dequantize() returns",
+    "higgs": "load it with transformers and save what model.dequantize() returns",
+    "fp8": "load it with transformers' FineGrainedFP8Config(dequantize=True) and save it",
+    "mxfp4": "load it with transformers' Mxfp4Config(dequantize=True) and save it",
+    "compressed-tensors": "load it with transformers' CompressedTensorsConfig(run_compressed=False) and save it",
+}
 
 
 class Stored:
@@ -28,7 +43,7 @@ class Stored:
         self.linears = {n: m for n, m in skeleton.named_modules() if isinstance(m, nn.Linear)}
         self.packed = {name: layer for name, layer in self.linears.items() if f"{name}.weight_mask" in self._names}
         for name, layer in self.packed.items():
-            hf.check_entries(name, layer, self._entries(name))
+            check_entries(name, layer, self._entries(name))
 
     def names(self) -> list[str]:
         parts = {f"{stem}.{part}" for stem in self.bitmasks.values() for part in bitmask.PARTS}
@@ -61,8 +76,45 @@ class Stored:
             return self._bitmask(layer).dense()
         if layer in self.packed:
             packed = self._packed(layer)
+            formats.get("sbt").validate(packed, layer)
             return formats.get("sbt").dense(packed, None if packed.scale is None else self.plain)[0]
         return self.raw.tensor(name)
+
+    def rows(self, name: str, rows: list[int]) -> Tensor:
+        """Some rows of a matrix, dense; of a packed one only the tiles that they lie in are read."""
+        layer = name.removesuffix(".weight")
+        if layer in self.bitmasks:
+            return self.tensor(name)[rows]
+        if layer not in self.packed:
+            return self.raw.rows(name, rows)
+        packed, found = self._packed(layer), []
+        formats.get("sbt").validate(packed, layer)
+        for row in rows:
+            part = slices.rows(packed, row, row + 1)
+            found.append(formats.get("sbt").dense(part, None if part.scale is None else self.plain)[0][0])
+        return torch.stack(found)
+
+    def dtype(self, name: str) -> str:
+        """The dtype that `tensor` comes in."""
+        layer = name.removesuffix(".weight")
+        if layer in self.bitmasks:
+            return self.raw.dtype(f"{self.bitmasks[layer]}.compressed")
+        return str(self.plain).removeprefix("torch.") if self.is_rounded(layer) else self.raw.dtype(name)
+
+    def check_unchanged(self) -> None:
+        self.raw.check_unchanged()
+
+    def check_floating(self) -> None:
+        """ValueError naming the first layer whose dense values are no floating-point numbers that are read here."""
+        for layer in self.linears:
+            name = f"{layer}.weight"
+            if self.layout(layer) == "dense" and name in self._names:
+                code = self.raw.dtype(name)
+                if code not in (*VALUE_TYPES, "float64"):
+                    raise ValueError(
+                        f"{layer}: its weights are {code}, quantized by another method; wanted float32, float16 or "
+                        f"bfloat16: take the checkpoint from before that, or dequantize it first"
+                    )
 
     def mask(self, layer: str) -> Tensor | None:
         """Which weights the files keep, bool [N, K]; None where a layer is dense."""
@@ -103,3 +155,82 @@ class Stored:
         names = (f"{layer}.{suffix}" for suffix in PACKED_SUFFIXES)
         found = {name: self.raw.dtype(name) for name in names if name in self._names}
         return {n: {"shape": list(self.raw.shape(n)), "dtype": DTYPES.get(d, d)} for n, d in found.items()}
+
+
+def check_entries(name: str, layer: nn.Linear, entries: dict[str, dict]) -> None:
+    """Whether the packed tensors of a layer fit its shape; ValueError naming the layer if not."""
+    n, k = layer.out_features, layer.in_features
+    values = _entry(name, "weight", entries)
+    if len(values["shape"]) != 1 or values["dtype"] not in PACKED_CODES:
+        found = BY_CODE.get(values["dtype"], values["dtype"])
+        raise ValueError(
+            f"{name}: packed values should be 1-D floating point or int8, the file has {found} {values['shape']}"
+        )
+    rows, columns = -(-n // 16), -(-k // 64)
+    wanted = {"weight_mask": ("I32", [[rows, columns, 32]]), "weight_offsets": ("I32", [[rows * columns + 1]])}
+    if values["dtype"] == "I8":
+        wanted["weight_scale"] = ("F32", [[n], [n, quantize.groups(k, quantize.GROUP)]])
+    for suffix, (dtype, shapes) in wanted.items():
+        entry = _entry(name, suffix, entries)
+        if entry["shape"] not in shapes or entry["dtype"] != dtype:
+            found = BY_CODE.get(entry["dtype"], entry["dtype"])
+            raise ValueError(
+                f"{name}: {suffix} should be {BY_CODE[dtype]} {' or '.join(map(str, shapes))} for a layer of {n}×{k}, "
+                f"the file has {found} {entry['shape']}"
+            )
+
+
+def _entry(name: str, suffix: str, entries: dict[str, dict]) -> dict:
+    entry = entries.get(f"{name}.{suffix}")
+    if entry is None:
+        raise ValueError(f"{name}: packed tensor {suffix} is missing from the checkpoint; copy it again")
+    return entry
+
+
+def check_settings(folder: Path) -> None:
+    """ValueError naming how the weights of a folder were quantized, and what to do, if it was not by this package."""
+    for name, settings in read_settings(folder).items():
+        method = settings.get("quant_method", "compressed-tensors")
+        if method == "alphaprune":
+            try:
+                check_version(settings.get("format", "sbt"), settings.get("format_version", formats.VERSION))
+            except ValueError as error:
+                raise ValueError(f"{folder}: {error}") from error
+            continue
+        layout = settings.get("format") or "dense"
+        if method != "compressed-tensors" or layout not in READ or settings.get("config_groups"):
+            kind = method if layout in READ else f"{method}, {layout}"
+            other = f", or {DEQUANTIZE[method]}" if method in DEQUANTIZE else ""
+            raise ValueError(
+                f"{folder}: {name} says that its weights are quantized ({kind}); wanted floating-point weights: take "
+                f"the checkpoint from before that{other}. int8 values are made with --values int8"
+            )
+        if changed := next((key for key in LOST if settings.get(key)), None):
+            raise ValueError(
+                f"{folder}: {name} has a {changed}, which the weights alone do not say: the model would be another "
+                f"one; take the checkpoint from before that"
+            )
+
+
+def read_settings(folder: Path) -> dict[str, dict[str, Any]]:
+    """What config.json says of how the weights lie, by the name of the setting; ValueError if one is no object."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # whoever reads the config says what is wrong
+    found = {name: config.get(name) or {} for name in SETTINGS if name in config} if isinstance(config, dict) else {}
+    for name, settings in found.items():
+        if not isinstance(settings, dict):
+            raise ValueError(f"{folder}: {name} in config.json should be an object, got {settings!r}")
+    return {name: settings for name, settings in found.items() if settings}
+
+
+def check_version(layout: str, version: Any) -> None:
+    """ValueError if a packed directory is of a format or version that is not read here."""
+    if isinstance(version, int) and version > formats.VERSION:
+        raise ValueError(
+            f"the checkpoint has format_version {version}, alphaprune {alphaprune.__version__} "
+            f"reads {formats.VERSION}: install a newer alphaprune, at least the one that wrote it"
+        )
+    if layout != "sbt":
+        raise ValueError(f"packed format {layout!r} is not known to this version of alphaprune (it reads sbt)")

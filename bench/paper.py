@@ -72,28 +72,10 @@ PUBLISHED = {
 IDENTITY = ("cell", "fingerprint", "dtype", "sparsity", "epsilon", "calibration", "text", "length", "windows")
 
 
-class Typed(DirectorySource):
-    """A directory whose weights are had in one dtype, blocks on a device, whatever the files hold."""
-
-    def __init__(self, folder: Path, dtype: torch.dtype | None, device: str) -> None:
-        super().__init__(folder)
-        self.dtype, self.device = dtype, device
-
-    def load_outside(self) -> None:
-        super().load_outside()
-        for parameter in self.skeleton.parameters():
-            if not parameter.is_meta:
-                parameter.data = parameter.data.to(self.dtype or parameter.dtype)
-
-    def _load(self, name: str, module: nn.Module) -> None:
-        super()._load(name, module)
-        module.to(device=self.device, dtype=self.dtype)
-
-
 class Protocol(NamedTuple):
     """What all cells share. calibration: [samples, length] or None; text: [windows, length]; both int64."""
 
-    source: Typed
+    source: DirectorySource
     size: str
     sparsity: float
     epsilon: float | None
@@ -203,7 +185,7 @@ def plan_of(cell: str, protocol: Protocol, known: Analysis) -> tuple[Plan, int]:
     return made, sum(ratio > 1 for ratio in ratios.values())
 
 
-def mean_loss(source: Typed, activations: calibrate.Activations, text: Tensor) -> float:
+def mean_loss(source: DirectorySource, activations: calibrate.Activations, text: Tensor) -> float:
     """Mean over windows of the mean loss per token in nats, from the last block's outputs; text [windows, length]."""
     source.load_outside()
     decoder = source.skeleton.get_submodule(source.prefix.rpartition(".")[0])
@@ -321,7 +303,7 @@ def append(file: Path, row: dict[str, Any]) -> None:
 def make_protocol(options: argparse.Namespace, cells: list[str]) -> Protocol:
     dtype = None if options.dtype == "stored" else getattr(torch, options.dtype)
     folder = resolve(options.model)
-    source = Typed(folder, dtype, options.device)
+    source = DirectorySource(folder, dtype, options.device)
     window(options.length, source.config)
     tokenizer = data.load_tokenizer(folder)
     text = data.encode(tokenizer, data.read_text(options.wikitext, wikitext=True), options.wikitext)

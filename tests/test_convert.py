@@ -13,7 +13,7 @@ from conftest import make_model, write_tokenizer
 from torch import Tensor
 
 import alphaprune
-from alphaprune import convert, formats, shards
+from alphaprune import convert, formats, shards, stored
 from alphaprune.formats import quantize
 
 
@@ -85,7 +85,7 @@ def test_sparse_bitmask_becomes_packed_and_dense(tmp_path: Path, suffix: str, ev
     convert.convert(old, tmp_path / "plain", packed=False)
     assert same_bits(legacy.tensors_of(tmp_path / "plain"), wanted)
     config = json.loads((tmp_path / "plain" / "config.json").read_text())
-    assert not config.keys() & set(convert.SETTINGS)
+    assert not config.keys() & set(stored.SETTINGS)
     for folder in ("new", "plain"):
         for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
             assert (tmp_path / folder / file).read_bytes() == (dense / file).read_bytes()

@@ -1,14 +1,17 @@
 """Blocks of a live model and of its directory are the same, and only one is in memory."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+import alphaprune
 from alphaprune import model as models
 from alphaprune import sparsify
 
@@ -91,3 +94,54 @@ def test_a_model_without_linears_is_refused() -> None:
         layer.mlp, layer.self_attn = nn.Identity(), nn.Identity()
     with pytest.raises(ValueError, match="no prunable linear layer"):
         models.describe(live)
+
+
+def test_a_directory_in_another_dtype_is_the_cast_model(directory: Path) -> None:
+    lazy = models.DirectorySource(directory, torch.bfloat16)
+    live = make_model(seed=1).to(torch.bfloat16)
+    assert lazy.description().fingerprint == models.describe(live).fingerprint
+    assert lazy.description().dtype == "bfloat16"
+    for a, b in zip(models.blocks(live), lazy.blocks(), strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(a.module.parameters(), b.module.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("values", [None, "int8"])
+def test_a_packed_directory_comes_block_by_block(directory: Path, tmp_path: Path, values: str | None) -> None:
+    packed = alphaprune.load(directory)
+    plan = alphaprune.plan(alphaprune.analyze(packed, fit=None), 0.7, allocator="uniform")
+    alphaprune.prune(packed, plan, method="magnitude")
+    alphaprune.save(sparsify(packed, values=values), tmp_path / "packed")
+    live = alphaprune.load(tmp_path / "packed").dequantize()
+    lazy = models.open_source(tmp_path / "packed")
+    assert lazy.description().fingerprint == models.describe(live).fingerprint  # rows read from tiles alone
+    for a, b in zip(models.blocks(live), lazy.blocks(), strict=True):
+        assert all(torch.equal(layer.weight, b.linears[name].weight) for name, layer in a.linears.items())
+        assert all(p.is_meta for p in lazy.skeleton.parameters() if id(p) not in map(id, b.module.parameters()))
+
+
+def test_blocks_can_start_anywhere(directory: Path) -> None:
+    assert [block.index for block in models.open_source(directory).blocks(first=1)] == [1, 2]
+
+
+def test_a_shard_that_changes_during_a_run_stops_it(directory: Path, tmp_path: Path) -> None:
+    shutil.copytree(directory, tmp_path / "m")
+    with pytest.raises(ValueError, match=r"safetensors: was changed while it was read"):
+        for _ in models.blocks(tmp_path / "m"):
+            os.utime(max((tmp_path / "m").glob("*.safetensors")))
+
+
+def test_weights_that_others_quantized_are_refused_with_the_remedy(directory: Path, tmp_path: Path) -> None:
+    shutil.copytree(directory, tmp_path / "m")
+    config = json.loads((directory / "config.json").read_text())
+    for method, remedy in (("gptq", "before that"), ("fp8", r"FineGrainedFP8Config\(dequantize=True\)")):
+        settings = {"quantization_config": {"quant_method": method}}
+        (tmp_path / "m" / "config.json").write_text(json.dumps({**config, **settings}))
+        with pytest.raises(ValueError, match=rf"quantized \({method}\).*{remedy}"):
+            models.open_source(tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    for file in (tmp_path / "m").glob("*.safetensors"):  # and without a word in config.json
+        tensors = load_file(file)
+        fp8 = {n: t.to(torch.float8_e4m3fn) if n.endswith("proj.weight") else t for n, t in tensors.items()}
+        save_file(fp8, file)
+    with pytest.raises(ValueError, match=r"0\.\S+_proj: its weights are F8_E4M3, quantized by another method"):
+        models.open_source(tmp_path / "m")

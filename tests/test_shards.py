@@ -1,6 +1,8 @@
 """Headers are checked, tensors are aligned, and stock safetensors reads what is written."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,45 @@ def test_missing_shard_twice_named_tensor_bad_index_and_pickles(tmp_path: Path) 
     index.write_text("{")
     with pytest.raises(ValueError, match="no index"):
         shards.Shards(tmp_path)
+
+
+def two_files(folder: Path) -> Path:
+    """A folder of two files of one tensor each; returns its index."""
+    for name in ("a", "b"):
+        shards.write(folder / f"{name}.safetensors", [(name, torch.ones(4))])
+    index = folder / shards.INDEX
+    index.write_text(json.dumps({"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}))
+    return index
+
+
+def test_an_index_that_contradicts_itself_or_the_files(tmp_path: Path) -> None:
+    index = two_files(tmp_path)
+    assert shards.Shards(tmp_path).names() == ["a", "b"]
+    index.write_text('{"weight_map": {"a": "a.safetensors", "b": "b.safetensors", "a": "b.safetensors"}}')
+    with pytest.raises(ValueError, match=r"index\.json: names a twice"):
+        shards.Shards(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"a": "b.safetensors", "b": "a.safetensors"}}))
+    with pytest.raises(ValueError, match=r"says that a is in b\.safetensors, it is in a\.safetensors"):
+        shards.Shards(tmp_path)
+
+
+def test_a_file_that_changes_or_goes_away_is_noticed(tmp_path: Path) -> None:
+    two_files(tmp_path)
+    found = shards.Shards(tmp_path)
+    found.check_unchanged()
+    shards.write(tmp_path / "b.safetensors", [("b", torch.zeros(4))])  # of the same size
+    with pytest.raises(ValueError, match=r"b\.safetensors: was changed while it was read"):
+        found.check_unchanged()
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"b\.safetensors: was removed while it was read"):
+        found.check_unchanged()
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        shards.write(tmp_path / "x.safetensors", TENSORS.items())
+    assert not list(tmp_path.iterdir())

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PACKED_SUFFIXES = ("weight", "weight_mask", "weight_offsets", "weight_scale")  # the last one only with int8 values
+
 
 @dataclass(frozen=True, eq=False)
 class Packed:
