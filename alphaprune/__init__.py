@@ -18,6 +18,7 @@ _PUBLIC = {
     "plan": "planning",
     "Plan": "planning",
     "prune": "pruning",
+    "recover": "recovery",
     "sparsify": "layer",
     "SparseLinear": "layer",
     "save": "checkpoint",

@@ -52,7 +52,7 @@ class Writer:
     def __init__(self, out: "str | Path", identity: dict[str, Any], blocks: int) -> None:
         """identity: what makes this run this run; a started OUT.part with another identity is refused."""
         self.out, self.identity, self.total = Path(out), identity, blocks + 1
-        self.work = self.out.with_name(self.out.name + ".part")
+        self.work = unfinished(self.out)
         self.done: dict[str, dict[str, int]] = {}  # file → {tensor: bytes}
         self.errors: dict[str, Error] = {}  # layer → what rounding it to int8 lost
         check_free(self.out)
@@ -116,6 +116,11 @@ class Writer:
     def _remember(self) -> None:
         journal = {"identity": self.identity, "done": self.done, "errors": self.errors}
         atomic_write_text(self.work / JOURNAL, json.dumps(journal, indent=1) + "\n")
+
+
+def unfinished(out: "str | Path") -> Path:
+    """Where the directory `out` lies until it is whole; files in it that end in .part never become part of it."""
+    return Path(out).with_name(Path(out).name + ".part")
 
 
 def write_pruned(

@@ -20,6 +20,7 @@ def parser() -> argparse.ArgumentParser:
     sub = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _analysis_commands(sub)
     _prune_command(sub)
+    _recover_command(sub)
     _compare_command(sub)
     _use_commands(sub)
     _chat_command(sub)
@@ -95,6 +96,35 @@ def _prune_command(sub) -> None:
     prune.add_argument("--group", type=int, choices=(128,), help="with --values int8: a scale per so many columns")
     prune.add_argument("--format", choices=("sbt", "dense"), default="sbt", help="packed, or dense with zeros")
     prune.add_argument("--json", action="store_true")
+
+
+def _recover_command(sub) -> None:
+    recover = sub.add_parser("recover", help="train the kept weights of a pruned model on text; its zeros stay")
+    recover.add_argument("model", metavar="MODEL", help="pruned: packed, or dense with zeros")
+    recover.add_argument("-o", "--output", metavar="OUT", required=True, help="folder that does not exist yet")
+    recover.add_argument("--calibration", metavar="FILE", required=True, help="text to train on")
+    recover.add_argument("--text", metavar="FILE", help="held-out text to judge by (default: the end of the other)")
+    recover.add_argument("--windows", type=int, help="of the held-out text only the first so many")
+    recover.add_argument("--length", type=int, help="tokens per window (default 2048, or the context if shorter)")
+    recover.add_argument("--dense", metavar="MODEL", help="what was pruned, to say which share of the loss is won back")
+    recover.add_argument("--rank", type=int, default=32, help="of the adapter on every prunable layer")
+    recover.add_argument("--alpha", type=float, help="the update is alpha / rank times the product (default 2·rank)")
+    recover.add_argument("--learning-rate", type=float, default=2e-3, help="its peak")
+    long = recover.add_mutually_exclusive_group()
+    long.add_argument("--steps", type=int, help="batches to train on (default 300)")
+    long.add_argument("--epochs", type=float, help="or how often all of the text")
+    recover.add_argument("--batch", type=int, default=8, help="windows per step")
+    recover.add_argument("--at-once", type=int, metavar="N", help="of them so many go through the model together")
+    recover.add_argument("--seed", type=int, default=0, help="of the adapters and of the order of the windows")
+    recover.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="to train in"
+    )
+    recover.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    recover.add_argument("--values", choices=("int8",), help="round the result; int8 models are trained as floats then")
+    recover.add_argument("--group", type=int, choices=(128,), help="with --values int8: a scale per so many columns")
+    recover.add_argument("--format", choices=("sbt", "dense"), default="sbt", help="packed, or dense with zeros")
+    recover.add_argument("--save-seconds", type=float, default=60, help="how often the state is saved, to go on from")
+    recover.add_argument("--json", action="store_true")
 
 
 def _compare_command(sub) -> None:

@@ -1,0 +1,119 @@
+"""`alphaprune recover`: a pruned checkpoint and text → the same zeros, better kept weights."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from alphaprune import model as models
+from alphaprune.commands.shared import check_values, dump, rounding_loss, window, written_as_dict
+from alphaprune.console import bar, size
+
+HELD_OUT = 10  # without a text of its own, one window of so many is held out
+
+
+def run(
+    model: str,
+    output: str,
+    calibration: str,
+    text: str | None,
+    windows: int | None,
+    length: int | None,
+    dense: str | None,
+    steps: int | None,
+    epochs: float | None,
+    dtype: str,
+    device: str,
+    format: str,  # noqa: A002
+    values: str | None,
+    group: int | None,
+    save_seconds: float,
+    json: bool,
+    **options: Any,
+) -> None:
+    import torch
+
+    from alphaprune import checkpoint, data, recovery
+
+    check_values(values, group, format)
+    recovery.check_peft()
+    checkpoint.check_free(Path(output))
+    folder = models.resolve(model)
+    length = window(length, models.read_config(folder))
+    tokenizer = data.load_tokenizer(folder)
+    read = data.encode(tokenizer, data.read_text(calibration), calibration)
+    judged = None if text is None else data.encode(tokenizer, data.read_text(text), text)
+    tokens, judged = _split(read, judged, length)
+    settings = recovery.Settings(steps=_steps(steps, epochs, len(tokens), options["batch"]), **options)
+    settings.check()
+    identity = {"calibration": read.sha256, "text": judged.sha256, "length": length}
+    compute = None if dtype == "auto" else getattr(torch, dtype)
+    held_out = (judged, length, windows)
+    with bar(settings.steps, "recover", "step") as tick:
+        found = recovery.write(
+            folder, output, tokens, held_out, identity, settings, compute, device, format == "sbt", values, group,
+            save_seconds, tick,
+        )  # fmt: skip
+    whole = None if dense is None else _quality(dense, held_out, compute, device)
+    _report(found, whole, tokens, json)
+
+
+def _split(read: Any, judged: Any, length: int) -> tuple[Any, Any]:
+    """Windows to train on, [windows, length], and the text to judge by: by default the end of the same text."""
+    from alphaprune import evaluate
+    from alphaprune.data import Text
+
+    tokens = evaluate.windows_of(read, length)
+    if judged is not None:
+        evaluate.window_count(judged, length)
+        return tokens, judged
+    if len(tokens) < 2:
+        raise ValueError(
+            f"{read.name}: one window of {length} tokens only, and some text must be held out; give --text FILE, "
+            f"more text or a smaller --length"
+        )
+    trained = len(tokens) - max(1, len(tokens) // HELD_OUT)
+    start = trained * length
+    return tokens[:trained], Text(read.name, read.sha256, read.bytes, read.tokens[start:], read.ends[start:])
+
+
+def _steps(steps: int | None, epochs: float | None, windows: int, batch: int) -> int:
+    if epochs is None:
+        return 300 if steps is None else steps
+    if not (epochs > 0 and math.isfinite(epochs)):
+        raise ValueError(f"--epochs {epochs}: wanted a number above 0")
+    return max(1, round(epochs * max(1, windows // max(1, batch))))
+
+
+def _quality(dense: str, held_out: tuple, dtype: Any, device: str) -> Any:
+    from alphaprune import evaluate, hf
+
+    return evaluate.evaluate(hf.load(dense, dtype="auto" if dtype is None else dtype, device=device), *held_out)
+
+
+def _report(found: Any, dense: Any, tokens: Any, json: bool) -> None:
+    losses = {name: math.log(getattr(found, name).perplexity) for name in ("before", "after")}
+    share = None
+    if dense is not None:
+        losses["dense"] = math.log(dense.perplexity)
+        if losses["before"] > losses["dense"]:
+            share = (losses["before"] - losses["after"]) / (losses["before"] - losses["dense"])
+    if json:
+        quality = {name: getattr(found, name).as_dict() for name in ("before", "after")}
+        more = {"loss": losses, "won_back": share, "training": found.training, "windows_trained": len(tokens)}
+        print(dump(written_as_dict(found.written) | quality | more))
+        return
+    after = found.after
+    print(
+        f"held-out loss {losses['before']:.4f} → {losses['after']:.4f} nats per token (perplexity "
+        f"{found.before.perplexity:.4f} → {after.perplexity:.4f}), "
+        f"{after.windows} windows of {after.length}, {after.dtype}"
+    )
+    if share is not None:
+        print(f"dense model {losses['dense']:.4f}: {share:.0%} of what pruning lost is won back")
+    written = found.written
+    print(
+        f"{written.folder}: the same zeros, linears {size(written.dense_bytes)} → {size(written.stored_bytes)}, "
+        f"{written.packed_layers} of {written.layers} layers packed"
+    )
+    if written.errors:
+        print(rounding_loss(written.errors))

@@ -1,0 +1,359 @@
+"""LoRA recovery: a pruned model and text → the same zeros, better kept weights.
+
+Every prunable layer gets an adapter that is masked (see masked_lora.py) and trained on the text by AdamW with the
+usual loss; the sum is merged and rounded, and the layer is as sparse as before. Which windows a step sees depends on
+the seed and the step alone, so a run that was killed goes on from its last saved state as if nothing had been.
+"""
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alphaprune import __version__, checkpoint, evaluate, hf, shards
+from alphaprune import model as models
+from alphaprune.data import Text
+from alphaprune.formats import quantize, sbt
+from alphaprune.layer import SparseLinear
+from alphaprune.pruning import PrunedBlock
+
+STATE = "training.part"  # in the folder of an unfinished run; the suffix has it removed when the run is whole
+WARM_UP, LAST = 0.05, 0.02  # share of the steps in which the rate rises; share of it that the last steps have
+CLIP = 1.0  # norm of the gradient
+BETAS = (0.9, 0.95)
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How adapters are trained.
+
+    rank, alpha: the update is alpha / rank · M∘(B A); alpha is by default twice the rank.   learning_rate: its peak,
+    after a linear warm-up and before a cosine to nearly 0.   batch: windows per step; at_once: of them so many go
+    through the model together, by default all.   seed: of A's first values and of the order of the windows.
+    """
+
+    rank: int = 32
+    alpha: float | None = None
+    learning_rate: float = 2e-3
+    steps: int = 300
+    batch: int = 8
+    at_once: int | None = None
+    seed: int = 0
+
+    def check(self) -> None:
+        """ValueError for a number that is out of range."""
+        for name in ("rank", "steps", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: wanted a whole number from 1")
+        if self.at_once is not None and self.at_once < 1:
+            raise ValueError(f"at_once {self.at_once}: wanted a whole number from 1")
+        for name in ("learning_rate", "alpha"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} {value}: wanted a number above 0")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        warm = max(1, round(WARM_UP * self.steps))
+        if step < warm:
+            return self.learning_rate * (step + 1) / warm
+        fallen = (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm))) / 2
+        return self.learning_rate * (LAST + (1 - LAST) * fallen)
+
+    def picks(self, step: int, windows: int) -> Tensor:
+        """[batch] which windows a step sees: all of them once per epoch, in a new order each time."""
+        epoch, place = divmod(step * self.batch, windows - windows % self.batch)
+        order = torch.randperm(windows, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+        return order[place : place + self.batch]
+
+
+def recover(
+    model: nn.Module,
+    masks: dict[str, Tensor] | None = None,
+    tokens: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+    state: Path | None = None,
+    save_seconds: float = 60.0,
+    **options: Any,
+) -> list[float]:
+    """Trains the kept weights of a pruned model in place, zeros exactly as they were; the loss of every step, nats.
+
+    masks: {layer: [N, K] bool, True = keep}; by default those of packed layers, and what is not 0 in dense ones.
+    tokens: [windows, length] int64 text, a batch of windows at least.   dtype: to compute in; that of the weights by
+    default, to which every sum is rounded in any case.   options: those of `Settings`.
+    state: a file that the training is saved to every `save_seconds` and goes on from.   progress: called every step.
+    Packed layers come back packed. Where an error is raised the model stays as it was.
+    ValueError naming the layer for masks that do not fit, a rank that is too large, int8 values; without PEFT.
+    """
+    settings = Settings(**options)
+    settings.check()
+    check_peft()
+    check_tokens(tokens, settings.batch)
+    packed = [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
+    masks = masks_of(model) if masks is None else masks
+    check_masks(model, masks, settings.rank)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    sparse = {name: model.get_submodule(name) for name in packed if name in masks}
+    for name, layer in sparse.items():
+        model.set_submodule(name, layer.to_linear())
+    done = False
+    try:
+        with computing_in(model, dtype) as stored:
+            losses = _train(model, masks, tokens, settings, stored, progress, state, save_seconds)
+        done = True
+    finally:
+        for name, layer in sparse.items():
+            if done:
+                made = SparseLinear.from_linear(model.get_submodule(name), masks[name])
+                made.name, layer = layer.name, made
+            model.set_submodule(name, layer)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(before.get(name, False))
+    return losses
+
+
+def masks_of(model: nn.Module) -> dict[str, Tensor]:
+    """{prunable layer: [N, K] bool, True = keep}: what packed layers say, and what is not 0 in dense ones."""
+    source = models.open_source(model)
+    inside = model.get_submodule(source.prefix).named_modules()
+    layers = {f"{source.prefix}.{n}": m for n, m in inside if isinstance(m, nn.Linear | SparseLinear)}
+    return {n: sbt.unpack(m.packed)[1] if isinstance(m, SparseLinear) else m.weight != 0 for n, m in layers.items()}
+
+
+def check_peft() -> None:
+    """ValueError where PEFT is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError("recovery trains adapters of PEFT, which is not installed: pip install 'alphaprune[peft]'")
+
+
+def check_tokens(tokens: Tensor | None, batch: int) -> None:
+    """ValueError unless there are windows of text, one batch of them at least."""
+    if tokens is None or tokens.ndim != 2 or tokens.shape[1] < 2:
+        found = "nothing" if tokens is None else tuple(tokens.shape)
+        raise ValueError(f"tokens: wanted windows of text, [windows, length ≥ 2] int64, got {found}")
+    if len(tokens) < batch:
+        raise ValueError(
+            f"the text has {len(tokens)} windows of {tokens.shape[1]} tokens to train on, fewer than a batch of "
+            f"{batch}; give more text, or a smaller batch or length"
+        )
+
+
+def check_masks(model: nn.Module, masks: dict[str, Tensor], rank: int) -> None:
+    """ValueError naming the first layer whose mask or rank does not fit, or if there is no zero in any."""
+    modules = dict(model.named_modules())
+    for name, mask in masks.items():
+        layer = modules.get(name)
+        if not isinstance(layer, nn.Linear | SparseLinear):
+            raise ValueError(f"{name}: the mask names a layer that is no nn.Linear or SparseLinear of this model")
+        shape = (layer.out_features, layer.in_features)
+        if tuple(mask.shape) != shape or mask.dtype != torch.bool:
+            raise ValueError(f"{name}: wanted a mask of bool {shape}, got {mask.dtype} {tuple(mask.shape)}")
+        if rank > min(shape):
+            raise ValueError(
+                f"{name}: rank {rank} is more than a layer of {shape[0]}×{shape[1]} has: at most {min(shape)}"
+            )
+        if isinstance(layer, SparseLinear) and layer.weight_scale is not None:
+            raise ValueError(
+                f"{name}: int8 values do not train; recover the model before it is rounded, or expand it with "
+                f"model.dequantize() and round it again afterwards"
+            )
+        if isinstance(layer, nn.Linear) and bool((layer.weight.detach()[~mask.to(layer.weight.device)] != 0).any()):
+            raise ValueError(f"{name}: the mask drops weights that are not 0; prune the model by it first")
+    if all(bool(mask.all()) for mask in masks.values()):
+        raise ValueError("no layer of this model has a zero, so there is nothing to recover; prune it first")
+
+
+@contextmanager
+def computing_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[dict[str, torch.dtype]]:
+    """Has all parameters in a dtype, and afterwards in their own, which it yields by layer name.
+
+    Buffers, such as rotary tables, stay as they are.
+    """
+    before = {name: p.dtype for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype or parameter.dtype)
+    try:
+        yield {name.removesuffix(".weight"): found for name, found in before.items()}
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(before[name])
+
+
+def _train(
+    model: nn.Module,
+    masks: dict[str, Tensor],
+    tokens: Tensor,
+    settings: Settings,
+    stored: dict[str, torch.dtype],
+    progress: Progress | None,
+    state: Path | None,
+    save_seconds: float,
+) -> list[float]:
+    """Trains adapters and merges them; without them the model is as it was if anything is raised."""
+    from alphaprune import masked_lora
+
+    alpha = 2 * settings.rank if settings.alpha is None else settings.alpha
+    layers = masked_lora.attach(model, masks, settings.rank, alpha, settings.seed, stored)
+    training = model.training
+    model.eval()  # no dropout: what is trained is the function that is stored
+    try:
+        run = _Run(model, settings)
+        if state is not None and state.exists():
+            run.load(state)
+        for _ in run.losses if progress else ():
+            progress("resumed")
+        saved = monotonic()
+        while len(run.losses) < settings.steps:
+            loss = run.step(tokens[settings.picks(len(run.losses), len(tokens))])
+            if progress:
+                progress(f"loss {loss:.3f}")
+            if state is not None and (monotonic() - saved >= save_seconds or len(run.losses) == settings.steps):
+                run.save(state)
+                saved = monotonic()
+        for layer in layers.values():
+            layer.merge()
+    finally:
+        model.train(training)
+        masked_lora.detach(model, layers)
+    return run.losses
+
+
+class _Run:
+    """Adapters, what AdamW knows of them, and the losses so far."""
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        self.model, self.settings, self.losses = model, settings, []
+        self.adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.adapters.values(), lr=1.0, betas=BETAS, weight_decay=0.0)
+
+    def step(self, windows: Tensor) -> float:
+        """One step on windows [batch, length]; the mean loss before it, nats per predicted token."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.rate(len(self.losses))
+        self.optimizer.zero_grad(set_to_none=True)
+        windows, total = windows.to(next(iter(self.adapters.values())).device), 0.0
+        for part in windows.split(self.settings.at_once or len(windows)):
+            logits = self.model(input_ids=part, use_cache=False).logits[:, :-1]  # [windows, length − 1, vocabulary]
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), part[:, 1:].flatten())
+            (loss * (len(part) / len(windows))).backward()
+            total += float(loss.detach()) * len(part) / len(windows)
+        if not math.isfinite(total):
+            raise ValueError(
+                f"the loss of step {len(self.losses) + 1} is {total}; try a smaller learning rate, or dtype float32"
+            )
+        nn.utils.clip_grad_norm_(self.adapters.values(), CLIP)
+        self.optimizer.step()
+        self.losses.append(total)
+        return total
+
+    def save(self, file: Path) -> None:
+        """The state appears in the file whole or not at all, and survives a power loss."""
+        known = self.optimizer.state_dict()["state"]
+        tensors = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
+        for place, (name, parameter) in enumerate(self.adapters.items()):
+            tensors[f"value {name}"] = parameter
+            tensors |= {f"{entry} {name}": tensor for entry, tensor in known[place].items()}
+        with checkpoint.explained(file):
+            shards.write(file, tensors.items())
+
+    def load(self, file: Path) -> None:
+        known = {}
+        with shards.open_file(file) as stored, torch.no_grad():
+            self.losses = stored.get_tensor("losses").tolist()
+            for place, (name, parameter) in enumerate(self.adapters.items()):
+                parameter.copy_(stored.get_tensor(f"value {name}"))
+                entries = ("step", "exp_avg", "exp_avg_sq")
+                known[place] = {entry: stored.get_tensor(f"{entry} {name}").clone() for entry in entries}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": known})
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What was written, and how good the model was before and after; training: the loss of every step, nats."""
+
+    written: checkpoint.Written
+    before: evaluate.Evaluation
+    after: evaluate.Evaluation
+    training: list[float]
+
+
+def write(
+    folder: "str | Path",
+    out: "str | Path",
+    tokens: Tensor,
+    held_out: tuple[Text, int, int | None],
+    identity: dict[str, Any],
+    settings: Settings,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    packed: bool = True,
+    values: str | None = None,
+    group: int | None = None,
+    save_seconds: float = 60.0,
+    progress: Progress | None = None,
+) -> Recovered:
+    """Recovers the pruned model of a folder (packed, or dense with zeros) into the folder OUT, whole or not at all.
+
+    tokens, settings, dtype: as `recover` has them.   held_out: text, length and number of windows to judge by.
+    identity: what else makes this run this run; an interrupted one goes on where it was, another is refused.
+    values, group: as `alphaprune prune` has them; they are also the consent to train int8 values as floats.
+    """
+    settings.check()
+    check_peft()
+    checkpoint.check_free(Path(out))
+    quantize.check(values, group)
+    check_tokens(tokens, settings.batch)
+    model, masks, fingerprint = _open(folder, device, values)
+    check_masks(model, masks, settings.rank)
+    source = models.open_source(model)
+    source.name = str(folder)
+    identity = {**identity, "model": fingerprint, **asdict(settings), "dtype": shards.dtype_name(dtype or model.dtype)}
+    identity |= {"format": "sbt" if packed else "dense", "values": values, "group": group}
+    before = _judge(model, held_out, dtype)
+    recipe = {"alphaprune": __version__, "recovered_from": source.name, **identity}
+    found: dict[str, Any] = {}
+
+    def run(restore: Any, finish: Any) -> Iterator[PrunedBlock]:
+        state = checkpoint.unfinished(out) / STATE
+        found["losses"] = recover(model, masks, tokens, dtype, progress, state, save_seconds, **asdict(settings))
+        for block in source.blocks():
+            kept = {name: masks[name] for name in block.linears}
+            restored = restore(block) is not None
+            if not restored:
+                finish(block, kept)
+            yield PrunedBlock(block, kept, restored)
+        found["after"] = _judge(model, held_out, dtype)  # of the weights as they were written, int8 included
+        recipe["loss"] = {"before": math.log(before.perplexity), "after": math.log(found["after"].perplexity)}
+
+    written = checkpoint.write_pruned(source, out, identity, recipe, run, packed, values, group)
+    return Recovered(written, before, found["after"], found["losses"])
+
+
+def _open(folder: "str | Path", device: str, values: str | None) -> tuple[nn.Module, dict[str, Tensor], str]:
+    """The dense model of a folder, the masks of its prunable layers, and its fingerprint."""
+    model = hf.load(folder, tokens=None)
+    rounded = [n for n, m in model.named_modules() if isinstance(m, SparseLinear) and m.weight_scale is not None]
+    if rounded and values is None:
+        raise ValueError(
+            f"{folder}: {rounded[0]} has int8 values, which do not train; recover the model before it is rounded, or "
+            f"give --values int8 to train them as {shards.dtype_name(model.dtype)} and round the result again"
+        )
+    masks = masks_of(model)
+    if any(isinstance(module, SparseLinear) for module in model.modules()):
+        model = model.dequantize()
+    fingerprint = models.describe(model).fingerprint
+    return model.to(device), {name: mask.to(device) for name, mask in masks.items()}, fingerprint
+
+
+def _judge(model: nn.Module, held_out: tuple[Text, int, int | None], dtype: torch.dtype | None) -> evaluate.Evaluation:
+    with computing_in(model, dtype):
+        return evaluate.evaluate(model, *held_out)
