@@ -5,19 +5,22 @@ is still dense (Wanda's protocol: Sun et al. 2023, section 3).
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from alphaprune import ranks
 from alphaprune.gram import Gram, full_float32
 from alphaprune.model import Block, DirectorySource, Source
+from alphaprune.states import Room, States
 
 Need = Literal["nothing", "norms", "gram"]  # what a method must know of a layer's inputs; each includes those before
 
 TOKENS_AT_ONCE = 4096  # so many tokens go through a block together
+STRANDS = 8  # sums over batches are made of so many, whatever the number of processes, so that their bits never change
 
 
 class _Captured(Exception):
@@ -39,28 +42,47 @@ class InputStat:
 
 @dataclass
 class Activations:
-    """Inputs of the next block: `hidden`, a list of [batch, length, D]; `keywords`, what the blocks are called with."""
+    """Inputs of the next block: `hidden`, a list of [batch, length, D]; `keywords`, what the blocks are called with.
 
-    hidden: list[Tensor]
+    batches, total: batches and samples of all processes, where several share them; `hidden` are those of this one.
+    """
+
+    hidden: "States | list[Tensor]"
     keywords: dict[str, Any] = field(default_factory=dict)
+    batches: int | None = None
+    total: int | None = None
 
     def samples(self) -> int:
-        return sum(h.shape[0] for h in self.hidden)
+        return sum(h.shape[0] for h in self.hidden) if self.total is None else self.total
+
+    def strands(self) -> tuple[list[range], int]:
+        """Places in `hidden` that are summed together, strand by strand, and how many strands all processes have."""
+        own, count = ranks.strands(len(self.hidden) if self.batches is None else self.batches, STRANDS)
+        first = own[0].start if own else 0
+        return [range(strand.start - first, strand.stop - first) for strand in own], count
 
 
-def first_inputs(source: Source, tokens: Tensor) -> Activations:
-    """What the first block sees for `tokens` [samples, length] int64: embeddings and the blocks' keyword arguments."""
+def first_inputs(source: Source, tokens: Tensor, room: Room | None = None) -> Activations:
+    """What the first block sees for `tokens` [samples, length] int64: embeddings and the blocks' keyword arguments.
+
+    room: where hidden states may lie, see states.py. Of several processes each has its own part of the samples.
+    """
     if tokens.ndim != 2 or tokens.shape[0] == 0:
         raise ValueError(
             f"calibration tokens: wanted [samples, length] with a sample at least, got {tuple(tokens.shape)}"
         )
     batch = max(1, TOKENS_AT_ONCE // tokens.shape[1])
     first = next(iter(source.skeleton.get_submodule(source.prefix).children()))
-    found = Activations([])
+    parts = tokens.split(batch)
+    own = [place for strand in ranks.strands(len(parts), STRANDS)[0] for place in strand]
+    found = Activations(States(room), {}, len(parts), len(tokens))
+    learning = True
 
     def stop(module: nn.Module, arguments: tuple, keywords: dict) -> None:
-        found.hidden.append(arguments[0] if arguments else keywords["hidden_states"])
-        found.keywords = {k: v for k, v in keywords.items() if k != "hidden_states"}
+        if learning:
+            found.keywords = {k: v for k, v in keywords.items() if k != "hidden_states"}
+        else:
+            found.hidden.append(arguments[0] if arguments else keywords["hidden_states"])
         raise _Captured
 
     lazy = isinstance(source, DirectorySource)
@@ -71,17 +93,14 @@ def first_inputs(source: Source, tokens: Tensor) -> Activations:
         with torch.no_grad(), _evaluating(source.skeleton):
             # One sample to learn the keywords (their batch dimension is 1, so they serve every batch size),
             # then the embeddings of all.
-            for part in (tokens[:1], *(tokens.split(batch))):
-                keywords = found.keywords
-                try:
+            for part in (tokens[:1], *(parts[place] for place in own)):
+                with suppress(_Captured):
                     source.skeleton(input_ids=part.to(_device(source.skeleton)), use_cache=False)
-                except _Captured:
-                    found.keywords = keywords or found.keywords
+                learning = False
     finally:
         hook.remove()
         if lazy:
             source.unload_outside()
-    found.hidden = found.hidden[1:]
     return found
 
 
@@ -95,8 +114,9 @@ def run(block: Block, activations: Activations) -> None:
 def statistics(block: Block, activations: Activations, need: Need = "norms") -> dict[str, InputStat]:
     """For every prunable layer of the block what `need` asks of its inputs; nothing at all for "nothing".
 
-    ‖X_j‖₂² = Σ over tokens of x_j², averaged over samples; float64 sums, so the order of samples does not matter. The
-    Gram matrix is summed in float32 on the block's device; layers that are given the same tensor are summed once.
+    ‖X_j‖₂² = Σ over tokens of x_j², averaged over samples, in float64. The Gram matrix is summed in float32 on the
+    block's device. Sums are made of strands of batches that are added in order: several processes share the strands,
+    and find the same bits as one does. Layers that are given the same tensor are summed once.
     Raises ValueError naming the layer if its inputs hold NaN or infinity.
     """
     if need == "nothing":
@@ -106,13 +126,20 @@ def statistics(block: Block, activations: Activations, need: Need = "norms") -> 
     hooks = [layer.register_forward_pre_hook(groups.hook(name)) for name, layer in block.linears.items()]
     try:
         with torch.no_grad(), _evaluating(block.module), full_float32():
-            for hidden in activations.hidden:
-                groups.clear()
-                _forward(block, hidden, activations.keywords)
+            own, strands = activations.strands()
+            for strand in own:
+                for place in strand:
+                    groups.clear()
+                    _forward(block, activations.hidden[place], activations.keywords)
+                for observer in observers.values():
+                    observer.close(last=strand is own[-1])
     finally:
         for hook in hooks:
             hook.remove()
-    found = {name: observer.result(activations.samples()) for name, observer in observers.items() if observer.tokens}
+    groups.meet()
+    found = {
+        name: observer.result(activations.samples(), strands) for name, observer in observers.items() if observer.tokens
+    }
     for name in block.linears:
         leader = groups.leader.get(name, name)
         if leader not in found:
@@ -132,6 +159,7 @@ class _Observer:
         k, device = layer.weight.shape[1], layer.weight.device
         self.squares = torch.zeros(k, dtype=torch.float64, device=device)
         self.gram = torch.zeros(k, k, dtype=torch.float32, device=device) if with_gram else None
+        self.closed: tuple[list[Tensor], list[Tensor]] = [], []  # sums of strands: of squares, and Gram matrices
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
@@ -141,9 +169,24 @@ class _Observer:
         if self.gram is not None:
             self.gram.addmm_(x.T, x)
 
-    def result(self, samples: int) -> InputStat:
-        norms = (self.squares / samples).sqrt().float()
-        gram = None if self.gram is None else Gram(self.gram.div_(samples), self.tokens)
+    def close(self, last: bool) -> None:
+        """Ends a strand, the last one of this process perhaps."""
+        for current, sums in zip((self.squares, self.gram), self.closed, strict=True):
+            if current is None:
+                continue
+            if ranks.world().size == 1 and sums:  # two at a time are enough
+                sums[0].add_(current)
+            else:
+                sums.append(current if last else current.clone())
+            if not last:
+                current.zero_()
+
+    def result(self, samples: int, strands: int) -> InputStat:
+        norms = (ranks.fold(self.closed[0], self.squares, strands) / samples).sqrt().float()
+        gram = None
+        if self.gram is not None:
+            gram = Gram(ranks.fold(self.closed[1], self.gram, strands).div_(samples), self.tokens)
+            self.closed[1].clear()
         return InputStat(norms, gram, self.tokens)
 
 
@@ -156,6 +199,14 @@ class _Groups:
 
     def clear(self) -> None:
         self.inputs = {}
+
+    def meet(self) -> None:
+        """Takes together what several processes have seen."""
+        everything = ranks.gather((self.leader, {name: o.tokens for name, o in self.observers.items()}))
+        for leader, _ in reversed(everything):
+            self.leader |= leader
+        for name, observer in self.observers.items():
+            observer.tokens = sum(tokens[name] for _, tokens in everything)
 
     def hook(self, name: str):
         def observe(module: nn.Module, arguments: tuple) -> None:

@@ -1,8 +1,12 @@
 """What commands print: tables, a progress bar, sizes for a person."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+SHOWN = True  # of several processes that work together, one shows how far it is
+EVERY = 30  # seconds between lines where there is no terminal
 
 
 def table(columns: list[str], rows: list[list[str]], header: bool = True) -> None:
@@ -22,16 +26,46 @@ def table(columns: list[str], rows: list[list[str]], header: bool = True) -> Non
 
 @contextmanager
 def bar(total: int | None, description: str, unit: str) -> Iterator[Callable[[str], None]]:
-    """A progress bar on stderr; yields what to call after each step. total: None where it is not known."""
+    """Progress on stderr with the time that is left; yields what to call after each step.
+
+    In a terminal a bar, elsewhere a line every EVERY seconds.   total: None where it is not known.
+    """
     from tqdm import tqdm
 
-    with tqdm(total=total, desc=description, unit=unit, leave=False, disable=not sys.stderr.isatty()) as progress:
+    terminal = sys.stderr.isatty()
+    quiet = {"disable": not SHOWN} if terminal else {"file": _Nowhere(), "mininterval": EVERY}
+    with tqdm(total=total, desc=description, unit=unit, leave=False, **quiet) as progress:
+        last = time.monotonic()
 
         def tick(step: str) -> None:
-            progress.set_postfix_str(step)
+            nonlocal last
+            progress.set_postfix_str(step, refresh=terminal)
             progress.update()
+            if SHOWN and not terminal and time.monotonic() - last >= EVERY:
+                last = time.monotonic()
+                print(line(description, unit, progress.n, total, progress.format_dict["elapsed"]), file=sys.stderr)
 
         yield tick
+
+
+def line(description: str, unit: str, done: int, total: int | None, elapsed: float) -> str:
+    """How far something is, and how long the rest takes if it goes on as it went so far."""
+    text = f"{description}: {done}{f' of {total}' if total else ''} {unit}s, {clock(elapsed)}"
+    return f"{text}, {clock(elapsed / done * (total - done))} left" if total and done else text
+
+
+def clock(seconds: float) -> str:
+    """1:02:03, or 2:03 within an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
+class _Nowhere:
+    """Takes what a bar writes where there is no terminal."""
+
+    def write(self, text: str) -> None: ...
+
+    def flush(self) -> None: ...
 
 
 def size(count: float) -> str:

@@ -18,6 +18,7 @@ from alphaprune.model import Block, Source, check_finite, open_source
 from alphaprune.planning import Plan
 from alphaprune.pruners import Cut, Pruner, Selection
 from alphaprune.refit import refit
+from alphaprune.states import Room
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,14 @@ def prune_blocks(
     progress: Callable[[str], None] | None = None,
     finish: Finish | None = None,
     statistics: Statistics | None = None,
+    room: Room | None = None,
 ) -> Iterator[PrunedBlock]:
     """Finished blocks in order; each block's weights hold its zeros when it is yielded.
 
     restore: given a block, puts the weights of an earlier run into it and returns its masks, or returns None.
     finish: given a block and its masks, may change the kept weights before the next block is calibrated behind them.
     statistics: what is known already of the inputs of a block's layers; then no text is needed and none is run.
+    room: where hidden states may lie between blocks, see states.py.
     Raises ValueError before any work if the plan is for another model or the method lacks its calibration text.
     """
     source, pruner = open_source(source), recipe.check()
@@ -114,7 +117,7 @@ def prune_blocks(
         what = f"method {recipe.method}" if pruner.needs_calibration else "a refit"
         other = ", or choose --method magnitude" if pruner.needs_calibration and not recipe.refit else ""
         raise ValueError(f"{what} needs calibration text: give --calibration FILE (tokens=…){other}")
-    run = _Run(source, plan, recipe, pruner, tokens if statistics is None else None, statistics)
+    run = _Run(source, plan, recipe, pruner, tokens if statistics is None else None, statistics, room)
     return run.blocks(restore, progress, finish)
 
 
@@ -128,12 +131,13 @@ class _Run:
     pruner: Pruner
     tokens: Tensor | None
     statistics: Statistics | None
+    room: Room | None
 
     def blocks(
         self, restore: Restore | None, progress: Callable[[str], None] | None, finish: Finish | None
     ) -> Iterator[PrunedBlock]:
         calibrated = self.recipe.need != "nothing" and self.statistics is None
-        activations = calibrate.first_inputs(self.source, self.tokens) if calibrated else None
+        activations = calibrate.first_inputs(self.source, self.tokens, self.room) if calibrated else None
         for block in self.source.blocks():
             pruned = self._block(block, activations, restore, finish)
             if progress:
