@@ -19,6 +19,8 @@ _PUBLIC = {
     "Plan": "planning",
     "prune": "pruning",
     "recover": "recovery",
+    "compress": "compressions",
+    "CompressionPlan": "compressions",
     "sparsify": "layer",
     "SparseLinear": "layer",
     "save": "checkpoint",

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from alphaprune import formats, shards
+from alphaprune import formats, shapes, shards
 from alphaprune.files import atomic_write_text, fsync_folder
 from alphaprune.formats import PACKED_SUFFIXES, Packed
 from alphaprune.formats.quantize import Error
@@ -248,15 +248,16 @@ def save(model: nn.Module, path: "str | Path", tokenizer: Any = None) -> Written
 
 
 def output_config(source: Source, packed: bool, values: str | None = None) -> dict[str, Any]:
-    """config.json of the new directory: the source's own, with or without our `quantization_config`.
+    """config.json of the new directory: the source's own, with our `quantization_config` where it needs one.
 
     values: said in it where packed layers hold other values than the source had.
     """
     config = json.loads(source.config.to_json_string(use_diff=False))
     config.pop("_name_or_path", None)
     config.pop("quantization_config", None)
-    settings = SETTINGS if values is None else {**SETTINGS, "values": values}
-    return {**config, "quantization_config": settings} if packed else config
+    own = shapes.observe(source.skeleton.get_submodule(source.prefix), source.prefix, source.config)
+    settings = SETTINGS | ({} if packed else {"format": "dense"}) | ({} if values is None else {"values": values})
+    return {**config, "quantization_config": settings | own.settings()} if packed or own else config
 
 
 def copy_companions(source: Source, folder: Path) -> None:

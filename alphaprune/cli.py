@@ -21,6 +21,7 @@ def parser() -> argparse.ArgumentParser:
     _analysis_commands(sub)
     _prune_command(sub)
     _recover_command(sub)
+    _compress_command(sub)
     _compare_command(sub)
     _use_commands(sub)
     _chat_command(sub)
@@ -125,6 +126,39 @@ def _recover_command(sub) -> None:
     recover.add_argument("--format", choices=("sbt", "dense"), default="sbt", help="packed, or dense with zeros")
     recover.add_argument("--save-seconds", type=float, default=60, help="how often the state is saved, to go on from")
     recover.add_argument("--json", action="store_true")
+
+
+def _compress_command(sub) -> None:
+    command = sub.add_parser("compress", help="fewer bits, lower ranks, or heads and channels removed, as alpha says")
+    command.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a hub id")
+    command.add_argument("-o", "--output", metavar="OUT", help="folder that does not exist yet")
+    goal = command.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--bits", type=float, metavar="BITS", help="of a weight of the prunable layers, on average")
+    goal.add_argument(
+        "--rank-ratio", type=float, metavar="RATIO", help="weights of two factors / weights of the layers"
+    )
+    goal.add_argument(
+        "--structured", type=float, metavar="SHARE", help="of the weights, removed with heads and channels"
+    )
+    goal.add_argument("--plan", metavar="FILE", help="what --save-plan wrote")
+    command.add_argument("--save-plan", metavar="FILE", help="write the plan, too; without -o nothing else is done")
+    command.add_argument("--analysis", metavar="FILE", help="what `alphaprune analyze` wrote; else it is made first")
+    command.add_argument("--allocator", default="alpha", help="uniform, ramp, alpha, …: a wrong name lists all")
+    command.add_argument("--epsilon", default="auto", help="spread of what is removed, 0…1, or auto")
+    command.add_argument("--per", choices=("block", "matrix"), default="block", help="what gets an amount of its own")
+    command.add_argument("--choices", help="with --bits: those that there are, such as 4,8 (default 2,3,4,5,6,7,8)")
+    command.add_argument("--scales", choices=("128", "row"), help="with --bits: columns that share one (default 128)")
+    command.add_argument("--parts", choices=("both", "heads", "channels"), help="with --structured: what is removed")
+    command.add_argument("--multiple", type=int, help="with --structured: channels are kept by so many (default 8)")
+    command.add_argument("--score", choices=("wanda", "magnitude"), help="of channels (default: wanda with text)")
+    command.add_argument("--refit", action="store_true", help="of channels: solve for the layers behind them anew")
+    command.add_argument("--calibration", metavar="FILE", help="text that the model should stay good at")
+    _calibration_options(command)
+    command.add_argument("--device", help="where blocks are worked on: cpu, cuda or cuda:N")
+    command.add_argument(
+        "--format", choices=("packed", "dense"), default="packed", help="dense: old shapes, for others"
+    )
+    command.add_argument("--json", action="store_true")
 
 
 def _compare_command(sub) -> None:

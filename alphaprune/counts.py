@@ -1,6 +1,8 @@
 """Real shares → integers: the arithmetic of budgets, on plain numbers."""
 
+import heapq
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -78,6 +80,42 @@ def share_steps(units: Sequence[int], wanted: Sequence[float], budget: int, low:
         for k, step in zip(group, _shifted([wanted[k] for k in group], total, least, most), strict=True):
             steps[k] = step
     return steps
+
+
+def share_choices(costs: Sequence[Sequence[int]], wanted: Sequence[float], budget: int) -> list[int]:
+    """One choice per item near what it wants to cost, all of them together no more than `budget`.
+
+    costs: of each item's choices, rising.   Every item starts with its dearest choice that is not above `wanted`, then
+    the next choices are bought by the largest remainders, ties by order, for as long as one fits. So what is left of
+    the budget is less than the cheapest next step, or every item has its dearest choice.
+    Raises ValueError if the cheapest choices cost more than the budget.
+    """
+    found = [max(bisect_right(c, w + SLACK * max(1.0, abs(w))) - 1, 0) for c, w in zip(costs, wanted, strict=True)]
+    left = budget - sum(c[i] for c, i in zip(costs, found, strict=True))
+    while left < 0:  # the least choices of some are above what they want
+        spare = [(c[i] - w, -k) for k, (c, i, w) in enumerate(zip(costs, found, wanted, strict=True)) if i]
+        if not spare:
+            raise ValueError(f"the least that there is costs {budget - left}, more than {budget}")
+        k = -max(spare)[1]
+        left += costs[k][found[k]] - costs[k][found[k] - 1]
+        found[k] -= 1
+
+    def entry(k: int) -> tuple[float, int]:
+        here, there = costs[k][found[k]], costs[k][found[k] + 1]
+        return (here - wanted[k]) / (there - here), k
+
+    queue = [entry(k) for k in range(len(costs)) if found[k] + 1 < len(costs[k])]
+    heapq.heapify(queue)
+    while queue:
+        k = heapq.heappop(queue)[1]
+        step = costs[k][found[k] + 1] - costs[k][found[k]]
+        if step > left:
+            continue
+        left -= step
+        found[k] += 1
+        if found[k] + 1 < len(costs[k]):
+            heapq.heappush(queue, entry(k))
+    return found
 
 
 class _Group(NamedTuple):

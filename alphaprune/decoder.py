@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from alphaprune import blocks
+from alphaprune import blocks, shapes
 from alphaprune.blocks import Block
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -41,6 +41,8 @@ def why_not(config: Any, model: nn.Module | None = None) -> str | None:
         return f"attention of type {', '.join(sorted(others))} is not known"
     if model is not None and not hasattr(getattr(model, "model", None), "layers"):
         return f"{type(model).__name__} is no plain causal language model of transformers"
+    if model is not None and shapes.observe(model.model.layers, "", config).kv_heads:
+        return "its blocks have different numbers of heads"
     if model is not None and len({tensor.device for tensor in model.parameters()}) > 1:
         return "the model is spread over several devices"
     return None
@@ -145,6 +147,7 @@ class Decoder:
         self.table_end = (context or config.max_position_embeddings) if self._rope in GROWING_ROPE else 1 << 62
         with torch.inference_mode():
             self.blocks = [blocks.build(layer, config, self.head_dim, direct) for layer in inner.layers]
+        self._channels = [layer.mlp.down_proj.in_features for layer in inner.layers]
         self._norm, self._head = blocks.norm(inner.norm), blocks.linear(model.lm_head, direct)
 
     @torch.inference_mode()
@@ -179,9 +182,8 @@ class Decoder:
 
     def products(self) -> list[tuple[Callable[[Tensor], Any], int]]:
         """Every product of a step with a weight, in order: what to call with x [batch, K], and K. For timing."""
-        hidden, inside = self.config.hidden_size, self.config.intermediate_size
-        found: list[tuple[Callable[[Tensor], Any], int]] = []
-        for block in self.blocks:
+        hidden, found = self.config.hidden_size, []
+        for block, inside in zip(self.blocks, self._channels, strict=True):
             found += [(block.qkv, hidden), (block.out, self.heads * self.head_dim)]
             found += [(block.gate_up, hidden), (block.down, inside)]
         return [*found, (self._head, hidden)]

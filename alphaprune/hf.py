@@ -15,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from alphaprune import bitmask, formats
+from alphaprune import bitmask, formats, shapes
 from alphaprune.files import first_line
 from alphaprune.formats import quantize
 from alphaprune.kernels import base
@@ -33,12 +33,17 @@ class AlphaPruneConfig(QuantizationConfigMixin):
     loaded, where that is smaller.
     values: "int8" where layers are rounded; of a packed directory it informs, the tensors say for themselves what they
     hold. group: 128, or None for one scale per row. modules_to_not_convert: names of layers to leave dense, or patterns
-    as transformers has them. ValueError on a setting that it does not know, or of a wrong type.
+    as transformers has them. kv_heads, channels, ranks: of a directory whose blocks have other sizes than its config
+    says, see shapes.py; format "dense" where nothing but these is ours. ValueError on a setting that it does not know,
+    or of a wrong type.
     """
 
     values: str | None = None
     group: int | None = None
     modules_to_not_convert: list[str] | None = None
+    kv_heads: list[int] | None = None
+    channels: list[int] | None = None
+    ranks: dict[str, int] | None = None
 
     def __init__(
         self,
@@ -47,6 +52,9 @@ class AlphaPruneConfig(QuantizationConfigMixin):
         values: str | None = None,
         group: int | None = None,
         modules_to_not_convert: list[str] | None = None,
+        kv_heads: list[int] | None = None,
+        channels: list[int] | None = None,
+        ranks: dict[str, int] | None = None,
         quant_method: str = "alphaprune",
         **unknown: Any,
     ) -> None:
@@ -54,6 +62,7 @@ class AlphaPruneConfig(QuantizationConfigMixin):
         self.format = format
         self.format_version = format_version
         given = {"values": values, "group": group, "modules_to_not_convert": modules_to_not_convert}
+        given |= {"kv_heads": kv_heads, "channels": channels, "ranks": ranks}
         vars(self).update({name: value for name, value in given.items() if value is not None})
         if type(format_version) is not int or format_version < 1:
             raise ValueError(f"quantization_config: format_version {format_version!r}: wanted a whole number from 1")
@@ -106,6 +115,9 @@ class AlphaPruneQuantizer(HfQuantizer):
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         settings = self.quantization_config
         check_version(settings.format, settings.format_version)
+        own = shapes.read(settings)
+        if not self.pre_quantized and (own or settings.format == "dense"):
+            raise ValueError("format dense, kv_heads, channels and ranks are of a directory, and not to be asked for")
         if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(
                 "a dense model cannot be packed while it is offloaded to disk: pack it without a device_map, "
@@ -126,6 +138,9 @@ class AlphaPruneQuantizer(HfQuantizer):
             self.waiting = {name for name in names if should_convert_module(name, skipped)}
         elif not entries:
             raise ValueError("a packed model can only be loaded from safetensors files")
+        if own := shapes.read(self.quantization_config):
+            prefix = family_of(model.config, type(model).__name__)
+            shapes.reshape(model.get_submodule(decoder_of(model)), prefix, model.config, own)
         for name, layer in list(model.named_modules()):
             if self.pre_quantized and isinstance(layer, nn.Linear) and f"{name}.weight_mask" in entries:
                 check_entries(name, layer, entries)
@@ -181,6 +196,9 @@ class AlphaPruneQuantizer(HfQuantizer):
         dtype = model.dtype if dtype in (None, model.config.dtype) else dtype
         for name, layer in list(model.named_modules()):
             if isinstance(layer, SparseLinear):
+                model.set_submodule(name, layer.to_linear(dtype))
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, shapes.LowRankLinear):
                 model.set_submodule(name, layer.to_linear(dtype))
         return model
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alphaprune import stored
+from alphaprune import shapes, stored
 from alphaprune.files import first_line
 from alphaprune.shards import Shards, dtype_name
 
@@ -159,11 +159,11 @@ class DirectorySource(Source):
         stored.check_settings(folder)
         self.name, self.folder, self.dtype, self.device = str(folder), folder, dtype, torch.device(device)
         self.config = read_config(folder)
+        family_of(self.config, self.name)
+        self.skeleton = make_skeleton(self.config)
         for name in stored.SETTINGS:
             if hasattr(self.config, name):
                 delattr(self.config, name)
-        family_of(self.config, self.name)
-        self.skeleton = make_skeleton(self.config)
         plain = getattr(self.config, "dtype", None) or torch.float32  # of int8 layers when they were dense
         self.shards = stored.Stored(Shards(folder), self.skeleton, plain)
         self.shards.check_floating()
@@ -293,13 +293,20 @@ def read_config(folder: Path) -> Any:
 
 
 def make_skeleton(config: Any) -> nn.Module:
-    """The model that a config describes: parameters on the meta device, rotary tables real; ValueError if none."""
+    """The model that a config describes: parameters on the meta device, rotary tables real; ValueError if none.
+
+    Blocks have the sizes of its `quantization_config`, see shapes.py.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     try:
         with init_empty_weights():
-            return AutoModelForCausalLM.from_config(config).eval()
+            model = AutoModelForCausalLM.from_config(config).eval()
+            if wanted := shapes.of(config):
+                prefix = family_of(config, config.model_type)
+                shapes.reshape(model.get_submodule(prefix), prefix, config, wanted)
+            return model
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         name = getattr(config, "name_or_path", "") or config.model_type
         raise ValueError(
@@ -336,10 +343,11 @@ def family_of(config: Any, name: str) -> str:
 
 
 def is_packed(folder: Path) -> bool:
-    """Whether a folder holds our packed weights."""
+    """Whether a folder holds our packed weights; "dense" ones are of other shapes only, see shapes.py."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     settings = config.get("quantization_config") if isinstance(config, dict) else None
-    return isinstance(settings, dict) and settings.get("quant_method") == "alphaprune"
+    ours = isinstance(settings, dict) and settings.get("quant_method") == "alphaprune"
+    return ours and settings.get("format") != "dense"

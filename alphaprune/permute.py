@@ -23,9 +23,10 @@ from alphaprune.gram import Gram
 from alphaprune.model import Block
 from alphaprune.pattern import NM
 from alphaprune.planning import LayerPlan
+from alphaprune.shapes import LAYOUTS
 
-LAYOUTS = ("llama", "mistral", "qwen2", "qwen3")  # blocks with exactly these layers, and nothing between them that
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")  # tells one channel of v or of the MLP from another
+# The blocks of LAYOUTS have these layers and nothing between them that tells one channel of v or the MLP from another.
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 NEEDS_PATTERN = "--channel-permute needs an N:M pattern, such as --pattern 2:4; an unstructured mask gains nothing"

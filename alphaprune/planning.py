@@ -59,10 +59,10 @@ def plan(
         ranks = _ranks(analysis, sparsity, fixed, allocator, spread, granularity, (low, high))
         layers = _mixed(analysis, sparsity, fixed, ranks, (low, high), break_even or {})
     else:
-        ratios = _ratios(analysis, sparsity, allocator, spread, granularity, (low, high))
+        found = ratios(analysis, sparsity, allocator, spread, granularity, (low, high))
         shapes = {name: stat.shape for name, stat in analysis.layers.items()}
         fill = partial(_counts, family=family, sparsity=sparsity, low=low, high=high)
-        layers = _gaining(shapes, ratios, sparsity, low, high, break_even, fill) if break_even else fill(shapes, ratios)
+        layers = _gaining(shapes, found, sparsity, low, high, break_even, fill) if break_even else fill(shapes, found)
     return Plan(analysis.model, analysis.fingerprint, float(sparsity), allocator, spread, text, layers)
 
 
@@ -74,7 +74,7 @@ def _check_speed(analysis: Analysis, sparsity: float | None, allocator: str, tim
         f"allocator {allocator}: for a latency or a loss only measured can plan, from error curves and times",
     )
     need(times is not None, "a latency or a loss needs the times of the layers: --times FILE, or auto")
-    _check_series(analysis, measured.ALLOCATOR)
+    check_series(analysis, measured.ALLOCATOR)
 
 
 def real_sparsities(
@@ -89,12 +89,12 @@ def real_sparsities(
 
     Without bounds this is the published formula s_k = η·r_k, η = S·ΣN_k / ΣN_k·r_k, which may exceed 1.
     """
-    ratios = _ratios(analysis, sparsity, allocator, epsilon, granularity, bounds)
+    found = ratios(analysis, sparsity, allocator, epsilon, granularity, bounds)
     sizes = [stat.shape[0] * stat.shape[1] for stat in analysis.layers.values()]
-    return dict(zip(ratios, water_fill(sizes, list(ratios.values()), sparsity, *bounds), strict=True))
+    return dict(zip(found, water_fill(sizes, list(found.values()), sparsity, *bounds), strict=True))
 
 
-def _ratios(
+def ratios(
     analysis: Analysis,
     sparsity: float,
     allocator: str,
@@ -102,14 +102,14 @@ def _ratios(
     granularity: Granularity,
     bounds: tuple[float, float],
 ) -> dict[str, float]:
-    """r_k of every layer by the allocator, whose columns the analysis must have."""
+    """r_k > 0 of every layer by the allocator, whose columns the analysis must have."""
     chosen = allocators.get(allocator)
     need(granularity in ("block", "matrix"), f"granularity {granularity!r}: wanted 'block' or 'matrix'")
-    _check_series(analysis, chosen)
+    check_series(analysis, chosen)
     return chosen.ratios(analysis.layers, sparsity, epsilon, granularity, *([bounds] if chosen.bounded else []))
 
 
-def _check_series(analysis: Analysis, chosen: allocators.Allocator) -> None:
+def check_series(analysis: Analysis, chosen: allocators.Allocator) -> None:
     """ValueError if the analysis lacks a column or a series that the allocator reads."""
     for name, stat in analysis.layers.items():
         for entry in (*chosen.columns, *chosen.series):
@@ -215,7 +215,7 @@ def _epsilon(
 ) -> float:
     if epsilon == "auto":
         chosen = allocators.get(allocator)
-        _check_series(analysis, chosen)
+        check_series(analysis, chosen)
         found = (chosen.auto_epsilon or auto_epsilon)(sparsity, high)
         return min(found, chosen.auto_cap(analysis.layers, granularity)) if chosen.auto_cap else found
     need(is_number(epsilon) and 0 <= epsilon < 1, f"epsilon {epsilon!r}: wanted a number from 0 to below 1, or 'auto'")
@@ -248,9 +248,9 @@ def _ranks(
 ) -> dict[str, float]:
     """Numbers that are larger where a pattern should rather be: ratios, or what error curves say of the pattern."""
     if allocator == measured.ALLOCATOR.name:
-        _check_series(analysis, measured.ALLOCATOR)
+        check_series(analysis, measured.ALLOCATOR)
         return measured.order(analysis.layers, pattern.sparsity)
-    return _ratios(analysis, sparsity, allocator, epsilon, granularity, bounds)
+    return ratios(analysis, sparsity, allocator, epsilon, granularity, bounds)
 
 
 def _mixed(

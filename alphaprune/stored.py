@@ -232,5 +232,7 @@ def check_version(layout: str, version: Any) -> None:
             f"the checkpoint has format_version {version}, alphaprune {alphaprune.__version__} "
             f"reads {formats.VERSION}: install a newer alphaprune, at least the one that wrote it"
         )
-    if layout != "sbt":
-        raise ValueError(f"packed format {layout!r} is not known to this version of alphaprune (it reads sbt)")
+    if layout not in ("sbt", "dense"):
+        raise ValueError(
+            f"packed format {layout!r} is not known to this version of alphaprune (it reads sbt, and dense of other shapes)"
+        )

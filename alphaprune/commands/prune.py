@@ -110,35 +110,39 @@ def _chosen_plan(
     tokens: Any,
     device: str | None,
 ) -> Any:
-    from alphaprune import allocators, planning
+    from alphaprune import planning
+
+    if plan is not None:
+        chosen = planning.Plan.load(plan)
+    else:
+        chosen = make_plan(analyzed(source, analysis, options["allocator"], tokens, device), **options)
+    chosen.check(source.description())
+    return chosen
+
+
+def analyzed(source: models.Source, file: str | None, allocator: str, tokens: Any, device: str | None) -> Any:
+    """The analysis in a file, or else one made now with what the allocator reads."""
+    from alphaprune import allocators
     from alphaprune.analysis import Analysis, arguments_for, needs_text
     from alphaprune.analysis import analyze as run_analysis
     from alphaprune.curves import SERIES
 
-    if plan is not None:
-        chosen = planning.Plan.load(plan)
-        chosen.check(source.description())
-        return chosen
-    if analysis is not None:
-        stats = Analysis.load(analysis)
-    else:
-        allocator = allocators.get(options["allocator"])
-        if set(allocator.series) & set(SERIES):
-            raise ValueError(
-                f"--allocator {allocator.name} needs error curves, which `alphaprune compare` makes: give them to "
-                f"`alphaprune plan`, and its file as --plan"
-            )
-        reads = (*allocator.columns, *allocator.series)
-        if needs_text(reads) and tokens is None:
-            raise ValueError(f"--allocator {allocator.name} needs --calibration FILE, or --analysis made with it")
-        with bar(source.block_count(), "analyze", "block") as tick:
-            stats = run_analysis(
-                source,
-                device=device or "auto",
-                progress=tick,
-                tokens=tokens if needs_text(reads) else None,
-                **arguments_for(reads),
-            )
-    chosen = make_plan(stats, **options)
-    chosen.check(source.description())
-    return chosen
+    if file is not None:
+        return Analysis.load(file)
+    chosen = allocators.get(allocator)
+    if set(chosen.series) & set(SERIES):
+        raise ValueError(
+            f"--allocator {chosen.name} needs error curves, which `alphaprune compare` makes: give them to "
+            f"`alphaprune plan`, and its file as --plan"
+        )
+    reads = (*chosen.columns, *chosen.series)
+    if needs_text(reads) and tokens is None:
+        raise ValueError(f"--allocator {chosen.name} needs --calibration FILE, or --analysis made with it")
+    with bar(source.block_count(), "analyze", "block") as tick:
+        return run_analysis(
+            source,
+            device=device or "auto",
+            progress=tick,
+            tokens=tokens if needs_text(reads) else None,
+            **arguments_for(reads),
+        )

@@ -55,12 +55,12 @@ def written_as_dict(written: Any) -> dict[str, Any]:
     return found | ({"quantization_error": errors} if errors else {})
 
 
-def rounding_loss(errors: dict[str, Any]) -> str:
-    """One line about what int8 values lost; per layer it stands in alphaprune.json."""
+def rounding_loss(errors: dict[str, Any], what: str = "int8 values") -> str:
+    """One line about what rounding weights lost; per layer it stands in alphaprune.json."""
     relative = {name: error.relative for name, error in errors.items()}
     worst = max(relative, key=relative.__getitem__)
     return (
-        f"int8 values: relative error {sum(relative.values()) / len(relative):.2%} on average over {len(relative)} "
+        f"{what}: relative error {sum(relative.values()) / len(relative):.2%} on average over {len(relative)} "
         f"layers, at most {relative[worst]:.2%} ({worst})"
     )
 

@@ -11,7 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 
 GROUP = 128  # columns that share a scale, where not the whole row does
-LARGEST = 127  # -128 never occurs, so that every integer has a negative
+# Of the integers, which lie in int8 whatever they are. 8: -127…127, 4: -7…7, 2: -1…1, so that each has a negative.
+BITS = tuple(range(2, 9))
+# Of fewer than 8 bits most steps would be spent on the largest weight: what part of it becomes the largest integer.
+CLIPS = tuple(1 - 0.05 * i for i in range(14))
 VALUES = ("int8",)
 CHUNK = 1 << 22  # weights at a time: the temporaries are float32
 
@@ -47,14 +50,25 @@ def groups(cols: int, group: int | None) -> int:
     return 1 if group is None else -(-cols // GROUP)
 
 
-def quantize(weight: Tensor, mask: Tensor | None = None, group: int | None = None) -> Quantized:
-    """The kept weights rounded to the nearest of 255 steps, ties to even, and the error of that.
+def quantize(
+    weight: Tensor,
+    mask: Tensor | None = None,
+    group: int | None = None,
+    bits: int = 8,
+    importance: Tensor | None = None,
+) -> Quantized:
+    """The kept weights rounded to the nearest of 2^bits - 1 steps, ties to even, and the error of that.
 
     weight: [N, K] float. mask: [N, K] bool, True = keep; without it everything is kept. group: 128, or None for one
     scale per row. A scale whose weights are all 0 is 1. A kept weight may round to 0; it stays kept.
+    bits: 2…8. Below 8 the scale of each row or group is that of CLIPS, of the largest weight, with the least squared
+    error; importance: [K], what the squared error of a column is multiplied by in that choice, such as E[x²].
     ValueError if a kept weight is NaN or infinite.
     """
     check("int8", group)
+    if bits not in BITS:
+        raise ValueError(f"bits {bits!r}: wanted a whole number from {BITS[0]} to {BITS[-1]}")
+    steps = 2 ** (bits - 1) - 1
     n, k = weight.shape
     scales = groups(k, group)
     width = -(-k // scales) if group is None else GROUP
@@ -62,6 +76,10 @@ def quantize(weight: Tensor, mask: Tensor | None = None, group: int | None = Non
     scale = torch.empty(n, scales, dtype=torch.float32, device=weight.device)
     lost = total = worst = top = 0.0
     step = max(1, CHUNK // k)
+    weights = None
+    if importance is not None:
+        weights = functional.pad(importance.to(weight.device, torch.float32), (0, scales * width - k))
+        weights = weights.view(scales, width)  # [G, columns of a group]
     for first in range(0, n, step):
         rows = weight[first : first + step].detach().float()
         if mask is not None:
@@ -70,9 +88,11 @@ def quantize(weight: Tensor, mask: Tensor | None = None, group: int | None = Non
         largest = cut.abs().amax(-1, keepdim=True)
         if not largest.isfinite().all():
             raise ValueError("NaN and infinity have no place among int8 values; repair the checkpoint")
-        size = largest / LARGEST
+        size = largest / steps
         size = torch.where(size > 0, size, 1.0)
-        whole = (cut / size).round_().clamp_(-LARGEST, LARGEST)
+        if bits < 8:
+            size = _best_clip(cut, size, steps, weights)
+        whole = (cut / size).round_().clamp_(-steps, steps)
         off = whole * size - cut
         lost += off.double().square_().sum().item()
         total += cut.double().square_().sum().item()
@@ -81,6 +101,18 @@ def quantize(weight: Tensor, mask: Tensor | None = None, group: int | None = Non
         scale[first : first + step] = size[..., 0]
     error = Error((lost / total) ** 0.5 if total else 0.0, worst / top if top else 0.0)
     return Quantized(integers, scale.view(n) if group is None else scale, error)
+
+
+def _best_clip(cut: Tensor, size: Tensor, steps: int, importance: Tensor | None) -> Tensor:
+    """Of `size` [rows, G, 1] times each of CLIPS the one with the least error of `cut` [rows, G, columns]."""
+    best, least = size, None
+    for clip in CLIPS:
+        trial = size * clip
+        off = (cut / trial).round_().clamp_(-steps, steps).mul_(trial).sub_(cut).square_()
+        off = (off if importance is None else off.mul_(importance)).sum(-1, keepdim=True)  # [rows, G, 1]
+        best = trial if least is None else torch.where(off < least, trial, best)
+        least = off if least is None else torch.minimum(off, least)
+    return best
 
 
 def dequantize(integers: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

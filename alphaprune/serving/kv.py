@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from alphaprune import shapes
 from alphaprune.console import size
 from alphaprune.serving.request import Defaults
 
@@ -52,6 +53,11 @@ def plan(
     By default no more than every request could fill, in at most 1 GB or a quarter of the free memory.
     Raises ValueError if that is less than one block.
     """
+    if shapes.of(config).kv_heads:
+        raise ValueError(
+            "serve has one number of KV heads for all blocks, and this model has one for each; serve a model that lost "
+            "channels only (compress --parts channels), or use generate and chat"
+        )
     config = config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
