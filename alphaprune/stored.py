@@ -234,5 +234,5 @@ def check_version(layout: str, version: Any) -> None:
         )
     if layout not in ("sbt", "dense"):
         raise ValueError(
-            f"packed format {layout!r} is not known to this version of alphaprune (it reads sbt, and dense of other shapes)"
+            f"packed format {layout!r} is not known to this version of alphaprune (it reads sbt and dense)"
         )
