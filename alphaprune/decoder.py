@@ -170,7 +170,7 @@ class Decoder:
         _, end = state.take(tokens.shape[1])
         for part in tokens.split(chunk, 1):
             h = self._run(state, part, end)
-        return self._logits(h[:, -1])
+        return self.logits(h[:, -1])
 
     @torch.inference_mode()
     def step(self, state: State, tokens: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class Decoder:
         if tokens.shape != (state.batch,):
             raise ValueError(f"a step of {state.batch} sequences needs tokens [{state.batch}], got {[*tokens.shape]}")
         _, end = state.take(1)
-        return self._logits(self._run(state, tokens[:, None], end)[:, -1])
+        return self.logits(self._run(state, tokens[:, None], end)[:, -1])
 
     def products(self) -> list[tuple[Callable[[Tensor], Any], int]]:
         """Every product of a step with a weight, in order: what to call with x [batch, K], and K. For timing."""
@@ -231,15 +231,16 @@ class Decoder:
             first = 0 if window is None else max(0, start - window + 1)
             seen = state.cache[:, :, :, :, first:end]
             plain = start == first == 0 and (window is None or end <= window)
-            mask = None if end - start == 1 or plain else _mask(first, start, end, window, self.device)
+            mask = None if end - start == 1 or plain else visible(first, start, end, window, self.device)
             found[window] = (*(part.unbind(0) for part in seen.unbind(1)), mask, plain and end > 1)
         return found
 
-    def _logits(self, h: Tensor) -> Tensor:
+    def logits(self, h: Tensor) -> Tensor:
+        """Logits [M, vocabulary] of hidden states [M, hidden] behind the last block."""
         return self._head(self._norm(h))
 
 
-def _mask(first: int, start: int, end: int, window: int | None, device: torch.device) -> Tensor:
+def visible(first: int, start: int, end: int, window: int | None, device: torch.device) -> Tensor:
     """Which of the keys [first, end) each query in [start, end) sees: bool [end - start, end - first]."""
     distance = torch.arange(start, end, device=device)[:, None] - torch.arange(first, end, device=device)
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)

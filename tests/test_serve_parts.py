@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
 
+from alphaprune.sampling import Sampling
 from alphaprune.serving import attention, kv
 from alphaprune.serving.request import Defaults, Refused, parse
-from alphaprune.serving.sampling import Sampler, Sampling, adjust
+from alphaprune.serving.sampling import Sampler, adjust
 from alphaprune.serving.stops import Stops
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}

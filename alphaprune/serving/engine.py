@@ -17,10 +17,11 @@ from torch import nn
 
 from alphaprune.files import first_line
 from alphaprune.generate import ends_of
+from alphaprune.sampling import Sampling
 from alphaprune.serving import attention
 from alphaprune.serving.kv import KV
 from alphaprune.serving.request import Asked, Refused
-from alphaprune.serving.sampling import Sampler, Sampling
+from alphaprune.serving.sampling import Sampler
 from alphaprune.serving.stops import Stops
 
 try:

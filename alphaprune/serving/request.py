@@ -5,7 +5,8 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from alphaprune.serving.sampling import LARGEST_SEED, Sampling
+from alphaprune.sampling import Sampling
+from alphaprune.serving.sampling import LARGEST_SEED
 
 ROLES = ("system", "user", "assistant", "tool")
 MOST_STOPS = 16

@@ -1,37 +1,13 @@
 """How the next token of each request is chosen, whatever its neighbours in the batch asked for."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from alphaprune.sampling import Sampling
+
 LARGEST_SEED = 2**63 - 1
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """What a request wants of its tokens; the neutral values change nothing.
-
-    temperature: 0 takes the likeliest token. top_k: 0 for all. presence, frequency: OpenAI's penalties, on new tokens;
-    repetition: transformers' penalty, on the prompt, too. bias: {token: added to its logit}.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int = 0
-    presence: float = 0.0
-    frequency: float = 0.0
-    repetition: float = 1.0
-    bias: dict[int, float] = field(default_factory=dict)
-
-    @property
-    def plain(self) -> bool:
-        """Whether the likeliest token by the model's own logits is the answer."""
-        weighted = self.presence or self.frequency or self.repetition != 1 or self.bias
-        return self.temperature == 0 and not weighted
 
 
 def adjust(logits: Tensor, sampling: Sampling, prompt: list[int], new: list[int]) -> Tensor:
