@@ -108,6 +108,9 @@ def _recover_command(sub) -> None:
     recover.add_argument("--windows", type=int, help="of the held-out text only the first so many")
     recover.add_argument("--length", type=int, help="tokens per window (default 2048, or the context if shorter)")
     recover.add_argument("--dense", metavar="MODEL", help="what was pruned, to say which share of the loss is won back")
+    recover.add_argument(
+        "--distil", action="store_true", help="learn the probabilities of the --dense model, not the text"
+    )
     recover.add_argument("--rank", type=int, default=32, help="of the adapter on every prunable layer")
     recover.add_argument("--alpha", type=float, help="the update is alpha / rank times the product (default 2·rank)")
     recover.add_argument("--learning-rate", type=float, default=2e-3, help="its peak")

@@ -83,6 +83,7 @@ def recover(
     progress: Progress | None = None,
     state: Path | None = None,
     save_seconds: float = 60.0,
+    teacher: nn.Module | None = None,
     **options: Any,
 ) -> list[float]:
     """Trains the kept weights of a pruned model in place, zeros exactly as they were; the loss of every step, nats.
@@ -90,6 +91,8 @@ def recover(
     masks: {layer: [N, K] bool, True = keep}; by default those of packed layers, and what is not 0 in dense ones.
     tokens: [windows, length] int64 text, a batch of windows at least.   dtype: to compute in; that of the weights by
     default, to which every sum is rounded in any case.   options: those of `Settings`.
+    teacher: the dense model, whose probabilities are learned in place of the text's own tokens: the loss is then
+    KL(teacher ‖ model) per token.
     state: a file that the training is saved to every `save_seconds` and goes on from.   progress: called every step.
     Packed layers come back packed. Where an error is raised the model stays as it was.
     ValueError naming the layer for masks that do not fit, a rank that is too large, int8 values; without PEFT.
@@ -108,7 +111,7 @@ def recover(
     done = False
     try:
         with computing_in(model, dtype) as stored:
-            losses = _train(model, masks, tokens, settings, stored, progress, state, save_seconds)
+            losses = _train(model, masks, tokens, settings, stored, progress, state, save_seconds, teacher)
         done = True
     finally:
         for name, layer in sparse.items():
@@ -197,6 +200,7 @@ def _train(
     progress: Progress | None,
     state: Path | None,
     save_seconds: float,
+    teacher: nn.Module | None,
 ) -> list[float]:
     """Trains adapters and merges them; without them the model is as it was if anything is raised."""
     from alphaprune import masked_lora
@@ -206,7 +210,7 @@ def _train(
     training = model.training
     model.eval()  # no dropout: what is trained is the function that is stored
     try:
-        run = _Run(model, settings)
+        run = _Run(model, settings, teacher)
         if state is not None and state.exists():
             run.load(state)
         for _ in run.losses if progress else ():
@@ -230,8 +234,8 @@ def _train(
 class _Run:
     """Adapters, what AdamW knows of them, and the losses so far."""
 
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
-        self.model, self.settings, self.losses = model, settings, []
+    def __init__(self, model: nn.Module, settings: Settings, teacher: nn.Module | None) -> None:
+        self.model, self.settings, self.teacher, self.losses = model, settings, teacher, []
         self.adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.adapters.values(), lr=1.0, betas=BETAS, weight_decay=0.0)
 
@@ -242,8 +246,7 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         windows, total = windows.to(next(iter(self.adapters.values())).device), 0.0
         for part in windows.split(self.settings.at_once or len(windows)):
-            logits = self.model(input_ids=part, use_cache=False).logits[:, :-1]  # [windows, length − 1, vocabulary]
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), part[:, 1:].flatten())
+            loss = self._loss(part)
             (loss * (len(part) / len(windows))).backward()
             total += float(loss.detach()) * len(part) / len(windows)
         if not math.isfinite(total):
@@ -254,6 +257,19 @@ class _Run:
         self.optimizer.step()
         self.losses.append(total)
         return total
+
+    def _loss(self, windows: Tensor) -> Tensor:
+        """Mean over the predicted tokens of windows [windows, length]."""
+        logits = self._logits(self.model, windows)  # [tokens, vocabulary]
+        if self.teacher is None:
+            return nn.functional.cross_entropy(logits, windows[:, 1:].flatten())
+        with torch.no_grad():
+            wanted = self._logits(self.teacher, windows).log_softmax(-1)
+        return nn.functional.kl_div(logits.log_softmax(-1), wanted, log_target=True, reduction="batchmean")
+
+    @staticmethod
+    def _logits(model: nn.Module, windows: Tensor) -> Tensor:
+        return model(input_ids=windows, use_cache=False).logits[:, :-1].flatten(0, 1).float()
 
     def save(self, file: Path) -> None:
         """The state appears in the file whole or not at all, and survives a power loss."""
@@ -300,10 +316,11 @@ def write(
     group: int | None = None,
     save_seconds: float = 60.0,
     progress: Progress | None = None,
+    teacher: nn.Module | None = None,
 ) -> Recovered:
     """Recovers the pruned model of a folder (packed, or dense with zeros) into the folder OUT, whole or not at all.
 
-    tokens, settings, dtype: as `recover` has them.   held_out: text, length and number of windows to judge by.
+    tokens, settings, dtype, teacher: as `recover` has them.   held_out: text, length and number of windows to judge by.
     identity: what else makes this run this run; an interrupted one goes on where it was, another is refused.
     values, group: as `alphaprune prune` has them; they are also the consent to train int8 values as floats.
     """
@@ -317,6 +334,7 @@ def write(
     source = models.open_source(model)
     source.name = str(folder)
     identity = {**identity, "model": fingerprint, **asdict(settings), "dtype": shards.dtype_name(dtype or model.dtype)}
+    identity |= {"teacher": None if teacher is None else models.describe(teacher).fingerprint}
     identity |= {"format": "sbt" if packed else "dense", "values": values, "group": group}
     before = _judge(model, held_out, dtype)
     recipe = {"alphaprune": __version__, "recovered_from": source.name, **identity}
@@ -324,7 +342,8 @@ def write(
 
     def run(restore: Any, finish: Any) -> Iterator[PrunedBlock]:
         state = checkpoint.unfinished(out) / STATE
-        found["losses"] = recover(model, masks, tokens, dtype, progress, state, save_seconds, **asdict(settings))
+        given = (tokens, dtype, progress, state, save_seconds, teacher)
+        found["losses"] = recover(model, masks, *given, **asdict(settings))
         for block in source.blocks():
             kept = {name: masks[name] for name in block.linears}
             restored = restore(block) is not None

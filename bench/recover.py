@@ -32,18 +32,24 @@ def training_text(tokenizer: Any) -> data.Text:
 
 
 def loss(model: torch.nn.Module, text: data.Text) -> float:
-    return math.log(evaluate.evaluate(model, text, LENGTH).perplexity)
+    with recovery.computing_in(model, torch.float32):
+        return math.log(evaluate.evaluate(model, text, LENGTH).perplexity)
 
 
-def row(sparsity: float, stats: Any, texts: dict[str, Any], settings: recovery.Settings) -> dict[str, Any]:
+def row(
+    sparsity: float, stats: Any, texts: dict[str, Any], settings: recovery.Settings, distil: bool
+) -> dict[str, Any]:
     """Loss before and after; zeros are counted before and after, too."""
-    model = hf.load(MODEL).float()
+    model = hf.load(MODEL)
+    teacher = hf.load(MODEL).float() if distil else None
     plan = alphaprune.plan(stats, sparsity, allocator=ALLOCATOR)
     masks = alphaprune.prune(model, plan, METHOD, texts["calibration"], refit=True)
     before, zeros = loss(model, texts["held-out"]), count_zeros(model, masks)
     started = perf_counter()
     with tqdm(total=settings.steps, desc=f"{sparsity:.0%}", unit="step", disable=None) as bar:
-        training = alphaprune.recover(model, masks, texts["train"], progress=lambda _: bar.update(), **asdict(settings))
+        training = alphaprune.recover(
+            model, masks, texts["train"], torch.float32, lambda _: bar.update(), teacher=teacher, **asdict(settings)
+        )
     seconds = perf_counter() - started
     if any(bool(model.get_submodule(name).weight[~mask].any()) for name, mask in masks.items()):
         raise SystemExit("a zero was filled in")
@@ -68,6 +74,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--distil", action="store_true", help="learn from the dense model")
     parser.add_argument("--out", type=Path, help="a file of rows; those of these sparsities are replaced")
     options = parser.parse_args()
     settings = recovery.Settings(options.rank, None, options.learning_rate, options.steps, options.batch)
@@ -82,10 +89,10 @@ def main() -> None:
     common = {"model": "demo", "machine": timing.machine(), "threads": torch.get_num_threads(), "method": METHOD}
     common |= {"refit": True, "allocator": ALLOCATOR, **asdict(settings), "length": LENGTH, "dtype": "float32"}
     common |= {"data_sha256": held_out.sha256, "windows": held_out.tokens.numel() // LENGTH}
-    common["dense"] = loss(hf.load(MODEL).float(), held_out)
+    common["dense"] = loss(hf.load(MODEL), held_out)
     made = []
     for sparsity in (float(s) for s in options.sparsity.split(",")):
-        found = row(sparsity, stats, texts, settings)
+        found = row(sparsity, stats, texts, settings, options.distil)
         lost = found["pruned"] - common["dense"]
         found["won_back"] = (found["pruned"] - found["recovered"]) / lost
         made.append(common | found)

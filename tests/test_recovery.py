@@ -307,6 +307,20 @@ def test_bad_input_is_one_line(run, folders: dict[str, Path], kind: str) -> None
     assert not Path("o").exists()
 
 
+def test_a_teacher_is_learned_from(run, tokens: torch.Tensor, folders: dict[str, Path]) -> None:
+    """KL(teacher ‖ model) against the formula in float64; it falls, and it is 0 where nothing was pruned."""
+    model, teacher = small(), make_model(1, **SMALL)
+    with torch.no_grad():
+        q, p = (m(tokens[:, :-1]).logits.double().log_softmax(-1) for m in (model, teacher))
+    wanted = (p.exp() * (p - q)).sum(-1).mean()
+    losses = alphaprune.recover(model, None, tokens, teacher=teacher, **FAST | {"batch": 12})
+    assert losses[0] == pytest.approx(wanted.item(), rel=1e-4) and losses[-1] < losses[0]
+    status, out, err = run(*command(folders, "packed", "o", "--dense", folders["whole"], "--distil", "--json"))
+    assert status == 0 and json.loads(out)["training"][0] < json.loads(out)["loss"]["before"], err
+    status, _, err = run(*command(folders, "packed", "o2", "--distil"))
+    assert status == 2 and "give --dense MODEL" in err
+
+
 @pytest.mark.slow
 def test_killed_and_continued(run, folders: dict[str, Path]) -> None:
     """kill -9 while it trains: the next run ends with the same bytes; one with another setting is refused."""

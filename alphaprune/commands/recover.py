@@ -19,6 +19,7 @@ def run(
     windows: int | None,
     length: int | None,
     dense: str | None,
+    distil: bool,
     steps: int | None,
     epochs: float | None,
     dtype: str,
@@ -32,8 +33,10 @@ def run(
 ) -> None:
     import torch
 
-    from alphaprune import checkpoint, data, recovery
+    from alphaprune import checkpoint, data, evaluate, hf, recovery
 
+    if distil and dense is None:
+        raise ValueError("--distil learns from the dense model: give --dense MODEL")
     check_values(values, group, format)
     recovery.check_peft()
     checkpoint.check_free(Path(output))
@@ -48,12 +51,15 @@ def run(
     identity = {"calibration": read.sha256, "text": judged.sha256, "length": length}
     compute = None if dtype == "auto" else getattr(torch, dtype)
     held_out = (judged, length, windows)
+    whole = None if dense is None else hf.load(dense, "auto" if compute is None else compute, device)
+    _check_vocabulary(folder, dense, whole)
     with bar(settings.steps, "recover", "step") as tick:
         found = recovery.write(
             folder, output, tokens, held_out, identity, settings, compute, device, format == "sbt", values, group,
-            save_seconds, tick,
+            save_seconds, tick, whole if distil else None,
         )  # fmt: skip
-    whole = None if dense is None else _quality(dense, held_out, compute, device)
+    if whole is not None:
+        whole = evaluate.evaluate(whole, *held_out)
     _report(found, whole, tokens, json)
 
 
@@ -84,10 +90,11 @@ def _steps(steps: int | None, epochs: float | None, windows: int, batch: int) ->
     return max(1, round(epochs * max(1, windows // max(1, batch))))
 
 
-def _quality(dense: str, held_out: tuple, dtype: Any, device: str) -> Any:
-    from alphaprune import evaluate, hf
-
-    return evaluate.evaluate(hf.load(dense, dtype="auto" if dtype is None else dtype, device=device), *held_out)
+def _check_vocabulary(folder: Any, dense: str | None, whole: Any) -> None:
+    if whole is not None:
+        sizes = [models.read_config(folder).vocab_size, whole.config.vocab_size]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"--dense {dense}: has a vocabulary of {sizes[1]}, {folder} one of {sizes[0]}")
 
 
 def _report(found: Any, dense: Any, tokens: Any, json: bool) -> None:
