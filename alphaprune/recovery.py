@@ -126,10 +126,10 @@ def recover(
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:
     """{prunable layer: [N, K] bool, True = keep}: what packed layers say, and what is not 0 in dense ones."""
-    source = models.open_source(model)
-    inside = model.get_submodule(source.prefix).named_modules()
-    layers = {f"{source.prefix}.{n}": m for n, m in inside if isinstance(m, nn.Linear | SparseLinear)}
-    return {n: sbt.unpack(m.packed)[1] if isinstance(m, SparseLinear) else m.weight != 0 for n, m in layers.items()}
+    found = {n: sbt.unpack(m.packed)[1] for n, m in model.named_modules() if isinstance(m, SparseLinear)}
+    for block in models.open_source(model).blocks():
+        found |= {name: layer.weight.detach() != 0 for name, layer in block.linears.items()}
+    return found
 
 
 def check_peft() -> None:
