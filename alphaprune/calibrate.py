@@ -4,8 +4,9 @@ The inputs of a block are the outputs of the *pruned* blocks before it; all laye
 is still dense (Wanda's protocol: Sun et al. 2023, section 3).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from alphaprune import ranks
+from alphaprune.experts import Experts
 from alphaprune.gram import Gram, full_float32
 from alphaprune.model import Block, DirectorySource, Source
 from alphaprune.states import Room, States
@@ -22,9 +24,11 @@ Need = Literal["nothing", "norms", "gram"]  # what a method must know of a layer
 TOKENS_AT_ONCE = 4096  # so many tokens go through a block together
 STRANDS = 8  # sums over batches are made of so many, whatever the number of processes, so that their bits never change
 
+log = logging.getLogger("alphaprune")
+
 
 class _Captured(Exception):
-    """Ends a forward pass at the first block, whose inputs are then known."""
+    """Ends a forward pass when the inputs of the first block and the keywords of all are known."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,14 @@ class InputStat:
 
 @dataclass
 class Activations:
-    """Inputs of the next block: `hidden`, a list of [batch, length, D]; `keywords`, what the blocks are called with.
+    """Inputs of the next block: `hidden`, a list of [batch, length, D]; `keywords`, what each block is called with.
 
+    Blocks of one model may differ in them: some see all tokens and others a window, with other rotary embeddings.
     batches, total: batches and samples of all processes, where several share them; `hidden` are those of this one.
     """
 
     hidden: "States | list[Tensor]"
-    keywords: dict[str, Any] = field(default_factory=dict)
+    keywords: list[dict[str, Any]] = field(default_factory=list)
     batches: int | None = None
     total: int | None = None
 
@@ -72,43 +77,57 @@ def first_inputs(source: Source, tokens: Tensor, room: Room | None = None) -> Ac
             f"calibration tokens: wanted [samples, length] with a sample at least, got {tuple(tokens.shape)}"
         )
     batch = max(1, TOKENS_AT_ONCE // tokens.shape[1])
-    first = next(iter(source.skeleton.get_submodule(source.prefix).children()))
+    blocks = list(source.skeleton.get_submodule(source.prefix).children())
     parts = tokens.split(batch)
     own = [place for strand in ranks.strands(len(parts), STRANDS)[0] for place in strand]
-    found = Activations(States(room), {}, len(parts), len(tokens))
-    learning = True
+    found = Activations(States(room), [], len(parts), len(tokens))
 
-    def stop(module: nn.Module, arguments: tuple, keywords: dict) -> None:
-        if learning:
-            found.keywords = {k: v for k, v in keywords.items() if k != "hidden_states"}
-        else:
-            found.hidden.append(arguments[0] if arguments else keywords["hidden_states"])
-        raise _Captured
+    def pass_on(hidden_states: Tensor, **keywords: Any) -> tuple[Tensor]:
+        """In the place of every block; what it returns serves models that take it whole, and its first part."""
+        if len(found.keywords) == len(blocks):
+            found.hidden.append(hidden_states)
+            raise _Captured
+        found.keywords.append(keywords)
+        if len(found.keywords) == len(blocks):
+            raise _Captured
+        return hidden_states if isinstance(hidden_states, tuple) else (hidden_states,)
 
     lazy = isinstance(source, DirectorySource)
     if lazy:
         source.load_outside()
-    hook = first.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        with torch.no_grad(), _evaluating(source.skeleton):
+        with torch.no_grad(), _evaluating(source.skeleton), _replaced(blocks, pass_on):
             # One sample to learn the keywords (their batch dimension is 1, so they serve every batch size),
             # then the embeddings of all.
             for part in (tokens[:1], *(parts[place] for place in own)):
                 with suppress(_Captured):
                     source.skeleton(input_ids=part.to(_device(source.skeleton)), use_cache=False)
-                learning = False
     finally:
-        hook.remove()
         if lazy:
             source.unload_outside()
     return found
+
+
+@contextmanager
+def _replaced(blocks: Iterable[nn.Module], forward: Any) -> Iterator[None]:
+    """Blocks that compute something else for a time."""
+    before = [(block, vars(block).get("forward")) for block in blocks]
+    for block, _ in before:
+        block.forward = forward
+    try:
+        yield
+    finally:
+        for block, own in before:
+            del block.forward
+            if own is not None:  # such as a library's that moves inputs between devices
+                block.forward = own
 
 
 def run(block: Block, activations: Activations) -> None:
     """Replaces the hidden states by what the block makes of them; they stay on the device that they are on."""
     with torch.no_grad(), _evaluating(block.module):
         for place, hidden in enumerate(activations.hidden):
-            activations.hidden[place] = _forward(block, hidden, activations.keywords).to(hidden.device)
+            activations.hidden[place] = _forward(block, hidden, activations.keywords[block.index]).to(hidden.device)
 
 
 def statistics(block: Block, activations: Activations, need: Need = "norms") -> dict[str, InputStat]:
@@ -117,26 +136,21 @@ def statistics(block: Block, activations: Activations, need: Need = "norms") -> 
     ‖X_j‖₂² = Σ over tokens of x_j², averaged over samples, in float64. The Gram matrix is summed in float32 on the
     block's device. Sums are made of strands of batches that are added in order: several processes share the strands,
     and find the same bits as one does. Layers that are given the same tensor are summed once.
+    Experts are known by the tokens that are routed to them; one that gets none, by all tokens of its block as though
+    they were, and a warning names it.
     Raises ValueError naming the layer if its inputs hold NaN or infinity.
     """
     if need == "nothing":
         return {}
     observers = {name: _Observer(layer, need == "gram") for name, layer in block.linears.items()}
     groups = _Groups(observers)
-    hooks = [layer.register_forward_pre_hook(groups.hook(name)) for name, layer in block.linears.items()]
-    try:
-        with torch.no_grad(), _evaluating(block.module), full_float32():
-            own, strands = activations.strands()
-            for strand in own:
-                for place in strand:
-                    groups.clear()
-                    _forward(block, activations.hidden[place], activations.keywords)
-                for observer in observers.values():
-                    observer.close(last=strand is own[-1])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    groups.meet()
+    with torch.no_grad(), _evaluating(block.module), full_float32():
+        _watch(block, activations, groups, block.linears)
+        if idle := _idle(block, groups):
+            unseen = [name for name in block.linears if name not in groups.leader]
+            observers |= {name: _Observer(block.linears[name], need == "gram") for name in unseen}
+            _watch(block, activations, groups, unseen, idle)
+    _, strands = activations.strands()
     found = {
         name: observer.result(activations.samples(), strands) for name, observer in observers.items() if observer.tokens
     }
@@ -150,6 +164,51 @@ def statistics(block: Block, activations: Activations, need: Need = "norms") -> 
                 f"more range, or repair the layers before it"
             )
     return {name: found[groups.leader.get(name, name)] for name in block.linears}
+
+
+def _watch(
+    block: Block,
+    activations: Activations,
+    groups: "_Groups",
+    names: Iterable[str],
+    asked: "Iterable[tuple[Experts, list[int]]]" = (),
+) -> None:
+    """Runs all samples through the block and observes the named layers; `asked` experts get every token besides."""
+    own, _ = activations.strands()
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.callback(block.linears[name].register_forward_pre_hook(groups.hook(name)).remove)
+        for module, indices in asked:
+
+            def ask(module: Experts, arguments: tuple, indices: list[int] = indices) -> None:
+                for index in indices:
+                    module.expert(index, arguments[0])
+
+            hooks.callback(module.register_forward_pre_hook(ask).remove)
+        for strand in own:
+            for place in strand:
+                groups.clear()
+                _forward(block, activations.hidden[place], activations.keywords[block.index])
+            for name in names:
+                groups.observers[name].close(last=strand is own[-1])
+    groups.meet(names)
+
+
+def _idle(block: Block, groups: "_Groups") -> list[tuple[Experts, list[int]]]:
+    """The modules of experts with the numbers of those that no token was routed to; a warning names them."""
+    found = []
+    for inner, module in block.module.named_modules():
+        if isinstance(module, Experts):
+            path = f"{block.name}.{inner}"
+            unseen = [i for i in range(module.count) if f"{path}.{i}.{module.names.gate}" not in groups.leader]
+            if unseen:
+                found.append((module, unseen))
+                log.warning(
+                    "%s: no calibration token was routed to %d of %d experts (%s); they are calibrated on all tokens "
+                    "of their block; more calibration text would reach them",
+                    *(path, len(unseen), module.count, ", ".join(map(str, unseen))),
+                )
+    return found
 
 
 class _Observer:
@@ -200,13 +259,13 @@ class _Groups:
     def clear(self) -> None:
         self.inputs = {}
 
-    def meet(self) -> None:
-        """Takes together what several processes have seen."""
+    def meet(self, names: Iterable[str]) -> None:
+        """Takes together what several processes have seen of the named layers."""
         everything = ranks.gather((self.leader, {name: o.tokens for name, o in self.observers.items()}))
         for leader, _ in reversed(everything):
             self.leader |= leader
-        for name, observer in self.observers.items():
-            observer.tokens = sum(tokens[name] for _, tokens in everything)
+        for name in names:
+            self.observers[name].tokens = sum(tokens[name] for _, tokens in everything)
 
     def hook(self, name: str):
         def observe(module: nn.Module, arguments: tuple) -> None:

@@ -10,6 +10,7 @@ import torch
 from alphaprune import __version__, affinity, formats, hardware, timing
 from alphaprune import model as models
 from alphaprune.console import size
+from alphaprune.experts import named_shards
 from alphaprune.formats import PACKED_SUFFIXES, Packed
 from alphaprune.kernels import base, cuda, spmm, table
 from alphaprune.kernels.table import DENSE
@@ -34,9 +35,10 @@ def describe_model(model: "str | Path", tokens: int = 1, device: str = "cpu") ->
 
     where = str(timing.clock(device).device)
     folder = models.resolve(model)
-    config, shards = models.read_config(folder), Shards(folder)
+    config = models.read_config(folder)
     hf.check_config(config)
-    prefix = models.family_of(config, str(folder))
+    family = models.find_family(config, str(folder))
+    prefix, shards = family.blocks, named_shards(folder, family)
     names, layers = set(shards.names()), []
     plain = getattr(config, "dtype", None) or torch.float32  # of int8 layers when they were dense
     for name, linear in models.prunable(models.make_skeleton(config), prefix).items():

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from alphaprune import shapes, stored
+from alphaprune.experts import named_shards, separate
+from alphaprune.families import FAMILIES, Family
 from alphaprune.files import first_line
-from alphaprune.shards import Shards, dtype_name
+from alphaprune.shards import dtype_name
 
-# Where the decoder blocks are, by `model_type` of the config. Nothing is guessed: what is not here is refused.
-FAMILIES = {"llama": "model.layers", "mistral": "model.layers", "qwen2": "model.layers", "qwen3": "model.layers"}
 SAMPLED_ROWS = 3  # per matrix, for the fingerprint
 
 
@@ -62,8 +62,7 @@ class Source(ABC):
                 continue
             full = f"{self.prefix}.{name}"
             self._load(full, module)
-            linears = {f"{full}.{n}": m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
-            yield Block(index, full, module, linears)
+            yield Block(index, full, module, linears_of(full, module, self.family))
             self.check_unchanged()
             self._unload(module)
 
@@ -90,9 +89,13 @@ class Source(ABC):
     def _dtype(self, name: str) -> str: ...
 
     @property
+    def family(self) -> Family:
+        return find_family(self.config, self.name)
+
+    @property
     def prefix(self) -> str:
         """Path of the decoder blocks inside the model."""
-        return family_of(self.config, self.name)
+        return self.family.blocks
 
     def _decoder(self) -> nn.ModuleList:
         return self.skeleton.get_submodule(self.prefix)
@@ -111,10 +114,7 @@ class Source(ABC):
         shapes, block_of, digest = {}, {}, hashlib.sha256()
         dtypes: dict[str, int] = {}
         for index, (child, module) in enumerate(self._decoder().named_children()):
-            for inner, layer in module.named_modules():
-                if not isinstance(layer, nn.Linear):
-                    continue
-                name = f"{self.prefix}.{child}.{inner}"
+            for name, layer in linears_of(f"{self.prefix}.{child}", module, self.family).items():
                 n, k = layer.weight.shape
                 shapes[name], block_of[name] = (n, k), index
                 sample = self._row_sample(f"{name}.weight", sorted({0, n // 2, n - 1})[:SAMPLED_ROWS])
@@ -128,11 +128,12 @@ class Source(ABC):
 
 
 class LiveSource(Source):
-    """A model that is already in memory; pruning it changes it in place."""
+    """A model that is already in memory; pruning it changes it in place. Its experts become separate layers."""
 
     def __init__(self, model: nn.Module) -> None:
         self.skeleton, self.config = model, model.config
         self.name = getattr(model.config, "name_or_path", "") or type(model).__name__
+        separate(model, self.family)
 
     def outside_tensors(self) -> Iterator[tuple[str, Tensor]]:
         inside = self.prefix + "."
@@ -165,7 +166,7 @@ class DirectorySource(Source):
             if hasattr(self.config, name):
                 delattr(self.config, name)
         plain = getattr(self.config, "dtype", None) or torch.float32  # of int8 layers when they were dense
-        self.shards = stored.Stored(Shards(folder), self.skeleton, plain)
+        self.shards = stored.Stored(named_shards(folder, self.family), self.skeleton, plain)
         self.shards.check_floating()
         self._check_shapes()
 
@@ -303,6 +304,8 @@ def make_skeleton(config: Any) -> nn.Module:
     try:
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config).eval()
+            if config.model_type in FAMILIES:
+                separate(model, FAMILIES[config.model_type])
             if wanted := shapes.of(config):
                 prefix = family_of(config, config.model_type)
                 shapes.reshape(model.get_submodule(prefix), prefix, config, wanted)
@@ -327,19 +330,69 @@ def check_places(names: Iterable[str], places: Collection[str], prefix: str, mod
             )
 
 
+def linears_of(name: str, block: nn.Module, family: Family) -> dict[str, nn.Linear]:
+    """The prunable layers of a block by full name, in order.
+
+    ValueError naming a linear layer of which the family's line does not say what becomes of it.
+    """
+    linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+    found = {f"{name}.{inner}": layer for inner, layer in linears.items() if family.prunes(inner)}
+    if others := [inner for inner in linears if not family.prunes(inner) and inner not in family.dense]:
+        raise ValueError(
+            f"{name}.{others[0]}: a linear layer that the line of this family in alphaprune/families.py does not name; "
+            f"add it there, to what is prunable or to what stays dense"
+        )
+    return found
+
+
 def prunable(skeleton: nn.Module, prefix: str) -> dict[str, nn.Linear]:
-    """The prunable layers of a model: every nn.Linear inside its blocks, by full name, in order."""
-    decoder = skeleton.get_submodule(prefix)
-    return {f"{prefix}.{n}": m for n, m in decoder.named_modules() if isinstance(m, nn.Linear)}
+    """The prunable layers of a model by full name, in order; prefix: the path of its blocks."""
+    family = find_family(skeleton.config, type(skeleton).__name__)
+    found: dict[str, nn.Linear] = {}
+    for name, block in skeleton.get_submodule(prefix).named_children():
+        found |= linears_of(f"{prefix}.{name}", block, family)
+    return found
 
 
 def family_of(config: Any, name: str) -> str:
     """Path of the decoder blocks for this kind of model."""
+    return find_family(config, name).blocks
+
+
+def find_family(config: Any, name: str) -> Family:
+    """The line of a model's family; if there is none, a ValueError with what is known of its modules."""
     if config.model_type not in FAMILIES:
         raise ValueError(
-            f"{name}: model type {config.model_type!r} is not known here; known: {', '.join(FAMILIES)} (model.FAMILIES)"
+            f"{name}: model type {config.model_type!r} is not known here; known: {', '.join(FAMILIES)}."
+            f"{_modules(config)} To add it, write its line into FAMILIES in alphaprune/families.py"
         )
     return FAMILIES[config.model_type]
+
+
+def _modules(config: Any) -> str:
+    """What lists of modules a model of this config has and which linear layers are in them, in a sentence."""
+    try:
+        skeleton = make_skeleton(config)
+    except (ValueError, OSError, ImportError):  # no causal language model, or one whose code is elsewhere
+        return ""
+    lists = [(n, m) for n, m in skeleton.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    told = []
+    for name, modules in lists:
+        if any(name.startswith(f"{outer}.") for outer, _ in lists):
+            continue
+        names = [n for n, m in modules[0].named_modules() if isinstance(m, nn.Linear)]
+        others = {type(m).__name__ for m in modules[0].modules() if _multiplies(m)}
+        inside = f"{len(names)} linear layers each ({', '.join(names)})" if names else "no linear layer"
+        told.append(
+            f"{name} with {len(modules)} × {inside}" + "".join(f", and {o}, which is not pruned" for o in others)
+        )
+    return f" Its lists of modules: {'; '.join(told)}." if told else ""
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a module that is no nn.Linear has a matrix of its own."""
+    matrix = any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
+    return matrix and not isinstance(module, nn.Linear | nn.Embedding)
 
 
 def is_packed(folder: Path) -> bool:

@@ -116,6 +116,11 @@ class Shards:
                     f"command when nothing writes there any more"
                 )
 
+    def part(self, name: str, index: int, rows: slice) -> Tensor:
+        """Rows of one matrix of a stack [B, N, K]; the rest is not read."""
+        with self._open(name) as file:
+            return file.get_slice(name)[index : index + 1, rows][0]
+
     def _entry(self, name: str) -> dict:
         if name not in self._file_of:
             raise ValueError(f"{self.folder}: no tensor {name} in its safetensors files, though config.json needs it")

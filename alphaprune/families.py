@@ -1,0 +1,125 @@
+"""What is known of every family of models, by the `model_type` of its config. Nothing is guessed from names.
+
+A family that is not here is refused. To add one: a line in FAMILIES, and a small config in tests/family_models.py, with
+which it goes through analysis, pruning, packing and generation; `python bench/families.py` writes docs/families.md.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a block, of which a router chooses some for every token.
+
+    path: of the module that holds them, inside the block. In the model of transformers its parameters are
+    `gate_up_proj` [experts, 2·I, H] and `down_proj` [experts, H, I]; in checkpoints each expert has its own matrices.
+    gate, up, down: what those are called there, behind the number of the expert: down(act(gate x) · up x).
+    """
+
+    path: str
+    gate: str
+    up: str
+    down: str
+
+    def holds(self, inner: str) -> bool:
+        """Whether a layer of this name inside a block belongs to an expert."""
+        layers = "|".join(re.escape(name) for name in (self.gate, self.up, self.down))
+        return re.fullmatch(rf"{re.escape(self.path)}\.\d+\.({layers})(\..*)?", inner) is not None
+
+    def groups(self, index: "int | str") -> tuple[tuple[str, ...], ...]:
+        """The layers of one expert, by name inside the block; those of one group are given the same input."""
+        inner = f"{self.path}.{index}."
+        return (inner + self.gate, inner + self.up), (inner + self.down,)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of model.
+
+    blocks: path of the list of decoder blocks in the causal language model.
+    prunable: the linear layers inside a block that are pruned, where the block has them; the layers of one group are
+    given the same input.   experts: those besides.   dense: what stays as it is though it multiplies, such as routers.
+    stored: what parts of tensor names are called in the module and in checkpoints, where that differs; one that starts
+    with a dot may stand anywhere, any other begins the name.
+    """
+
+    blocks: str
+    prunable: tuple[tuple[str, ...], ...]
+    experts: Experts | None = None
+    dense: tuple[str, ...] = ()
+    stored: tuple[tuple[str, str], ...] = ()
+
+    def prunes(self, inner: str) -> bool:
+        """Whether a layer of this name inside a block is pruned; so are the layers that one consists of."""
+        if self.experts is not None and self.experts.holds(inner):
+            return True
+        return any(inner == name or inner.startswith(f"{name}.") for group in self.prunable for name in group)
+
+    def groups(self, experts: "int | str" = "*") -> Iterator[tuple[str, ...]]:
+        """All groups of a block, experts once each or, by default, one that stands for all."""
+        yield from self.prunable
+        if self.experts is not None:
+            for index in range(experts) if isinstance(experts, int) else (experts,):
+                yield from self.experts.groups(index)
+
+    def stored_name(self, name: str) -> str:
+        """What a tensor of the module is called in a checkpoint."""
+        return _renamed(name, self.stored)
+
+    def module_name(self, name: str) -> str:
+        """What a tensor of a checkpoint is called in the module; the inverse of `stored_name`."""
+        return _renamed(name, tuple((there, here) for here, there in self.stored))
+
+
+def _renamed(name: str, parts: tuple[tuple[str, str], ...]) -> str:
+    for before, after in parts:
+        if before.startswith(".") and before in name:
+            return name.replace(before, after, 1)
+        if not before.startswith(".") and name.startswith(before):
+            return after + name.removeprefix(before)
+    return name
+
+
+_ATTENTION = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",))
+_MLP = (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+_SHARED_EXPERT = (("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"), ("mlp.shared_expert.down_proj",))
+_QWEN_EXPERTS = Experts("mlp.experts", "gate_proj", "up_proj", "down_proj")
+GATED = _ATTENTION + _MLP
+
+LLAMA = Family("model.layers", GATED)
+FAMILIES = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "gemma": LLAMA,
+    "gemma2": LLAMA,
+    "gemma3_text": LLAMA,
+    "phi3": Family(
+        "model.layers", (("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",))
+    ),
+    "opt": Family("model.decoder.layers", (_ATTENTION[0], ("self_attn.out_proj",), ("fc1",), ("fc2",))),
+    "falcon": Family(
+        "transformer.h",
+        (
+            ("self_attention.query_key_value",),
+            ("self_attention.dense",),
+            ("mlp.dense_h_to_4h",),
+            ("mlp.dense_4h_to_h",),
+        ),
+    ),
+    "mpt": Family("transformer.blocks", (("attn.Wqkv",), ("attn.out_proj",), ("ffn.up_proj",), ("ffn.down_proj",))),
+    "mixtral": Family(
+        "model.layers",
+        _ATTENTION,
+        Experts("mlp.experts", "w1", "w3", "w2"),
+        dense=("mlp.gate",),
+        stored=((".mlp.", ".block_sparse_moe."),),
+    ),
+    "qwen2_moe": Family(
+        "model.layers", GATED + _SHARED_EXPERT, _QWEN_EXPERTS, dense=("mlp.gate", "mlp.shared_expert_gate")
+    ),
+    "qwen3_moe": Family("model.layers", GATED, _QWEN_EXPERTS, dense=("mlp.gate",)),
+}
