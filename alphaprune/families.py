@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torch import nn
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -123,3 +125,39 @@ FAMILIES = {
     ),
     "qwen3_moe": Family("model.layers", GATED, _QWEN_EXPERTS, dense=("mlp.gate",)),
 }
+
+
+def linears_of(name: str, block: nn.Module, family: Family) -> dict[str, nn.Linear]:
+    """The prunable layers of a block by full name, in order.
+
+    ValueError naming a linear layer of which the family's line does not say what becomes of it.
+    """
+    linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+    found = {f"{name}.{inner}": layer for inner, layer in linears.items() if family.prunes(inner)}
+    if others := [inner for inner in linears if not family.prunes(inner) and inner not in family.dense]:
+        raise ValueError(
+            f"{name}.{others[0]}: a linear layer that the line of this family in alphaprune/families.py does not name; "
+            f"add it there, to what is prunable or to what stays dense"
+        )
+    return found
+
+
+def module_lists(skeleton: nn.Module) -> str:
+    """A sentence on the lists of modules that a model has, and the linear layers in the first of each; or nothing."""
+    lists = [(n, m) for n, m in skeleton.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    told = []
+    for name, modules in lists:
+        if any(name.startswith(f"{outer}.") for outer, _ in lists):
+            continue
+        names = [n for n, m in modules[0].named_modules() if isinstance(m, nn.Linear)]
+        others = sorted({type(m).__name__ for m in modules[0].modules() if _multiplies(m)})
+        inside = f"{len(names)} linear layers ({', '.join(names)})" if names else "no linear layer"
+        inside += "".join(f", and {other}, which is not pruned" for other in others)
+        told.append(f"{name}, {len(modules)} of them, in the first {inside}")
+    return f"Its lists of modules: {'; '.join(told)}. " if told else ""
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a module that is no nn.Linear has a matrix of its own."""
+    matrix = any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
+    return matrix and not isinstance(module, nn.Linear | nn.Embedding)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from alphaprune import shapes, stored
 from alphaprune.experts import named_shards, separate
-from alphaprune.families import FAMILIES, Family
+from alphaprune.families import FAMILIES, Family, linears_of, module_lists
 from alphaprune.files import first_line
 from alphaprune.shards import dtype_name
 
@@ -330,21 +330,6 @@ def check_places(names: Iterable[str], places: Collection[str], prefix: str, mod
             )
 
 
-def linears_of(name: str, block: nn.Module, family: Family) -> dict[str, nn.Linear]:
-    """The prunable layers of a block by full name, in order.
-
-    ValueError naming a linear layer of which the family's line does not say what becomes of it.
-    """
-    linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-    found = {f"{name}.{inner}": layer for inner, layer in linears.items() if family.prunes(inner)}
-    if others := [inner for inner in linears if not family.prunes(inner) and inner not in family.dense]:
-        raise ValueError(
-            f"{name}.{others[0]}: a linear layer that the line of this family in alphaprune/families.py does not name; "
-            f"add it there, to what is prunable or to what stays dense"
-        )
-    return found
-
-
 def prunable(skeleton: nn.Module, prefix: str) -> dict[str, nn.Linear]:
     """The prunable layers of a model by full name, in order; prefix: the path of its blocks."""
     family = find_family(skeleton.config, type(skeleton).__name__)
@@ -361,38 +346,16 @@ def family_of(config: Any, name: str) -> str:
 
 def find_family(config: Any, name: str) -> Family:
     """The line of a model's family; if there is none, a ValueError with what is known of its modules."""
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"{name}: model type {config.model_type!r} is not known here; known: {', '.join(FAMILIES)}."
-            f"{_modules(config)} To add it, write its line into FAMILIES in alphaprune/families.py"
-        )
-    return FAMILIES[config.model_type]
-
-
-def _modules(config: Any) -> str:
-    """What lists of modules a model of this config has and which linear layers are in them, in a sentence."""
+    if config.model_type in FAMILIES:
+        return FAMILIES[config.model_type]
     try:
-        skeleton = make_skeleton(config)
+        lists = module_lists(make_skeleton(config))
     except (ValueError, OSError, ImportError):  # no causal language model, or one whose code is elsewhere
-        return ""
-    lists = [(n, m) for n, m in skeleton.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    told = []
-    for name, modules in lists:
-        if any(name.startswith(f"{outer}.") for outer, _ in lists):
-            continue
-        names = [n for n, m in modules[0].named_modules() if isinstance(m, nn.Linear)]
-        others = {type(m).__name__ for m in modules[0].modules() if _multiplies(m)}
-        inside = f"{len(names)} linear layers each ({', '.join(names)})" if names else "no linear layer"
-        told.append(
-            f"{name} with {len(modules)} × {inside}" + "".join(f", and {o}, which is not pruned" for o in others)
-        )
-    return f" Its lists of modules: {'; '.join(told)}." if told else ""
-
-
-def _multiplies(module: nn.Module) -> bool:
-    """Whether a module that is no nn.Linear has a matrix of its own."""
-    matrix = any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
-    return matrix and not isinstance(module, nn.Linear | nn.Embedding)
+        lists = ""
+    raise ValueError(
+        f"{name}: model type {config.model_type!r} is not known here; known: {', '.join(FAMILIES)}. {lists}To add it, "
+        f"write its line into FAMILIES in alphaprune/families.py"
+    )
 
 
 def is_packed(folder: Path) -> bool:
