@@ -44,17 +44,18 @@ class Block:
         return self.down(self.act(gate, up))
 
 
-def build(layer: nn.Module, config: Any, head_dim: int, direct: bool = True) -> Block:
+def build(layer: nn.Module, config: Any, head_dim: int, direct: bool = True, ranks: int = 1) -> Block:
     """The block of a transformers layer, which shares its weights.
 
-    direct: packed layers by the shortest call; without it through the op that torch.compile knows.
+    direct: packed layers by the shortest call; without it through the op that torch.compile knows. ranks: that share
+    the heads.
     """
     attention, mlp = layer.self_attn, layer.mlp
     normed = hasattr(attention, "q_norm")
     return Block(
         norm=norm(layer.input_layernorm),
         qkv=_group([attention.q_proj, attention.k_proj, attention.v_proj], direct),
-        head_norm=_head_norm(attention, config.num_key_value_heads, head_dim) if normed else None,
+        head_norm=_head_norm(attention, config.num_key_value_heads // ranks, head_dim) if normed else None,
         head_norms=(norm(attention.q_norm), norm(attention.k_norm)) if normed else None,
         out=linear(attention.o_proj, direct),
         mlp_norm=norm(layer.post_attention_layernorm),
@@ -73,16 +74,16 @@ def norm(module: nn.Module) -> Norm:
 
 def linear(module: nn.Module, direct: bool = True) -> Linear:
     """The shortest call with the result of the module's; anything but a plain linear layer is called as it is."""
-    if type(module) is nn.Linear and not _hooked(module):
+    if type(module) is nn.Linear and not hooked(module):
         return partial(functional.linear, weight=module.weight, bias=module.bias)
-    if direct and type(module) is SparseLinear and not _hooked(module):
+    if direct and type(module) is SparseLinear and not hooked(module):
         return partial(module.prepared().run, bias=module.bias)
     return module
 
 
 def _group(modules: Sequence[nn.Module], direct: bool) -> Group:
     """Several layers of one x: one call of the kernel if all are packed."""
-    if direct and all(type(module) is SparseLinear and not _hooked(module) for module in modules):
+    if direct and all(type(module) is SparseLinear and not hooked(module) for module in modules):
         prepared, biases = [module.prepared() for module in modules], [module.bias for module in modules]
         return lambda x: op.spmm_group(x, prepared, biases)
     calls = [linear(module, direct) for module in modules]
@@ -109,5 +110,6 @@ def _window(config: Any, attention: nn.Module) -> int | None:
     return getattr(attention, "sliding_window", None)
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def hooked(module: nn.Module) -> bool:
+    """Whether more happens around a module's forward, such as adding up what several ranks have."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)

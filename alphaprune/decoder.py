@@ -10,6 +10,7 @@ torch. Weights are shared with the model, never copied. `Decoder` is stateless, 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,7 +138,10 @@ class Decoder:
         attention = inner.layers[0].self_attn
         self.config, self.embedding = config, inner.embed_tokens.weight
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
-        self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
+        hooked = blocks.hooked(inner.embed_tokens)  # its weight may then be a part of the table
+        self._embed = inner.embed_tokens if hooked else partial(functional.embedding, weight=self.embedding)
+        ranks = getattr(model, "_tp_size", None) or 1  # that share the model, of transformers' tensor parallelism
+        self.heads, self.key_heads = config.num_attention_heads // ranks, config.num_key_value_heads // ranks
         self.head_dim = attention.head_dim
         self._rotary = inner.rotary_emb
         self._rope = (config.rope_parameters or {}).get("rope_type", "default")
@@ -146,7 +150,7 @@ class Decoder:
         # Up to this length the frequencies are those that the model was made with.
         self.table_end = (context or config.max_position_embeddings) if self._rope in GROWING_ROPE else 1 << 62
         with torch.inference_mode():
-            self.blocks = [blocks.build(layer, config, self.head_dim, direct) for layer in inner.layers]
+            self.blocks = [blocks.build(layer, config, self.head_dim, direct, ranks) for layer in inner.layers]
         self._channels = [layer.mlp.down_proj.in_features for layer in inner.layers]
         self._norm, self._head = blocks.norm(inner.norm), blocks.linear(model.lm_head, direct)
 
@@ -215,7 +219,7 @@ class Decoder:
         heads = state.one if count == 1 else _Heads(self, batch, count)
         slots = state.cache[:, :, :, :, start:end].unbind(0)  # per block [2, batch, key heads, count, dim]
         contexts = self._contexts(state, start, end)
-        h, delta = functional.embedding(tokens, self.embedding).view(batch * count, -1), None
+        h, delta = self._embed(tokens).view(batch * count, -1), None
         for index, (block, slot) in enumerate(zip(self.blocks, slots, strict=True)):
             keys, values, mask, causal = contexts[block.window]
             heads.take(block, h, delta, rope)

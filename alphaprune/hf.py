@@ -15,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from alphaprune import bitmask, formats, shapes
+from alphaprune import bitmask, formats, hf_parallel, shapes
 from alphaprune.files import first_line
 from alphaprune.formats import quantize
 from alphaprune.kernels import base
@@ -111,6 +111,9 @@ class AlphaPruneQuantizer(HfQuantizer):
         super().__init__(quantization_config, **settings)
         self.waiting: set[str] = set()  # layers that are packed when their weight comes
         self.refused: list[str] = []  # sentences: transformers would bury an error in its report
+        self.ranks: hf_parallel.Ranks | None = None  # that share the model, and the layers that this one has a part of
+        self.parts: dict[str, hf_parallel.SlicedLinear] = {}
+        self.prefix = ""  # of names in a model with a head
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         settings = self.quantization_config
@@ -138,17 +141,31 @@ class AlphaPruneQuantizer(HfQuantizer):
             self.waiting = {name for name in names if should_convert_module(name, skipped)}
         elif not entries:
             raise ValueError("a packed model can only be loaded from safetensors files")
+        self.ranks = hf_parallel.ranks_of(model) if self.pre_quantized else None
+        self.prefix = f"{model.base_model_prefix}."
         if own := shapes.read(self.quantization_config):
+            if self.ranks is not None:
+                raise ValueError("a model whose blocks have sizes of their own cannot be shared by ranks; use one rank")
             prefix = family_of(model.config, type(model).__name__)
             shapes.reshape(model.get_submodule(decoder_of(model)), prefix, model.config, own)
         for name, layer in list(model.named_modules()):
             if self.pre_quantized and isinstance(layer, nn.Linear) and f"{name}.weight_mask" in entries:
                 check_entries(name, layer, entries)
-                model.set_submodule(name, empty_layer(name, layer, entries, dtype))
+                sparse = empty_layer(name, layer, entries, dtype)
+                if self.ranks is not None:
+                    sparse = hf_parallel.empty_slice(name, sparse, self.ranks)
+                    if isinstance(sparse, hf_parallel.SlicedLinear):
+                        self.parts[name] = sparse
+                model.set_submodule(name, sparse)
         check_shapes(model, entries)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
-        return param_name.removesuffix(".weight") in self.waiting and param_name.endswith(".weight")
+        layer, _, suffix = param_name.rpartition(".")
+        return suffix == "weight" and (layer in self.waiting or layer in self.parts)  # may have another shape
+
+    def get_weight_conversions(self) -> list[Any]:
+        parts = {name.removeprefix(self.prefix): part for name, part in self.parts.items()}
+        return hf_parallel.converters(parts, self.ranks, self.refused) if parts else []
 
     def get_quantize_ops(self) -> PackWeight:
         return PackWeight(self)
@@ -180,7 +197,9 @@ class AlphaPruneQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
-        return True
+        if self.parts:
+            base.log.warning("each of %d ranks holds a part of the model: save it on one rank", self.ranks.count)
+        return not self.parts
 
     @property
     def is_trainable(self) -> bool:

@@ -65,10 +65,7 @@ def columns(packed: Packed, first: int, last: int) -> Packed:
     _check(first, last, k, "columns")
     grouped = packed.scale is not None and packed.scale.dim() == 2
     if grouped and first % quantize.GROUP:
-        raise ValueError(
-            f"columns from {first} on start inside a group of {quantize.GROUP} that shares a scale; use fewer ranks, "
-            f"or pack with one scale per row"
-        )
+        raise ValueError(cut_group(first))
     left, right = first // sbt.COLS, -(-last // sbt.COLS)
     r, c = packed.mask.shape[:2]
     offsets = sbt._unsigned(packed.offsets)
@@ -99,6 +96,14 @@ def _cut(packed: Packed, in_rows: tuple[int, int], in_columns: tuple[int, int]) 
         return packed
     weight, kept = (part[slice(*in_rows), slice(*in_columns)] for part in sbt.unpack(packed))
     return sbt.pack(weight, kept, None if packed.scale is None else packed.scale[slice(*in_rows)])
+
+
+def cut_group(first: int) -> str:
+    """Why int8 values with a scale per group of columns cannot be cut there."""
+    return (
+        f"columns from {first} on start inside a group of {quantize.GROUP} that shares a scale; use fewer ranks, "
+        f"or pack with one scale per row"
+    )
 
 
 def _check(first: int, last: int, total: int, what: str) -> None:
