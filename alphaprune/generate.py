@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 from transformers.generation import logits_process as processors
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from alphaprune import ragged, rollout
 from alphaprune.decoder import Decoder, State, why_not
+from alphaprune.graphs import Steps
 
 OURS = "alphaprune"
 WORKER = "alphaprune generate"  # the thread of transformers' generate
@@ -41,6 +44,7 @@ class Memory:
 
     def __init__(self) -> None:
         self._state: State | None = None
+        self.steps: Steps | None = None  # on a GPU, in the place of the state
         self.tokens: list[int] = []  # of the sequence whose first state.length the state holds
 
     @torch.inference_mode()
@@ -197,8 +201,9 @@ def step_seconds(model: nn.Module, prompt: int = 16, new: int = 48, ours: bool =
     clock = _Clock()
     with torch.inference_mode():
         if ours and why_not(model.config, model) is None:
-            for token in continuation(Decoder(model), tokens, new + 1, greedy):
-                clock.put(token.cpu())
+            settings = GenerationConfig(max_new_tokens=new + 1)
+            for token in new_tokens(model, tokens, new + 1, settings):
+                clock.put(token)
         else:
             settings = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(tokens)}
             model.generate(tokens, min_new_tokens=new + 1, max_new_tokens=new + 1, streamer=clock, **settings)
@@ -237,7 +242,12 @@ def _ours(
 
     with lock:
         decoder = Decoder(model)
-        state = memory and memory.resume(decoder, tokens[0].tolist(), tokens.shape[1] + max_new)
+    capacity = tokens.shape[1] + max_new
+    if in_graphs(decoder, capacity):
+        yield from _on_device(model, tokens, max_new, settings, seed, lock, scores, memory)
+        return
+    with lock:
+        state = memory and memory.resume(decoder, tokens[0].tolist(), capacity)
     steps = continuation(decoder, tokens, max_new, choose, ends_of(settings), state)
     while True:
         with lock, torch.inference_mode():
@@ -248,6 +258,61 @@ def _ours(
         if memory is not None:
             memory.tokens.append(int(token))
         yield token
+
+
+def in_graphs(decoder: Decoder, capacity: int) -> bool:
+    """Whether sequences of up to `capacity` positions are decoded by CUDA graphs."""
+    return decoder.device.type == "cuda" and ragged.why_not(decoder, capacity) is None
+
+
+def _on_device(
+    model: nn.Module,
+    tokens: Tensor,
+    max_new: int,
+    settings: Any,
+    seed: int,
+    lock: Any,
+    scores: list[Tensor] | None,
+    memory: Memory | None,
+) -> Iterator[Tensor]:
+    """As `_ours`, in CUDA graphs; draws are those of sampling.py, the same for a seed on every device."""
+    prompt, sequences = tokens[0].tolist(), len(tokens)
+    with lock:
+        steps, slots = _batch(model, sequences, len(prompt) + max_new, memory, prompt)
+    batch = [rollout.sampling_of(settings, seed + place) for place in range(sequences)]
+    made = rollout.roll(steps, slots, prompt, max_new, batch, ends_of(settings), scores)
+    try:
+        while True:
+            with lock, torch.inference_mode():
+                token = next(made, None)
+            if token is None:
+                return
+            if memory is not None:
+                memory.tokens.append(int(token))
+            yield token
+    finally:
+        if memory is None:
+            for slot in slots:
+                steps.ragged.close(slot)
+            rollout.leave(model, steps)
+
+
+def _batch(
+    model: nn.Module, sequences: int, capacity: int, memory: Memory | None, prompt: list[int]
+) -> tuple[Steps, list[int]]:
+    """Steps and slots of their own; with a memory those of the conversation, trimmed to what the prompt shares."""
+    kept = memory and memory.steps
+    if kept is None or kept.ragged.capacity < capacity:
+        steps = rollout.take(model, sequences, capacity)
+        slots = [steps.ragged.open() for _ in range(sequences)]
+        if memory is not None:
+            memory.steps, memory.tokens = steps, list(prompt)
+        return steps, slots
+    held = memory.tokens[: kept.ragged.held[0]]
+    pairs = zip(held, prompt, strict=False)
+    kept.ragged.trim(0, next((i for i, (old, new) in enumerate(pairs) if old != new), min(len(held), len(prompt))))
+    memory.tokens = list(prompt)
+    return kept, [0]
 
 
 class _Watch(StoppingCriteria):

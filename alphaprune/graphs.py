@@ -162,3 +162,19 @@ class Steps:
         with memory.explained(needs, self.ragged.decoder.device, "take fewer sequences or a shorter context"):
             self.recorded[bucket, reach, kind] = self.recorder.record(step)
         return self.recorded[bucket, reach, kind]
+
+
+def fetch(tensor: Tensor) -> Callable[[], Tensor]:
+    """Starts a copy to the host behind what the device has to do; the result waits for it, and gives it."""
+    if tensor.device.type != "cuda":
+        copy = tensor.clone()
+        return lambda: copy
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def wait() -> Tensor:
+        done.synchronize()
+        return host
+
+    return wait
