@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import MISSING, asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import MISSING, asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import alphaprune
-from alphaprune import activity, alpha, calibrate, farms, metrics, sketches, spectrum
+from alphaprune import activity, alpha, calibrate, farms, metrics, ranks, sketches, spectrum
 from alphaprune.files import atomic_write_text
-from alphaprune.model import Block, Source, check_finite, open_source
+from alphaprune.journal import Journal
+from alphaprune.model import Block, Description, Source, check_finite, open_source
+from alphaprune.states import Room
 
 VERSION = 1
+NO_SPECTRUM = "they have no spectrum"
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ def analyze(
     magnitudes: bool = False,
     windows: "farms.Windows | None" = None,
     statistics: Callable[[Block], dict[str, calibrate.InputStat]] | None = None,
+    journal: "str | Path | None" = None,
+    room: Room | None = None,
 ) -> Analysis:
     """What allocators read, for every prunable layer of a live model, a directory or a hub id.
 
@@ -88,42 +93,150 @@ def analyze(
     tokens: [samples, length] int64 text; adds the columns of activity.py. calibration: what identifies it.
     magnitudes: adds the series of sketches.py.   windows: adds the column of farms.py, from windows of such a size.
     statistics: what is known already of the inputs of a block's layers, Gram matrices included, in place of tokens.
-    progress: called with the name of each finished block. One block is in memory at a time.
+    progress: called `steps` times, with the name of a finished block. One block is in memory at a time.
+    journal: the file that the result will be saved as; beside it lies what is finished, and an interrupted analysis
+    goes on there. It is deleted at the end.   room: where hidden states may lie, see states.py.
 
+    Several processes share the work (ranks.py), and each gets the whole result, the same as one process finds.
     Raises ValueError naming the layer if its weights hold NaN or infinity or have no spectrum to fit.
     """
     if fit is not None and fit not in alpha.METHODS:
         raise ValueError(f"fit {fit!r}: wanted one of {', '.join(alpha.METHODS)}, or None")
-    spectrum.check(solver, device)
-    source = open_source(source)
-    known = source.description()
-    layers = {name: LayerStat(known.block_of[name], tuple(shape)) for name, shape in known.shapes.items()}
-    used: dict[str, int] = {}
-    activations = None if tokens is None or statistics else calibrate.first_inputs(source, tokens)
-    active = activations is not None or statistics is not None
-    reads = fit is not None or magnitudes or windows is not None or active
-    for block in source.blocks() if reads else ():
-        check_finite(block, "they have no spectrum")
-        if fit is not None:
-            for name, (columns, solved_by) in _spectral_columns(block, fit, device, solver).items():
-                layers[name].columns.update(columns)
-                used[solved_by] = used.get(solved_by, 0) + 1
-        if active:
-            inputs = statistics(block) if statistics else calibrate.statistics(block, activations, "gram")
-            for name, columns in activity.columns(block, inputs).items():
-                layers[name].columns.update(columns)
-        if activations is not None:
-            calibrate.run(block, activations)
-        for name, layer in block.linears.items():
-            if windows is not None:
-                layers[name].columns.update(_farms_columns(name, layer.weight.detach(), windows, device))
-            if magnitudes:
-                layers[name].series.update(sketches.series(layer.weight.detach()))
-        if progress:
-            progress(block.name)
+    target, source = spectrum.check(solver, ranks.device(device)), open_source(source)
+    known, work = source.description(), _Work(fit, str(target), solver, magnitudes, windows)
+    active = tokens is not None or statistics is not None
     versions = {"alphaprune": alphaprune.__version__, "torch": torch.__version__}
-    solvers = ", ".join(sorted(used)) or None
+    identity = {"fingerprint": known.fingerprint, "dtype": known.dtype, **versions, "threads": torch.get_num_threads()}
+    identity |= {"work": repr(work), "calibration": calibration, "active": active}
+    done = Journal(journal, identity)
+    try:
+        if work.reads:
+            _by_weights(source, known, work, done, progress)
+        if active:
+            _by_activity(source, tokens, statistics, room, str(target), done, progress)
+        parts = done.all()
+        layers = {name: LayerStat(known.block_of[name], tuple(shape)) for name, shape in known.shapes.items()}
+        for key in sorted(parts, key=lambda key: (key.startswith(ACTIVITY), key)):
+            for name, found in parts[key]["layers"].items():
+                layers[name].columns.update(found.get("columns", {}))
+                layers[name].series.update(found.get("series", {}))
+        solvers = ", ".join(sorted({s for part in parts.values() for s in part.get("solvers", ())})) or None
+    except BaseException:
+        done.close()
+        raise
+    done.delete()
     return Analysis(known.name, known.fingerprint, known.dtype, fit, solvers, layers, versions, calibration)
+
+
+def steps(blocks: int, fit: str | None, magnitudes: bool, windows: Any, active: bool) -> int:
+    """How often `analyze` calls `progress`: once per block for what weights tell, and once for what their inputs do."""
+    return blocks * (int(fit is not None or magnitudes or windows is not None) + int(active))
+
+
+ACTIVITY = "activity "  # what entries of a block's inputs are called by, followed by its number
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is found out of weights alone."""
+
+    fit: "alpha.Method | None"
+    device: str
+    solver: str
+    magnitudes: bool
+    windows: "farms.Windows | None"
+
+    @property
+    def reads(self) -> bool:
+        return self.fit is not None or self.magnitudes or self.windows is not None
+
+    def entry(self, layers: dict[str, Tensor]) -> dict[str, Any]:
+        """Columns, series and solvers of layers of one shape."""
+        found: dict[str, dict[str, Any]] = {name: {"columns": {}, "series": {}} for name in layers}
+        solvers = set()
+        if self.fit is not None:
+            for name, (columns, used) in _spectral_columns(layers, self.fit, self.device, self.solver).items():
+                found[name]["columns"].update(columns)
+                solvers.add(used)
+        for name, weight in layers.items():
+            if self.windows is not None:
+                found[name]["columns"].update(_farms_columns(name, weight, self.windows, self.device))
+            if self.magnitudes:
+                found[name]["series"].update(sketches.series(weight))
+        return {"layers": found, "solvers": sorted(solvers)}
+
+
+def _by_weights(
+    source: Source, known: Description, work: _Work, done: Journal, progress: Callable[[str], None] | None
+) -> None:
+    """Entries of all layers, those of one block and shape together: this process makes its share."""
+    units: dict[str, list[str]] = {}
+    for name, (n, k) in known.shapes.items():
+        units.setdefault(f"{known.block_of[name]} {n}x{k}", []).append(name)
+    costs = {
+        unit: _cost(known.shapes[names[0]]) * len(names) for unit, names in units.items() if unit not in done.known
+    }
+    owners, own = ranks.mine(costs), {}
+    for unit in units:
+        if owners.get(unit) == ranks.world().rank:
+            own.setdefault(known.block_of[units[unit][0]], []).append(unit)
+    for block in _passed(source, own, progress):
+        names = {name for unit in own[block.index] for name in units[unit]}
+        check_finite(replace(block, linears={n: m for n, m in block.linears.items() if n in names}), NO_SPECTRUM)
+        for unit in own[block.index]:
+            done.add(unit, work.entry({name: block.linears[name].weight.detach() for name in units[unit]}))
+
+
+def _by_activity(
+    source: Source,
+    tokens: Tensor | None,
+    statistics: Callable[[Block], dict[str, calibrate.InputStat]] | None,
+    room: Room | None,
+    device: str,
+    done: Journal,
+    progress: Callable[[str], None] | None,
+) -> None:
+    """Entries of what the inputs of a block's layers tell; blocks follow each other behind the same text."""
+    left = [index for index in range(source.block_count()) if f"{ACTIVITY}{index}" not in done.known]
+    activations = None if statistics or not left else calibrate.first_inputs(source, tokens, room)
+    todo = range(max(left, default=-1) + 1) if activations else left
+    for block in _passed(source, todo, progress):
+        check_finite(block, NO_SPECTRUM)
+        where = None if device == "cpu" or statistics else device
+        with calibrate.on(block, where):
+            if block.index in left:
+                inputs = statistics(block) if statistics else calibrate.statistics(block, activations, "gram")
+                if block.index % ranks.world().size == ranks.world().rank:
+                    columns = activity.columns(block, inputs)
+                    entry = {name: {"columns": found} for name, found in columns.items()}
+                    done.add(f"{ACTIVITY}{block.index}", {"layers": entry})
+                del inputs
+            if activations is not None and block.index + 1 < todo.stop:
+                calibrate.run(block, activations)
+
+
+def _passed(source: Source, wanted: Collection[int], progress: Callable[[str], None] | None) -> Iterator[Block]:
+    """The wanted blocks; `progress` hears of every block that is done with, of those in between, too."""
+    heard = 0
+
+    def hear(end: int) -> None:
+        nonlocal heard
+        while heard < end:
+            if progress:
+                progress(f"{source.prefix}.{heard}")
+            heard += 1
+
+    for block in source.blocks(wanted):
+        hear(block.index)
+        yield block
+        hear(block.index + 1)
+    hear(source.block_count())
+
+
+def _cost(shape: tuple[int, int]) -> float:
+    """Operations of a spectrum, but for a factor: a Gram matrix of the smaller side, and its eigenvalues."""
+    small, large = sorted(shape)
+    return float(small**2 * (large + 4 * small))
 
 
 def option_for(name: str) -> str:
@@ -151,24 +264,17 @@ def arguments_for(entries: Iterable[str]) -> dict[str, Any]:
 
 
 def _spectral_columns(
-    block: Block, fit: "alpha.Method", device: str, solver: str
+    layers: dict[str, Tensor], fit: "alpha.Method", device: str, solver: str
 ) -> dict[str, tuple[dict[str, float], str]]:
-    """Columns and solver of every layer of a block; layers of one shape go to the solver together."""
-    shapes: dict[tuple[int, ...], dict[str, Tensor]] = {}
-    for name, layer in block.linears.items():
-        weight = layer.weight.detach()
-        shapes.setdefault(tuple(weight.shape), {})[name] = weight
-    found = {}
-    for shape, group in shapes.items():
-        spectra = spectrum.solve(list(group.values()), alpha.NEED[fit], device, solver)
-        for name, (eigenvalues, used) in zip(group, spectra, strict=True):
-            try:
-                law = alpha.fit(eigenvalues, fit, noise=used.noise)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-            columns = {**law.columns(), **metrics.columns(eigenvalues, law, shape, used.noise)}
-            found[name] = columns, str(used)
-    return {name: found[name] for name in block.linears}
+    """Columns and solver of layers of one shape, which go to the solver together."""
+    found, spectra = {}, spectrum.solve(list(layers.values()), alpha.NEED[fit], device, solver)
+    for (name, weight), (eigenvalues, used) in zip(layers.items(), spectra, strict=True):
+        try:
+            law = alpha.fit(eigenvalues, fit, noise=used.noise)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        found[name] = {**law.columns(), **metrics.columns(eigenvalues, law, tuple(weight.shape), used.noise)}, str(used)
+    return found
 
 
 def _farms_columns(name: str, weight: Tensor, windows: "farms.Windows", device: str) -> dict[str, float]:

@@ -211,6 +211,19 @@ def _idle(block: Block, groups: "_Groups") -> list[tuple[Experts, list[int]]]:
     return found
 
 
+@contextmanager
+def on(block: Block, device: str | None) -> Iterator[None]:
+    """Has a block on a device, and afterwards where it was."""
+    before = next(block.module.parameters()).device
+    if device is not None:
+        block.module.to(device)
+    try:
+        yield
+    finally:
+        if device is not None:
+            block.module.to(before)
+
+
 class _Observer:
     """Sums over the inputs of one layer."""
 

@@ -5,12 +5,10 @@ journal that names the run. Only a complete folder is renamed to OUT. A run that
 refuses to go on if it is not the same run, and skips the blocks that are done.
 """
 
-import errno
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from alphaprune import formats, shapes, shards
-from alphaprune.files import atomic_write_text, fsync_folder
+from alphaprune.files import atomic_write_text, explained, fsync_folder
 from alphaprune.formats import PACKED_SUFFIXES, Packed
 from alphaprune.formats.quantize import Error
 from alphaprune.layer import SparseLinear, pack_weight, worth_packing
@@ -277,18 +275,6 @@ def check_free(out: Path) -> None:
         raise ValueError(f"{out}: is a file; name a folder that does not exist yet")
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out}: this folder exists and is not empty; name another, or delete it")
-
-
-@contextmanager
-def explained(out: Path) -> Iterator[None]:
-    """Turns a full or read-only disk into one sentence."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = "the disk is full; free some space and repeat the command: finished blocks are kept"
-            raise ValueError(f"{out}: not written, {free}") from error
-        raise ValueError(f"{out}: cannot be written: {error.strerror or error}") from error
 
 
 def _summary(writer: Writer, source: Source) -> Written:

@@ -18,10 +18,9 @@ import alphaprune
 from alphaprune import evaluate, planning
 from alphaprune.analysis import analyze
 from alphaprune.candidates import BASELINES, Bar, Candidate, Settings, Shared, label
-from alphaprune.checkpoint import explained
 from alphaprune.data import Text, sample_windows
 from alphaprune.evaluate import Judged, Reference
-from alphaprune.files import atomic_write_text
+from alphaprune.files import atomic_write_text, explained
 from alphaprune.model import LiveSource
 from alphaprune.pruning import prune_blocks
 

@@ -2,6 +2,8 @@
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -24,6 +26,18 @@ def atomic_write_text(path: "str | Path", text: str) -> None:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full; free some space and repeat" if full else error.strerror or str(error)
         raise ValueError(f"{path}: not written: {reason}") from error
+
+
+@contextmanager
+def explained(out: Path) -> Iterator[None]:
+    """Turns a full or read-only disk into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = "the disk is full; free some space and repeat the command: finished blocks are kept"
+            raise ValueError(f"{out}: not written, {free}") from error
+        raise ValueError(f"{out}: cannot be written: {error.strerror or error}") from error
 
 
 def first_line(error: Exception) -> str:

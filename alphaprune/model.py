@@ -7,7 +7,7 @@ the skeleton has no weights, and a block's weights are read when its turn comes 
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,13 @@ class Source(ABC):
     config: Any
     skeleton: nn.Module  # the model; without weights where it is read from a directory
 
-    def blocks(self, first: int = 0) -> Iterator[Block]:
-        """Decoder blocks in order from number `first` on, each with its weights loaded until the next is asked for.
+    def blocks(self, wanted: Container[int] | None = None) -> Iterator[Block]:
+        """Decoder blocks in order, or those of these numbers, each with its weights loaded until the next is asked for.
 
         Raises ValueError if the files that they come from were changed meanwhile.
         """
         for index, (name, module) in enumerate(self._decoder().named_children()):
-            if index < first:
+            if wanted is not None and index not in wanted:
                 continue
             full = f"{self.prefix}.{name}"
             self._load(full, module)

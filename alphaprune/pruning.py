@@ -5,7 +5,6 @@ writes and remembers it, and hands blocks that were finished by an earlier run b
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -151,7 +150,7 @@ class _Run:
         more = activations is not None and block.index + 1 < self.source.block_count()
         inputs = None
         if dense_prefix:  # before restoring, which overwrites the dense weights
-            with _on(block, self.recipe.device):
+            with calibrate.on(block, self.recipe.device):
                 inputs = calibrate.statistics(block, activations, self.recipe.need)
                 if more:
                     calibrate.run(block, activations)
@@ -159,7 +158,7 @@ class _Run:
         restored = masks is not None
         if masks is None:
             check_finite(block, "no score of them means anything")
-            with _on(block, self.recipe.device):
+            with calibrate.on(block, self.recipe.device):
                 inputs = self._inputs(block, activations) if inputs is None else inputs
                 if self.recipe.channel_permute:
                     inputs = permute.block(block, inputs, self.plan.layers, self.source.config)
@@ -168,7 +167,7 @@ class _Run:
             if finish:
                 finish(block, masks)
         if more and not dense_prefix:
-            with _on(block, self.recipe.device):
+            with calibrate.on(block, self.recipe.device):
                 calibrate.run(block, activations)
         return PrunedBlock(block, masks, restored)
 
@@ -192,16 +191,3 @@ class _Run:
         # Rounding to the layer's dtype keeps zeros zero.
         layer.weight.data = weight.to(dense.dtype)
         return mask
-
-
-@contextmanager
-def _on(block: Block, device: str | None) -> Iterator[None]:
-    """Has a block on a device, and afterwards where it was."""
-    before = next(block.module.parameters()).device
-    if device is not None:
-        block.module.to(device)
-    try:
-        yield
-    finally:
-        if device is not None:
-            block.module.to(before)

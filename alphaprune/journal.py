@@ -1,0 +1,76 @@
+"""What a run has finished so far, in a file beside its goal: the next run takes it from there.
+
+One JSON object per line, the first of which says what run this is. A line is on the disk before its work counts as
+done; the last one may be cut off by a crash, and is then no line. Of several processes each writes a file of its own
+and reads all that it sees.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from alphaprune import ranks
+from alphaprune.files import atomic_write_text, explained
+
+
+class Journal:
+    """Values by key. `known` holds what was there at the start, the same on every process."""
+
+    def __init__(self, goal: "str | Path | None", identity: Mapping[str, Any]) -> None:
+        """goal: the file that the run is to make; None keeps no file. Journals of another identity are of no use."""
+        self.goal = None if goal is None else Path(goal)
+        self.identity = json.loads(json.dumps(dict(identity)))
+        self.entries: dict[str, Any] = {}
+        for found in ranks.gather(self._read()):
+            self.entries |= found
+        self.known, self._handle = dict(self.entries), None
+        if self.goal is not None:
+            lines = [{"identity": self.identity}, *({"key": k, "value": v} for k, v in self.entries.items())]
+            own = self.goal.with_name(f"{self.goal.name}.started-{ranks.world().rank}")
+            atomic_write_text(own, "".join(json.dumps(line) + "\n" for line in lines))
+            self._handle = own.open("a", encoding="utf-8")
+
+    def add(self, key: str, value: Any) -> None:
+        """Keeps a value for good; ValueError in one sentence if the disk is full."""
+        self.entries[key] = value
+        if self._handle is not None:
+            with explained(self.goal):
+                self._handle.write(json.dumps({"key": key, "value": value}) + "\n")
+                self._handle.flush()
+                os.fsync(self._handle.fileno())
+
+    def all(self) -> dict[str, Any]:
+        """The entries of all processes."""
+        found: dict[str, Any] = {}
+        for entries in ranks.gather(self.entries):
+            found |= entries
+        return found
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self._handle.close()
+
+    def delete(self) -> None:
+        """Removes the files; to be called when the goal is there."""
+        self.close()
+        ranks.gather(None)  # every process has what it needs
+        for file in self._files():
+            file.unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        return [] if self.goal is None else sorted(self.goal.parent.glob(f"{self.goal.name}.started-*"))
+
+    def _read(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for file in self._files():
+            lines = []
+            for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    lines.append(json.loads(text))
+                except ValueError:  # cut off
+                    break
+            if lines and lines[0] == {"identity": self.identity}:
+                found |= {line["key"]: line["value"] for line in lines[1:]}
+        return found
