@@ -84,6 +84,7 @@ def analyze(
     windows: "farms.Windows | None" = None,
     statistics: Callable[[Block], dict[str, calibrate.InputStat]] | None = None,
     journal: "str | Path | None" = None,
+    keep_journal: bool = False,
     room: Room | None = None,
 ) -> Analysis:
     """What allocators read, for every prunable layer of a live model, a directory or a hub id.
@@ -95,7 +96,7 @@ def analyze(
     statistics: what is known already of the inputs of a block's layers, Gram matrices included, in place of tokens.
     progress: called `steps` times, with the name of a finished block. One block is in memory at a time.
     journal: the file that the result will be saved as; beside it lies what is finished, and an interrupted analysis
-    goes on there. It is deleted at the end.   room: where hidden states may lie, see states.py.
+    goes on there. It is deleted at the end, unless it is to be kept.   room: of hidden states, see states.py.
 
     Several processes share the work (ranks.py), and each gets the whole result, the same as one process finds.
     Raises ValueError naming the layer if its weights hold NaN or infinity or have no spectrum to fit.
@@ -124,7 +125,7 @@ def analyze(
     except BaseException:
         done.close()
         raise
-    done.delete()
+    done.close() if keep_journal else done.delete()
     return Analysis(known.name, known.fingerprint, known.dtype, fit, solvers, layers, versions, calibration)
 
 

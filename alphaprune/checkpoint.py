@@ -2,7 +2,8 @@
 
 While a run is under way everything lies in `OUT.part` beside the goal: one safetensors file per finished block and a
 journal that names the run. Only a complete folder is renamed to OUT. A run that was interrupted finds its journal,
-refuses to go on if it is not the same run, and skips the blocks that are done.
+refuses to go on if it is not the same run, and skips the blocks that are done. For the moment of the renaming the
+journal lies beside both, as `OUT.journal`, so that an interruption there costs nothing either.
 """
 
 import json
@@ -13,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from alphaprune import formats, shapes, shards
+from alphaprune import formats, ranks, shapes, shards
 from alphaprune.files import atomic_write_text, explained, fsync_folder
 from alphaprune.formats import PACKED_SUFFIXES, Packed
 from alphaprune.formats.quantize import Error
@@ -50,16 +52,23 @@ class Writer:
     def __init__(self, out: "str | Path", identity: dict[str, Any], blocks: int) -> None:
         """identity: what makes this run this run; a started OUT.part with another identity is refused."""
         self.out, self.identity, self.total = Path(out), identity, blocks + 1
-        self.work = unfinished(self.out)
+        self.work, self.beside = unfinished(self.out), journal_beside(self.out)
         self.done: dict[str, dict[str, int]] = {}  # file → {tensor: bytes}
         self.errors: dict[str, Error] = {}  # layer → what rounding it to int8 lost
+        self.stage = "blocks"  # then "finishing", when only the last files and the name are missing, then "finished"
         check_free(self.out)
         with explained(self.out):
-            self.work.mkdir(parents=True, exist_ok=True)
-            journal = self.work / JOURNAL
+            if self.beside.exists() and not (self.work.exists() or any_in(self.out)):
+                self.beside.unlink()  # somebody has taken the result away
+            journal = self.beside if self.beside.exists() else self.work / JOURNAL
             if journal.exists():
                 self._continue(json.loads(journal.read_text(encoding="utf-8")))
+                if not self.work.exists():
+                    self.stage = "finished"
+                    self.beside.unlink()
             else:
+                self.work.mkdir(parents=True, exist_ok=True)
+                fsync_folder(self.out.parent)
                 self._remember()
 
     def file(self, index: int) -> str:
@@ -85,34 +94,43 @@ class Writer:
         weight_map = {name: file for file in sorted(self.done) for name in self.done[file]}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         with explained(self.out):
+            self.stage = "finishing"
+            self._remember()
             companions(self.work)
             atomic_write_text(self.work / shards.INDEX, json.dumps(index, indent=2) + "\n")
             atomic_write_text(self.work / "config.json", json.dumps(config, indent=2) + "\n")
             atomic_write_text(self.work / RECIPE, json.dumps(recipe, indent=2) + "\n")
-            (self.work / JOURNAL).unlink()
             for leftover in self.work.glob("*.part"):  # of a run that was killed while writing
                 leftover.unlink()
             for file in self.work.iterdir():
                 _fsync(file)
-            fsync_folder(self.work)
             check_free(self.out)
+            os.replace(self.work / JOURNAL, self.beside)
+            fsync_folder(self.work)
+            fsync_folder(self.out.parent)
             os.replace(self.work, self.out)
+            fsync_folder(self.out.parent)
+            self.beside.unlink()
             fsync_folder(self.out.parent)
 
     def _continue(self, journal: dict[str, Any]) -> None:
         for key in {**journal["identity"], **self.identity}:
             before, now = journal["identity"].get(key), self.identity.get(key)
+            if before != now and not self.work.exists():
+                raise ValueError(f"{self.out}: this folder exists and is not empty; name another, or delete it")
             if before != now:
                 raise ValueError(
                     f"{self.work}: an interrupted run with another {key} lies here "
                     f"({_short(before)}, now {_short(now)}); "
                     f"repeat it as it was to finish it, or delete the folder to start anew"
                 )
-        self.done = {f: t for f, t in journal["done"].items() if (self.work / f).is_file()}
+        where = self.work if self.work.exists() else self.out
+        self.done = {f: t for f, t in journal["done"].items() if (where / f).is_file()}
+        self.stage = journal.get("stage", "blocks") if len(self.done) == len(journal["done"]) else "blocks"
         self.errors = {name: Error(*error) for name, error in journal.get("errors", {}).items()}
 
     def _remember(self) -> None:
-        journal = {"identity": self.identity, "done": self.done, "errors": self.errors}
+        journal = {"identity": self.identity, "done": self.done, "errors": self.errors, "stage": self.stage}
         atomic_write_text(self.work / JOURNAL, json.dumps(journal, indent=1) + "\n")
 
 
@@ -136,19 +154,24 @@ def write_pruned(
     prune: given `restore` and `finish` (see pruning.prune_blocks), yields finished blocks.
     packed: SBT where it is smaller than dense; otherwise everything dense, with its zeros.
     values, group: as SparseLinear.from_linear has them; what each layer loses is remembered in the recipe.
+    Of several processes (ranks.py) the first one reads and writes OUT, and the others need not see it.
     """
-    writer = Writer(out, identity, source.block_count())
+    leads = ranks.world().leads
+    writer = Writer(out, identity, source.block_count()) if leads else None
+    indices = range(source.block_count())
+    stage, there = ranks.share((writer.stage, [i for i in indices if writer.has(i)]) if leads else None)
     made: dict[str, Packed] = {}  # layers of the block in hand, as they will be stored
     errors: dict[str, Error] = {}
 
     def restore(block: Block) -> "dict[str, Tensor] | None":
-        if not writer.has(block.index):
+        if block.index not in there:
             return None
-        return restore_block(block, writer.work / writer.file(block.index))
+        masks = restore_block(block, writer.work / writer.file(block.index)) if leads else {}
+        return share_block(block, masks)
 
     def finish(block: Block, masks: dict[str, Tensor]) -> None:
         made.clear(), errors.clear()
-        for name, mask in masks.items() if packed else ():
+        for name, mask in masks.items() if packed and (leads or values is not None) else ():
             layer = block.linears[name]
             if worth_packing(layer.weight, mask, values, group):
                 made[name], error = pack_weight(layer.weight.detach(), mask, values, group)
@@ -156,15 +179,28 @@ def write_pruned(
                     errors[name] = error
                     put_back(layer, made[name])
 
-    for pruned in prune(restore, finish):
-        if not pruned.restored:
+    for pruned in prune(restore, finish) if stage == "blocks" else ():
+        if leads and not pruned.restored:
             writer.write(pruned.block.index, block_tensors(pruned.block, made), errors)
+    if not leads:
+        return ranks.share(None)
     if not writer.has(source.block_count()):
         writer.write(source.block_count(), dict(source.outside_tensors()))
     written = _summary(writer, source)
-    config = output_config(source, packed, values if writer.errors else None)
-    writer.finish(config, recipe | writer.losses(), lambda folder: copy_companions(source, folder))
-    return written
+    if stage != "finished":
+        config = output_config(source, packed, values if writer.errors else None)
+        writer.finish(config, recipe | writer.losses(), lambda folder: copy_companions(source, folder))
+    return ranks.share(written)
+
+
+def share_block(block: Block, masks: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gives the weights and masks of a block that the first process has to all the others."""
+    for name, layer in block.linears.items() if ranks.world().size > 1 else ():
+        mask = masks.get(name, torch.zeros_like(layer.weight, dtype=torch.bool))
+        layer.weight.data, masks[name] = ranks.share_tensor(layer.weight.data), ranks.share_tensor(mask)
+        if layer.bias is not None:
+            layer.bias.data = ranks.share_tensor(layer.bias.data)
+    return masks
 
 
 def block_tensors(block: Block, made: dict[str, Packed]) -> dict[str, Tensor]:
@@ -212,6 +248,7 @@ def save(model: nn.Module, path: "str | Path", tokenizer: Any = None) -> Written
     The directory appears whole or not at all; it must not exist yet, or be empty.
     """
     source = LiveSource(model)
+    journal_beside(Path(path)).unlink(missing_ok=True)  # of a save that was finished
     writer = Writer(path, {"saved": source.name}, source.block_count())
     (
         writer.done.clear(),
@@ -273,8 +310,18 @@ def check_free(out: Path) -> None:
     """ValueError if there is something at `out` that writing there would overwrite."""
     if out.is_file():
         raise ValueError(f"{out}: is a file; name a folder that does not exist yet")
-    if out.is_dir() and any(out.iterdir()):
+    if any_in(out) and not journal_beside(out).is_file():
         raise ValueError(f"{out}: this folder exists and is not empty; name another, or delete it")
+
+
+def any_in(folder: Path) -> bool:
+    """Whether there is such a folder with something in it."""
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def journal_beside(out: Path) -> Path:
+    """Where the journal lies while the folder gets its name."""
+    return out.with_name(out.name + ".journal")
 
 
 def _summary(writer: Writer, source: Source) -> Written:

@@ -64,6 +64,8 @@ def _calibration_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--samples", type=int, default=128, help="calibration windows")
     command.add_argument("--length", type=int, help="tokens per window (default 2048, or the context if shorter)")
     command.add_argument("--seed", type=int, default=0, help="which windows of the text")
+    command.add_argument("--memory", type=float, metavar="GB", help="of hidden states (default: 1/4 of what is free)")
+    command.add_argument("--spill", metavar="DIR", help="for a file of the others (default: beside the output)")
 
 
 def _plan_options(command: argparse.ArgumentParser) -> None:

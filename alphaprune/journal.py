@@ -5,6 +5,7 @@ done; the last one may be cut off by a crash, and is then no line. Of several pr
 and reads all that it sees.
 """
 
+import glob
 import json
 import os
 from collections.abc import Mapping
@@ -56,15 +57,12 @@ class Journal:
         """Removes the files; to be called when the goal is there."""
         self.close()
         ranks.gather(None)  # every process has what it needs
-        for file in self._files():
-            file.unlink(missing_ok=True)
-
-    def _files(self) -> list[Path]:
-        return [] if self.goal is None else sorted(self.goal.parent.glob(f"{self.goal.name}.started-*"))
+        if self.goal is not None:
+            delete(self.goal)
 
     def _read(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for file in self._files():
+        for file in _files(self.goal) if self.goal is not None else ():
             lines = []
             for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
@@ -74,3 +72,13 @@ class Journal:
             if lines and lines[0] == {"identity": self.identity}:
                 found |= {line["key"]: line["value"] for line in lines[1:]}
         return found
+
+
+def delete(goal: Path) -> None:
+    """Removes the journals of a goal, if there are any."""
+    for file in _files(goal):
+        file.unlink(missing_ok=True)
+
+
+def _files(goal: Path) -> list[Path]:
+    return sorted(goal.parent.glob(f"{glob.escape(goal.name)}.started-*"))

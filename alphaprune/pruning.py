@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from alphaprune import calibrate, permute, pruners
+from alphaprune import calibrate, permute, pruners, ranks
 from alphaprune.calibrate import Activations, InputStat, Need
 from alphaprune.model import Block, Source, check_finite, open_source
 from alphaprune.planning import Plan
@@ -139,6 +139,7 @@ class _Run:
         activations = calibrate.first_inputs(self.source, self.tokens, self.room) if calibrated else None
         for block in self.source.blocks():
             pruned = self._block(block, activations, restore, finish)
+            self.source.check_unchanged()  # before anybody keeps it
             if progress:
                 progress(block.name)
             yield pruned
@@ -162,7 +163,7 @@ class _Run:
                 inputs = self._inputs(block, activations) if inputs is None else inputs
                 if self.recipe.channel_permute:
                     inputs = permute.block(block, inputs, self.plan.layers, self.source.config)
-                masks = {name: self._layer(name, layer, inputs.get(name)) for name, layer in block.linears.items()}
+                masks = self._layers(block, inputs)
             masks = {name: mask.to(block.linears[name].weight.device) for name, mask in masks.items()}
             if finish:
                 finish(block, masks)
@@ -175,6 +176,19 @@ class _Run:
         if self.statistics is not None and self.recipe.need != "nothing":
             return self.statistics(block)
         return calibrate.statistics(block, activations, self.recipe.need) if activations else {}
+
+    def _layers(self, block: Block, inputs: dict[str, InputStat]) -> dict[str, Tensor]:
+        """Gives the layers of a block their new weights and returns the masks; of several processes each does some."""
+        masks, owners = {}, ranks.mine({name: float(layer.weight.numel()) for name, layer in block.linears.items()})
+        for name, layer in block.linears.items():
+            if owners[name] == ranks.world().rank:
+                masks[name] = self._layer(name, layer, inputs.get(name))
+        for name, layer in block.linears.items() if ranks.world().size > 1 else ():
+            weight = layer.weight.data
+            layer.weight.data = ranks.share_tensor(weight, owners[name])
+            mask = masks.get(name, torch.zeros_like(weight, dtype=torch.bool))
+            masks[name] = ranks.share_tensor(mask, owners[name])
+        return {name: masks[name] for name in block.linears}
 
     def _layer(self, name: str, layer: nn.Linear, inputs: InputStat | None) -> Tensor:
         """Gives a layer its new weight and returns the mask."""

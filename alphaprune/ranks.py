@@ -123,12 +123,14 @@ def share(value: Any, owner: int = 0) -> Any:
 
 
 def share_tensor(tensor: Tensor, owner: int = 0) -> Tensor:
-    """The tensor of the process `owner`, written into `tensor`, of the same shape and dtype, on the others."""
+    """The tensor of the process `owner`; of `tensor`, those of the others, only shape, dtype and device count."""
     if _world.size == 1:
         return tensor
     import torch.distributed as dist
 
-    moved = tensor.contiguous() if _direct(tensor) else tensor.to("cpu").contiguous()
+    moved = (tensor if _direct(tensor) else tensor.to("cpu")).contiguous()
+    if _world.rank != owner:
+        moved = torch.zeros_like(moved)  # the tensor may be mapped from a file
     with _explained():
         dist.broadcast(moved.reshape(-1).view(torch.uint8), src=owner)
     return moved.to(tensor.device)

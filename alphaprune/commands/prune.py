@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from alphaprune import journal
 from alphaprune import model as models
 from alphaprune.commands.plan import make_plan
 from alphaprune.commands.shared import (
     calibration_windows,
     check_values,
     dump,
+    room_for,
     rounding_loss,
     window,
     written_as_dict,
@@ -18,7 +20,16 @@ from alphaprune.commands.shared import (
 from alphaprune.console import bar, size
 
 
-def run(
+def run(json: bool, **options: Any) -> None:
+    from alphaprune import ranks
+
+    with ranks.joined("prune", options) as world:
+        written, sparsity = _prune(**options)
+    if world.leads:
+        _report(written, sparsity, json)
+
+
+def _prune(
     model: str,
     output: str,
     plan: str | None,
@@ -29,6 +40,8 @@ def run(
     samples: int,
     length: int | None,
     seed: int,
+    memory: float | None,
+    spill: str | None,
     refit: bool,
     channel_permute: bool,
     prefix: str,
@@ -36,11 +49,12 @@ def run(
     format: str,  # noqa: A002
     values: str | None,
     group: int | None,
-    json: bool,
     **options: Any,
-) -> None:
-    from alphaprune import __version__, checkpoint, permute, pruning
+) -> tuple[Any, float]:
+    """What was written, and the sparsity of it."""
+    from alphaprune import checkpoint, permute, pruning, ranks
 
+    device = ranks.device(device)
     recipe = pruning.Recipe(_method(method, calibration), select, refit, prefix, device, channel_permute)
     pruner = recipe.check()
     if recipe.need != "nothing" and calibration is None:
@@ -50,8 +64,11 @@ def run(
     check_values(values, group, format)
     if channel_permute and plan is None and options["pattern"] == "unstructured":
         raise ValueError(permute.NEEDS_PATTERN)
-    checkpoint.check_free(Path(output))
+    if ranks.world().leads:
+        checkpoint.check_free(Path(output))
     source = models.open_source(model)
+    fingerprint, room = source.description().fingerprint, room_for(memory, spill, output)
+    ranks.agree({"model": fingerprint})
     tokens, identity = None, {"method": pruner.name, "selection": select or pruner.selection, "refit": refit}
     identity |= {"channel_permute": channel_permute, "prefix": prefix, "format": format}
     if values is not None:
@@ -59,19 +76,37 @@ def run(
     if calibration is not None:
         tokens, read = calibration_windows(source, calibration, samples, window(length, source.config), seed)
         identity |= read
-    chosen = _chosen_plan(source, plan, analysis, options, tokens, device)
+    started = Path(output).with_name(f"{Path(output).name}.analysis")
+    chosen = _chosen_plan(source, plan, analysis, options, tokens, device, started, room)
     if channel_permute:
         permute.check(source.config, source.name, chosen.layers)
-    identity["model"] = source.description().fingerprint
-    identity["plan"] = hashlib.sha256(chosen.to_json().encode()).hexdigest()
+    identity |= {"model": fingerprint, "plan": hashlib.sha256(chosen.to_json().encode()).hexdigest()}
+    written = _write(source, output, identity, chosen, recipe, tokens, room, values, group)
+    journal.delete(started)
+    return written, chosen.realized
+
+
+def _write(
+    source: models.Source,
+    output: str,
+    identity: dict[str, Any],
+    chosen: Any,
+    recipe: Any,
+    tokens: Any,
+    room: Any,
+    values: str | None,
+    group: int | None,
+) -> Any:
+    """Prunes block by block and writes each when it is finished."""
+    from alphaprune import __version__, checkpoint, pruning
+
     made = {"alphaprune": __version__, "source": source.name, **identity, "plan": chosen.to_dict()}
-    with bar(source.block_count(), f"prune ({pruner.name})", "block") as tick:
+    with bar(source.block_count(), f"prune ({recipe.method})", "block") as tick:
 
         def run(restore: Any, finish: Any) -> Iterator[Any]:
-            return pruning.prune_blocks(source, chosen, recipe, tokens, restore, tick, finish)
+            return pruning.prune_blocks(source, chosen, recipe, tokens, restore, tick, finish, room=room)
 
-        written = checkpoint.write_pruned(source, output, identity, made, run, format == "sbt", values, group)
-    _report(written, chosen.realized, json)
+        return checkpoint.write_pruned(source, output, identity, made, run, identity["format"] == "sbt", values, group)
 
 
 def _report(written: Any, sparsity: float, json: bool) -> None:
@@ -109,7 +144,10 @@ def _chosen_plan(
     options: dict[str, Any],
     tokens: Any,
     device: str | None,
+    started: Path,
+    room: Any,
 ) -> Any:
+    """The plan of a file, or one made from an analysis, whose finished part lies beside `started`."""
     from alphaprune import planning
 
     if plan is not None:

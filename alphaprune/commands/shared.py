@@ -41,6 +41,16 @@ def calibration_windows(
     return data.sample_windows(text, samples, length, seed), identity
 
 
+def room_for(memory: float | None, spill: str | None, output: str) -> Any:
+    """Where hidden states may lie: `memory` GB of them in memory, the others in a file in the folder `spill`."""
+    from alphaprune.states import Room
+
+    folder = Path(output).absolute().parent if spill is None else Path(spill)
+    if spill is None and not folder.is_dir():
+        folder = None  # it is made later
+    return Room(None if memory is None else int(memory * 1e9), folder)
+
+
 def check_values(values: str | None, group: int | None, format: str | None) -> None:  # noqa: A002
     if group is not None and values is None:
         raise ValueError(f"--group {group} belongs to --values int8")
