@@ -40,6 +40,7 @@ def _analysis_commands(sub) -> None:
     analyze.add_argument("--solver", default="auto", choices=("auto", "float64"), help="float64: exact and slower")
     analyze.add_argument("--calibration", metavar="FILE", help="text for the columns of owl, dlp and lsa")
     _calibration_options(analyze)
+    _memory_options(analyze)
     analyze.add_argument("--magnitudes", action="store_true", help="quantiles of weights, for global and lamp")
     analyze.add_argument("--farms", action="store_true", help="alpha of windows of one shape, for allocator farms")
     analyze.add_argument("--window", type=int, default=2000, help="with --farms: rows and columns of a window")
@@ -64,8 +65,11 @@ def _calibration_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--samples", type=int, default=128, help="calibration windows")
     command.add_argument("--length", type=int, help="tokens per window (default 2048, or the context if shorter)")
     command.add_argument("--seed", type=int, default=0, help="which windows of the text")
+
+
+def _memory_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--memory", type=float, metavar="GB", help="of hidden states (default: 1/4 of what is free)")
-    command.add_argument("--spill", metavar="DIR", help="for a file of the others (default: beside the output)")
+    command.add_argument("--spill", metavar="DIR", help="for a file of those beyond it (default: beside the output)")
 
 
 def _plan_options(command: argparse.ArgumentParser) -> None:
@@ -89,6 +93,7 @@ def _prune_command(sub) -> None:
     prune.add_argument("--select", choices=("row", "matrix"), help="compare weights within a row or the whole matrix")
     prune.add_argument("--calibration", metavar="FILE", help="text that the model should stay good at")
     _calibration_options(prune)
+    _memory_options(prune)
     prune.add_argument("--refit", action="store_true", help="solve for the kept weights anew, after any method")
     prune.add_argument("--channel-permute", action="store_true", help="for N:M: order channels so that more is kept")
     prune.add_argument(
@@ -180,6 +185,7 @@ def _compare_command(sub) -> None:
     compare.add_argument("--epsilon", default="auto", help="one or more spreads, such as auto,0.1")
     compare.add_argument("--pattern", default="unstructured", help="unstructured, 2:4 (any N:M), or N:8: N per layer")
     _calibration_options(compare)
+    _memory_options(compare)
     compare.add_argument("--windows", type=int, help="only the first so many of a held-out text")
     compare.add_argument("--device", default="auto", help="auto, cpu or cuda; the model is there as a whole")
     compare.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")

@@ -27,6 +27,8 @@ def run(
     samples: int,
     length: int | None,
     seed: int,
+    memory: float | None,
+    spill: str | None,
     windows: int | None,
     device: str,
     dtype: str,
