@@ -19,6 +19,7 @@ _PUBLIC = {
     "Plan": "planning",
     "prune": "pruning",
     "recover": "recovery",
+    "Tree": "trees",
     "compress": "compressions",
     "CompressionPlan": "compressions",
     "sparsify": "layer",

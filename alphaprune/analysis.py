@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import alphaprune
-from alphaprune import activity, alpha, calibrate, farms, metrics, ranks, sketches, spectrum
+from alphaprune import activity, alpha, calibrate, farms, metrics, ranks, sketches, spectrum, trees
 from alphaprune.files import atomic_write_text
 from alphaprune.journal import Journal
-from alphaprune.model import Block, Description, Source, check_finite, open_source
+from alphaprune.model import Block, Description, Source, check_finite
 from alphaprune.states import Room
 
 VERSION = 1
@@ -86,13 +86,15 @@ def analyze(
     journal: "str | Path | None" = None,
     keep_journal: bool = False,
     room: Room | None = None,
+    inputs: Any = None,
 ) -> Analysis:
-    """What allocators read, for every prunable layer of a live model, a directory or a hub id.
+    """What allocators read, for every prunable layer of a live model, a module tree, a directory or a hub id.
 
     fit: "robust", "reference", "mid" (see `alpha.fit`), or None for no spectrum.
     device: "auto" (CUDA if there is one), "cpu", "cuda"…   solver: "auto", or "float64" for exact eigenvalues.
     tokens: [samples, length] int64 text; adds the columns of activity.py. calibration: what identifies it.
     magnitudes: adds the series of sketches.py.   windows: adds the column of farms.py, from windows of such a size.
+    inputs: in place of text what a module tree is fed with, such as images (see trees.py).
     statistics: what is known already of the inputs of a block's layers, Gram matrices included, in place of tokens.
     progress: called `steps` times, with the name of a finished block. One block is in memory at a time.
     journal: the file that the result will be saved as; beside it lies what is finished, and an interrupted analysis
@@ -103,7 +105,9 @@ def analyze(
     """
     if fit is not None and fit not in alpha.METHODS:
         raise ValueError(f"fit {fit!r}: wanted one of {', '.join(alpha.METHODS)}, or None")
-    target, source = spectrum.check(solver, ranks.device(device)), open_source(source)
+    target, source = spectrum.check(solver, ranks.device(device)), trees.open_source(source)
+    trees.check(source, tokens=tokens)
+    statistics = statistics if inputs is None else trees.statistics(source, inputs, "gram")
     known, work = source.description(), _Work(fit, str(target), solver, magnitudes, windows)
     active = tokens is not None or statistics is not None
     versions = {"alphaprune": alphaprune.__version__, "torch": torch.__version__}

@@ -33,7 +33,9 @@ def parser() -> argparse.ArgumentParser:
 
 def _analysis_commands(sub) -> None:
     analyze = sub.add_parser("analyze", help="spectrum and alpha of every prunable layer")
-    analyze.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a hub id")
+    analyze.add_argument("model", metavar="MODEL", help="folder of a checkpoint, a hub id, or timm:NAME")
+    analyze.add_argument("--weights", metavar="FILE", help="of timm:NAME, safetensors or pt; nothing is downloaded")
+    analyze.add_argument("--blocks", metavar="PATH", help="of timm:NAME, such as blocks or stages.*.blocks")
     analyze.add_argument("-o", "--output", metavar="FILE", default="analysis.json")
     analyze.add_argument("--fit", choices=("robust", "reference", "mid"), default="robust")
     analyze.add_argument("--device", default="auto", help="auto, cpu or cuda")

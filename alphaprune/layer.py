@@ -10,7 +10,7 @@ from alphaprune import formats
 from alphaprune.formats import PACKED_SUFFIXES, Packed, quantize
 from alphaprune.kernels import base
 from alphaprune.kernels import spmm as op
-from alphaprune.model import open_source
+from alphaprune.trees import Matrix, open_source
 
 NOISE = 1.05  # a table's medians wander by so much: a layer that is within it stays packed, which is smaller
 
@@ -244,16 +244,21 @@ def sparsify(
     by it, too. What each layer lost stands in its `quantization_error`.
     tokens: rows of x to be fast at. Where this machine has a time table, layers that are faster dense stay so, with
     their zeros; None packs all that get smaller.
+    Convolutions stay dense, with their zeros: nothing here runs them sparse.
     Raises ValueError if a mask names no linear layer or has another shape, or int8 is asked of NaN or infinity.
     """
     quantize.check(values, group)
     check_tokens(tokens)
     if masks is None:
         layers = {name: layer for block in open_source(model).blocks() for name, layer in block.linears.items()}
+        layers = {name: layer for name, layer in layers.items() if not isinstance(layer, Matrix)}
     else:
         modules = dict(model.named_modules())
         layers = {name: modules.get(name) for name in masks}
     for name, layer in layers.items():
+        if isinstance(layer, nn.Conv2d) and masks[name].shape == layer.weight.flatten(1).shape:
+            layer.weight.data = layer.weight.data.masked_fill(~masks[name].view_as(layer.weight), 0)
+            continue
         if not isinstance(layer, nn.Linear):
             raise ValueError(f"{name}: the mask names a layer that is no nn.Linear of this model")
         mask = masks[name] if masks is not None else None

@@ -100,6 +100,12 @@ class Source(ABC):
     def _decoder(self) -> nn.ModuleList:
         return self.skeleton.get_submodule(self.prefix)
 
+    def _layers(self) -> Iterator[tuple[int, str, nn.Module]]:
+        """Every prunable layer, perhaps without its weight, after the number of its block and its name; in order."""
+        for index, (child, module) in enumerate(self._decoder().named_children()):
+            for name, layer in linears_of(f"{self.prefix}.{child}", module, self.family).items():
+                yield index, name, layer
+
     def description(self) -> Description:
         """Names, shapes and fingerprint of the prunable weights; reads three rows of each and no more.
 
@@ -113,15 +119,14 @@ class Source(ABC):
             )
         shapes, block_of, digest = {}, {}, hashlib.sha256()
         dtypes: dict[str, int] = {}
-        for index, (child, module) in enumerate(self._decoder().named_children()):
-            for name, layer in linears_of(f"{self.prefix}.{child}", module, self.family).items():
-                n, k = layer.weight.shape
-                shapes[name], block_of[name] = (n, k), index
-                sample = self._row_sample(f"{name}.weight", sorted({0, n // 2, n - 1})[:SAMPLED_ROWS])
-                digest.update(f"{name} {n} {k}\n".encode())
-                digest.update(sample.to("cpu", torch.float32).contiguous().numpy().tobytes())
-                dtype = self._dtype(f"{name}.weight")
-                dtypes[dtype] = dtypes.get(dtype, 0) + n * k
+        for index, name, layer in self._layers():
+            n, k = layer.weight.flatten(1).shape
+            shapes[name], block_of[name] = (n, k), index
+            sample = self._row_sample(f"{name}.weight", sorted({0, n // 2, n - 1})[:SAMPLED_ROWS])
+            digest.update(f"{name} {n} {k}\n".encode())
+            digest.update(sample.to("cpu", torch.float32).contiguous().numpy().tobytes())
+            dtype = self._dtype(f"{name}.weight")
+            dtypes[dtype] = dtypes.get(dtype, 0) + n * k
         if not shapes:
             raise ValueError(f"{self.name}: no prunable linear layer (dense, with a weight matrix) in any block")
         return Description(self.name, digest.hexdigest(), max(dtypes, key=dtypes.__getitem__), shapes, block_of)

@@ -6,14 +6,14 @@ writes and remembers it, and hands blocks that were finished by an earlier run b
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from alphaprune import calibrate, permute, pruners, ranks
+from alphaprune import calibrate, permute, pruners, ranks, trees
 from alphaprune.calibrate import Activations, InputStat, Need
-from alphaprune.model import Block, Source, check_finite, open_source
+from alphaprune.model import Block, Source, check_finite
 from alphaprune.planning import Plan
 from alphaprune.pruners import Cut, Pruner, Selection
 from alphaprune.refit import refit
@@ -74,17 +74,22 @@ def prune(
     tokens: Tensor | None = None,
     selection: Selection | None = None,
     progress: Callable[[str], None] | None = None,
+    inputs: Any = None,
     **options: object,
 ) -> dict[str, Tensor]:
     """Prunes a live model in place as `plan` says and returns the masks, {layer: [N, K] bool, True = keep}.
 
-    tokens: [samples, length] int64 calibration text, for methods that need it.
+    model: of transformers, or any tree of modules (trees.py); the mask of a convolution is that of its matrix.
+    tokens: [samples, length] int64 calibration text, for methods that need it.   inputs: for a tree the same: a tensor
+    [samples, …], or batches.
     selection: "row" or "matrix"; by default what the method was published with.   options: those of `Recipe`.
     """
-    recipe = Recipe(method, selection, **options)
+    recipe, source = Recipe(method, selection, **options), trees.open_source(model)
+    recipe.check()
+    statistics = None if inputs is None else trees.statistics(source, inputs, recipe.need, recipe.prefix)
     return {
         name: mask
-        for pruned in prune_blocks(model, plan, recipe, tokens, progress=progress)
+        for pruned in prune_blocks(source, plan, recipe, tokens, progress=progress, statistics=statistics)
         for name, mask in pruned.masks.items()
     }
 
@@ -108,14 +113,17 @@ def prune_blocks(
     room: where hidden states may lie between blocks, see states.py.
     Raises ValueError before any work if the plan is for another model or the method lacks its calibration text.
     """
-    source, pruner = open_source(source), recipe.check()
+    source, pruner = trees.open_source(source), recipe.check()
+    trees.check(source, tokens=tokens, device=recipe.device, channel_permute=recipe.channel_permute)
     plan.check(source.description())
     if recipe.channel_permute:
         permute.check(source.config, source.name, plan.layers)
     if recipe.need != "nothing" and tokens is None and statistics is None:
         what = f"method {recipe.method}" if pruner.needs_calibration else "a refit"
         other = ", or choose --method magnitude" if pruner.needs_calibration and not recipe.refit else ""
-        raise ValueError(f"{what} needs calibration text: give --calibration FILE (tokens=…){other}")
+        text = "calibration text: give --calibration FILE (tokens=…)"
+        text = "inputs to calibrate with (inputs=…)" if isinstance(source, trees.Tree) else text
+        raise ValueError(f"{what} needs {text}{other}")
     run = _Run(source, plan, recipe, pruner, tokens if statistics is None else None, statistics, room)
     return run.blocks(restore, progress, finish)
 

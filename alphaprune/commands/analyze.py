@@ -41,6 +41,8 @@ def _analyze(
     farms: bool,
     window: int,
     windows: int,
+    weights: str | None,
+    blocks: str | None,
 ) -> Any:
     """The analysis, which the first process has written to its file."""
     from alphaprune import analysis, ranks
@@ -48,7 +50,7 @@ def _analyze(
 
     check_file(output)
     sampled = Windows(window, windows) if farms else None
-    source = models.open_source(model)
+    source = _open(model, weights, blocks, calibration)
     ranks.agree({"model": source.description().fingerprint})
     tokens, identity = None, None
     if calibration is not None:
@@ -67,6 +69,20 @@ def _analyze(
     ranks.share(None)  # when it is there
     journal.delete(Path(output))
     return found
+
+
+def _open(model: str, weights: str | None, blocks: str | None, calibration: str | None) -> models.Source:
+    if not model.startswith("timm:"):
+        if weights or blocks:
+            raise ValueError(f"--{'weights' if weights else 'blocks'} belongs to a model timm:NAME")
+        return models.open_source(model)
+    if calibration is not None:
+        raise ValueError(
+            f"{model}: reads images, not text: leave out --calibration, or give images in Python (inputs=…)"
+        )
+    from alphaprune.timm_models import open_timm
+
+    return open_timm(model, weights, blocks)
 
 
 def _alpha_cells(columns: dict[str, float]) -> list[str]:
