@@ -4,7 +4,8 @@ python bench/cubins.py                       every kernel of csrc/cuda, for sm_8
 python bench/cubins.py FILE.cu --kernel mma  another source
 
 Needs nvcc and nvdisasm, no GPU. Counts are of the main loop and static; weights come from the code: 256 per
-HMMA.16816 and tile of eight tokens, 512 per HMMA.SP.16832, one non-zero per FFMA, lane and token in an SpMV. A product
+HMMA.16816 and tile of eight tokens, so many for each warp per HGMMA, 512 per HMMA.SP.16832, one non-zero per FFMA, lane
+and token in an SpMV. A product
 whose operand a is no weight, being constant or made from what operand b is made from, does not count.
 """
 
@@ -39,6 +40,7 @@ PRODUCTS = {
     "HMMA.16816": (256, 4, 2),
     "HMMA.1688": (128, 2, 1),
 }
+HGMMA = re.compile(r"HGMMA\.64x(\d+)x16\.")  # of a warpgroup; operand a in registers, b behind a descriptor
 STORES = {"STG": 4, "STG.64": 8, "STG.128": 16, "STG.U16": 2, "STG.U8": 1}
 
 
@@ -66,6 +68,7 @@ SYSTEM_SHARED = 1024
 # largest among very many, 4.5 standard deviations above the mean.
 SHARED = {
     "sbt_mma": ("cuda/sbt_mma.cuh", "mma_shared_bytes({1}, {0}, kMostWarps, half(kChunk))"),
+    "sbt_wgmma": ("cuda/sbt_wgmma.cuh", "wide_shared_bytes({0}, 2, half(1))"),
     "sbt_expand": ("cuda/sbt_expand.cuh", "expand_shared_bytes(half(kChunk))"),
     "nm_mma_sp": ("cuda/nm_mma_sp.cuh", "nm_shared_bytes({0})"),
     "delta_spmv": ("cuda/delta_spmv.cuh", "delta_shared_bytes({0}, 4096)"),
@@ -121,6 +124,8 @@ def arguments_of(kernel: str) -> list[str]:
 def count_of(kernel: str) -> int:
     """Tiles of eight tokens, or tokens of an SpMV: the first number of the template; 1 for other kernels."""
     numbers = [int(a.rstrip("u")) for a in arguments_of(kernel) if re.fullmatch(r"\d+u?", a)]
+    if numbers and kernel.startswith("sbt_wgmma<"):
+        return numbers[0] // 8
     return numbers[0] if numbers and kernel.startswith(TEMPLATES) else 1
 
 
@@ -129,6 +134,8 @@ def dtype_of(kernel: str) -> str | None:
 
 
 def product(instruction: Instruction) -> tuple[int, int, int] | None:
+    if wide := HGMMA.match(instruction.opcode):
+        return 256 * int(wide[1]) // 8, 4, 1
     return next((found for prefix, found in PRODUCTS.items() if instruction.opcode.startswith(prefix + ".")), None)
 
 
@@ -226,6 +233,8 @@ def rows(source: Path, arch: str, pattern: str = "", options: tuple[str, ...] = 
         kernels = [(kernel, symbol) for kernel, symbol in kernels if re.search(pattern, kernel)]
         dynamic = dynamic_shared([kernel for kernel, _ in kernels], folder) if ours(source) else {}
     for kernel, symbol in kernels:
+        if kernel.startswith("sbt_wgmma<") and arch != "sm_90a":
+            continue  # empty there, and never started
         use, block = used[symbol], threads(parts.get(f".nv.info.{symbol}", b""))
         shared = use.shared + dynamic.get(kernel, 0)
         yield {

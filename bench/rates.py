@@ -204,6 +204,8 @@ def _written(text: str) -> frozenset[str]:
     opcode, operands = instruction.opcode, instruction.operands
     if pipe(opcode) == "control" or not operands:
         return frozenset()
+    if wide := re.match(r"HGMMA\.64x(\d+)x", opcode):
+        return frozenset(registers(operands[0], int(wide[1]) // 2))
     size = 4 if re.search(r"128|MMA|M88\.4", opcode) else 2 if re.search("64|WIDE|^CS2R$|M88.2", opcode) else 1
     first = operands[: 2 if any(re.fullmatch(r"U?P\w", o) for o in operands[:2]) else 1]
     return frozenset(register for operand in first for register in registers(operand, size))

@@ -75,7 +75,7 @@ int main(int count, char** arguments) {
   cuda::tracing() = true;
   if (run(Packed(rows, cols, density, seed), tokens) != 1) return 1;
   std::printf("rows %lld\n", static_cast<long long>(rows));
-  for (const auto& warp : emulator::machine().warps) {
+  for (const auto& warp : emulator::machine().blocks[0].warps) {
     for (const auto& access : warp.accesses) {
       std::printf("%s,%u", access.kind, access.bytes);
       for (const int64_t address : access.address) {

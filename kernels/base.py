@@ -14,7 +14,7 @@ from alphaprune.kernels import table
 
 MEMBERS = (  # in order of preference, on each device
     *("amx", "avx512bf16", "avx512", "avx512vnni", "avx512bw", "avx2", "neon", "scalar", "expand"),
-    *("nm_mma_sp", "delta_spmv", "sbt_mma", "sbt_expand", "triton_ell", "triton", "triton_expand"),
+    *("nm_mma_sp", "delta_spmv", "sbt_wgmma", "sbt_mma", "sbt_expand", "triton_ell", "triton", "triton_expand"),
     "reference",
 )
 FILES = ("cpu", "cuda", "expansion", "portable", "reference")  # each exports KERNELS
@@ -33,6 +33,7 @@ class Kernel:
     supports(shape, tokens, weight_dtype, x_dtype) -> None, or the sentence that says why it does not take this problem.
     bind(packed) -> Bound, for a packed weight that was validated; it keeps the tensors alive.
     most_tokens: without a time table, the automatic choice takes it up to so many; where None, for any number.
+    least_tokens: without a time table, the automatic choice takes it from so many on.
     most_density: without a time table, the automatic choice takes it for weights of which so much is kept at most.
     Both are the built-in default: predicted, not measured on the machine at hand. What `supports` says of
     tokens changes at most_tokens or at a number that time tables measure, if at all.
@@ -47,6 +48,7 @@ class Kernel:
     most_tokens: int | None = None
     most_density: float = 1.0
     fits: Callable[[Packed], str | None] | None = None
+    least_tokens: int = 1
 
 
 def kernels() -> dict[str, Kernel]:
@@ -93,6 +95,8 @@ def choose(
     for kernel in usable.values():
         if kernel.most_tokens is not None and tokens > kernel.most_tokens:
             passed.append(f"{kernel.name}: past {kernel.most_tokens} tokens another is faster")
+        elif tokens < kernel.least_tokens:
+            passed.append(f"{kernel.name}: below {kernel.least_tokens} tokens another is faster")
         elif kernel.most_density < 1 and (density is None or density > kernel.most_density):
             passed.append(f"{kernel.name}: another is thought to be faster above a density of {kernel.most_density}")
         else:
@@ -109,7 +113,9 @@ def limits(
     fits: Callable[[Kernel], str | None] | None = None,
 ) -> tuple[int, ...]:
     """The numbers of tokens past which `choose` may take another kernel, rising; between them it takes the same."""
-    preferred = sorted({k.most_tokens for k in kernels().values() if k.most_tokens is not None})
+    known = kernels().values()
+    most = {k.most_tokens for k in known if k.most_tokens is not None}
+    preferred = sorted(most | {k.least_tokens - 1 for k in known if k.least_tokens > 1})
     found = _table(device, density)
     if found is None:
         return tuple(preferred)

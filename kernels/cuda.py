@@ -2,11 +2,13 @@
 
 import functools
 import weakref
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from alphaprune.formats import Packed, native
 from alphaprune.kernels import delta_layout, nm_layout
@@ -14,6 +16,7 @@ from alphaprune.kernels.base import Bound, Kernel
 
 OLDEST = 80  # compute capability, major * 10 + minor: cp.async and mma.m16n8k16 in bfloat16
 HALVES = (torch.float16, torch.bfloat16)
+HOPPER = 90  # the one capability that has wgmma and TMA as sbt_wgmma uses them: H100, H200
 MOST_DELTA_TOKENS = 4  # csrc/cuda/launch.h
 WARPS_PER_SM = 16  # that the columns of a row tile are shared between for; a prediction, not measured
 
@@ -52,6 +55,19 @@ def missing() -> str | None:
     if max(capabilities) < OLDEST:
         return f"the newest device has compute capability {max(capabilities) / 10}, the kernels need {OLDEST / 10}"
     return None
+
+
+@functools.cache
+def missing_wide() -> str | None:
+    """As `missing`, for sbt_wgmma, which runs where every visible device has wgmma."""
+    if reason := missing():
+        return reason
+    found = [load().device(index)[0] for index in range(load().devices()[0])]
+    others = [f"cuda:{i} has {one / 10}" for i, one in enumerate(found) if one != HOPPER]
+    if not others:
+        return None
+    hint = "; CUDA_VISIBLE_DEVICES can hide it" if len(others) < len(found) else ""
+    return f"it needs compute capability 9.0 (H100, H200) on every visible device, and {', '.join(others)}{hint}"
 
 
 @functools.cache
@@ -114,14 +130,23 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def _bound(made: Any, packed: Packed, *alive: Any) -> Bound:
-    """The product with a native weight: nothing is allocated but y, nothing waits. alive: what it reads."""
+def _on_16_bytes(x: Tensor) -> Tensor:
+    """Contiguous x [..., K] with rows that all start on 16 bytes, in a copy with zeros behind each where need be."""
+    return functional.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else _aligned(x)
+
+
+def _bound(made: Any, packed: Packed, *alive: Any, rows: Callable[[Tensor], Tensor] | None = None) -> Bound:
+    """The product with a native weight: nothing is allocated but y and what `rows` makes of x, nothing waits.
+
+    alive: what it reads.
+    """
     multiply, (n, k), device = made.multiply, packed.shape, packed.device
 
     def run(x: Tensor, bias: Tensor | None, alive: tuple = alive) -> Tensor:
         y = x.new_empty(*x.shape[:-1], n)
+        given = x if rows is None else rows(x)
         address, code = (0, 0) if bias is None else (bias.data_ptr(), native.DTYPES[bias.dtype])
-        multiply(x.data_ptr(), x.numel() // k, address, code, 0, y.data_ptr(), stream(device))
+        multiply(given.data_ptr(), x.numel() // k, address, code, 0, y.data_ptr(), stream(device))
         return y
 
     return run
@@ -131,6 +156,16 @@ def bind(packed: Packed) -> Bound:
     """sbt_mma with one packed weight."""
     made, aligned = handle(packed)
     return _bound(made, packed, aligned)
+
+
+def bind_wide(packed: Packed) -> Bound:
+    """sbt_wgmma with one packed weight."""
+    index = packed.device.index or 0
+    _device(index)
+    aligned = packed.map(_aligned)
+    addresses = aligned.weight.data_ptr(), aligned.mask.data_ptr(), aligned.offsets.data_ptr()
+    made = load().WideWeight(*addresses, *packed.shape, native.DTYPES[packed.dtype], stage_units(packed, 1), index)
+    return _bound(made, packed, aligned, rows=_on_16_bytes)
 
 
 def bind_delta(packed: Packed) -> Bound:
@@ -184,5 +219,6 @@ def supports_delta(shape: tuple[int, int], tokens: int, weight: torch.dtype, x: 
 KERNELS = (
     Kernel("nm_mma_sp", "cuda", missing, supports, bind_nm, most_tokens=64, fits=crowded),
     Kernel("delta_spmv", "cuda", missing, supports_delta, bind_delta, most_tokens=2, most_density=0.3),
+    Kernel("sbt_wgmma", "cuda", missing_wide, supports, bind_wide, most_tokens=256, least_tokens=17),
     Kernel("sbt_mma", "cuda", missing, supports, bind, most_tokens=64),
 )

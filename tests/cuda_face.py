@@ -24,8 +24,8 @@ _regions: list[mmap.mmap] = []  # never unmapped while tests run
 
 def build(name: str, folder: Path, changes: dict[str, str] | None = None, optimize: str = "-O1") -> ctypes.CDLL:
     """tests/native/NAME_face.cpp as a library; changes: text of csrc/cuda/*.cuh that is replaced before compiling."""
-    source = folder / "csrc"
-    shutil.copytree(ROOT / "csrc", source, dirs_exist_ok=True, ignore=shutil.ignore_patterns("cpu", "sbt_*"))
+    source, others = folder / "csrc", ("cpu", "sbt_mma*", "sbt_expand*", *(["sbt_wgmma*"] if name != "wgmma" else []))
+    shutil.copytree(ROOT / "csrc", source, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*others))
     for old, new in (changes or {}).items():
         files = [file for file in (source / "cuda").glob("*.cuh") if old in file.read_text()]
         assert len(files) == 1 and files[0].read_text().count(old) == 1, f"{old!r} is not once in csrc/cuda"
@@ -100,6 +100,12 @@ def run(function, weight: list[Tensor], counts: list[int], x: Tensor, rows: int,
 
 def fails(test: Callable[[], None]) -> bool:
     """Whether `test`, in a process of its own, fails: by an assertion or at a guard page. It must end in 5 minutes."""
+    return complaint(test) is not None
+
+
+def complaint(test: Callable[[], None]) -> str | None:
+    """As `fails`: what the failure says, `signal 11` at a guard page; None without one."""
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         faulthandler.disable()
@@ -109,8 +115,15 @@ def fails(test: Callable[[], None]) -> bool:
         try:
             test()
             code = 0
+        except BaseException as error:
+            os.write(writer, f"{type(error).__name__}: {error}".encode()[:4000])
         finally:
             os._exit(code)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as said:
+        text = said.read().decode()
     status = os.waitpid(child, 0)[1]
-    assert not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGALRM, "the test did not end"
-    return status != 0
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) != signal.SIGALRM, "the test did not end"
+        return f"signal {os.WTERMSIG(status)}"
+    return text if status else None

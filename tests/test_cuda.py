@@ -118,6 +118,8 @@ def test_kernels_with_layouts_of_their_own(emulator: ModuleType, poisoned: None,
         bias = (None, torch.randn(n).to(dtype), torch.randn(n))[(tokens + n) % 3]
         dense, packed, x = problem(n, k, tokens, density, dtype, dtype)
         assert_product(cuda.bind_delta(packed)(guarded(x), bias), x, dense, bias)
+        if tokens in (9, 70):
+            assert_product(cuda.bind_wide(packed.map(guarded))(guarded(x), bias), x, dense, bias)
         pruned = dense * of_four(dense, 2)
         assert_product(cuda.bind_nm(expansion.sbt.pack(pruned))(guarded(x), bias), x, pruned, bias)
 
@@ -159,6 +161,7 @@ def test_inputs_that_are_not_aligned(emulator: ModuleType) -> None:
     assert shifted.data_ptr() % 4
     moved = packed.map(lambda t: torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t))
     assert_product(cuda.bind(moved)(shifted, None), x, dense)
+    assert_product(cuda.bind_wide(moved)(shifted, None), x, dense)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -341,10 +344,13 @@ def product(kernel: str, device: torch.device, found, bias: Tensor | None) -> No
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["sbt_mma", "sbt_expand", "delta_spmv", "nm_mma_sp"])
+@pytest.mark.parametrize("kernel", ["sbt_mma", "sbt_wgmma", "sbt_expand", "delta_spmv", "nm_mma_sp"])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_products_on_a_gpu(gpu: torch.device, kernel: str, dtype: torch.dtype) -> None:
-    for (n, k, density), tokens in itertools.product([*SHAPES, (1000, 4096, 0.5), (4100, 1030, 0.2)], BUCKETS):
+    if kernel == "sbt_wgmma" and (reason := cuda.missing_wide()):
+        pytest.skip(reason)
+    shapes = [*SHAPES, (1000, 4096, 0.5), (4100, 1030, 0.2)]
+    for (n, k, density), tokens in itertools.product(shapes, (*BUCKETS, 128, 200, 256, 300)):
         if kernel == "delta_spmv" and tokens > cuda.MOST_DELTA_TOKENS:
             continue
         bias = (None, torch.randn(n).to(dtype), torch.randn(n))[(tokens + n) % 3]

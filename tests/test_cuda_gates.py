@@ -28,6 +28,12 @@ GATES = {
 }
 
 
+# Of the tensor cores' time for so many tokens, what the instructions of a product may take: 4 of them are issued per
+# clock and multiprocessor, which multiplies and adds 2048 numbers of 16 bits in it (H100's dense rate).
+DECODING = {256: 0.4, 128: 0.8}
+ISSUED, FMAS = 4, 2048
+
+
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """Rows of all kernels of the package."""
@@ -69,6 +75,16 @@ def test_main_loops_keep_their_committed_counts(kernels: list[dict], committed: 
     (row,) = [row for row in kernels if (row["kernel"], row["arch"]) == (committed["kernel"], committed["arch"])]
     for column in ("instr", "alu", "lsu", "registers"):
         assert row[column] <= committed[column], f"{column} of {cubins.line(row)}; python bench/cubins.py --json"
+
+
+@pytest.mark.parametrize("tokens", DECODING)
+def test_decoding_leaves_the_tensor_cores_their_time(kernels: list[dict], tokens: int) -> None:
+    wide = [row for row in kernels if row["kernel"].startswith("sbt_wgmma<") and row["m"] == tokens]
+    assert {(row["arch"], row["dtype"]) for row in wide} == {("sm_90a", "bfloat16"), ("sm_90a", "float16")}
+    for row in wide:
+        share = row["instr"] / ISSUED / (cubins.UNIT * tokens / FMAS)
+        assert share <= DECODING[tokens], f"{share:.3f}: {cubins.line(row)}"
+        assert row["hmma"] == 4 and row["weights"] == 2048, "an instruction for each 256 weights of a warp"
 
 
 @pytest.mark.parametrize("arch", ["sm_86", "sm_89"])

@@ -91,7 +91,7 @@ int main() {
     emulator::load_shared<uint16_t>(8u * lane, lane < 16);
   };
   if (!emulator::launch({1, 1, 1}, 32, 512, body, emulator::Order::forwards, true).empty()) return 1;
-  for (const auto& access : emulator::machine().warps[0].accesses) {
+  for (const auto& access : emulator::machine().blocks[0].warps[0].accesses) {
     std::printf("%s,%u", access.kind, access.bytes);
     for (const int64_t at : access.address) at < 0 ? std::printf(",-") : std::printf(",%d", static_cast<int>(at));
     std::printf("\\n");

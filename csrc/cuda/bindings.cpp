@@ -124,6 +124,42 @@ class Weight {
   Device device_;
 };
 
+// A validated SBT weight on a device of compute capability 9.0, for many tokens.
+class WideWeight {
+ public:
+  WideWeight(Address values, Address mask, Address offsets, int64_t rows, int64_t cols, int32_t dtype,
+             uint32_t tile_units, int device)
+      : view_{at<const void>(values), at<const uint32_t>(mask), at<const uint32_t>(offsets), rows, cols,
+              half_of(dtype)},
+        tile_units_(tile_units),
+        index_(device),
+        device_(described(device)) {
+    if (rows < 1 || cols < 1) throw std::invalid_argument("a packed weight has at least one row and one column");
+    if (values % 16 || mask % 16 || offsets % 4)
+      throw std::invalid_argument("sbt_wgmma's values and mask start on 16 bytes, offsets on 4");
+    if (device_.capability != 90)
+      throw std::invalid_argument("sbt_wgmma runs on compute capability 9.0, the device has " +
+                                  std::to_string(device_.capability / 10) + "." +
+                                  std::to_string(device_.capability % 10));
+  }
+
+  // Rows of x are padded to a multiple of 8 elements, and start on 16 bytes.
+  void multiply(Address x, int64_t tokens, Address bias, int32_t bias_dtype, Address residual, Address y,
+                Address stream) const {
+    const int64_t stride = ceil_div(view_.cols, 8) * 8;
+    if (x % 16) throw std::invalid_argument("sbt_wgmma's x starts on 16 bytes");
+    launch(call_of(view_.dtype, x, tokens, bias, bias_dtype, residual, y, stream), index_, kMostWideTokens, stride,
+           view_.rows,
+           [&](const Call& part) { check(sbt_wgmma(view_, tile_units_, 0, device_, part, stride), "sbt_wgmma"); });
+  }
+
+ private:
+  sbt::View view_;
+  uint32_t tile_units_;
+  int index_;
+  Device device_;
+};
+
 // Nibble-delta rows on a device, for few tokens.
 class DeltaWeight {
  public:
@@ -208,6 +244,9 @@ PYBIND11_MODULE(ALPHAPRUNE_MODULE, m) {
       .def(py::init<Address, Address, Address, int64_t, int64_t, int32_t, uint32_t, int, int>())
       .def("multiply", &Weight::multiply)
       .def("expand", &Weight::expand);
+  py::class_<WideWeight>(m, "WideWeight")
+      .def(py::init<Address, Address, Address, int64_t, int64_t, int32_t, uint32_t, int>())
+      .def("multiply", &WideWeight::multiply);
   py::class_<DeltaWeight>(m, "DeltaWeight")
       .def(py::init<Address, Address, Address, Address, Address, Address, int64_t, int64_t, int64_t, int64_t, int32_t,
                     int>())

@@ -49,11 +49,18 @@ int chunk_tiles();
 constexpr int64_t kMostTokens = 64;  // of one call of sbt_mma and nm_mma_sp
 // warps: at most so many, 1 to 8, share the columns of a row tile; fewer where their memory does not fit the device.
 Status sbt_mma(const sbt::View& weight, uint32_t stage_units, int warps, const Device& device, const Call& call);
+// For sm_90a, of up to kMostWideTokens. tile_units: of the largest macro tile. splits: blocks that share the columns of
+// 128 rows, 1, 2, 4 or 8; 0 for as many as fill the device. x has rows of x_stride elements, a multiple of 8, zeros
+// past the weight's columns, and starts on 16 bytes; the mask does, too.
+constexpr int64_t kMostWideTokens = 256;
+Status sbt_wgmma(const sbt::View& weight, uint32_t tile_units, int splits, const Device& device, const Call& call,
+                 int64_t x_stride);
 // Rows [16 * begin, min(16 * end, rows)) dense from `out` on; 16-bit values only.
 Status sbt_expand(const sbt::View& weight, uint32_t stage_units, int64_t begin, int64_t end, void* out, void* stream);
 
 // For `prepare`: the kernels of each file.
 Status allow_sbt_mma(int shared_bytes);
+Status allow_sbt_wgmma(int shared_bytes);
 Status allow_sbt_expand(int shared_bytes);
 
 // ---- nibble-delta rows, made from SBT at load (kernels/delta_layout.py) ----

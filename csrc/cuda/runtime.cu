@@ -50,7 +50,7 @@ Status set_device(int, int* before) {
   return 0;
 }
 Status query(int, Device* out) {
-  *out = {80, 108, 166912};  // an A100
+  *out = {90, 132, 232448};  // an H100
   return 0;
 }
 void emulate_in_order(int order_of_threads) { order() = static_cast<emulator::Order>(order_of_threads); }
@@ -63,6 +63,7 @@ Status prepare(int device) {
   if (const Status status = query(device, &found)) return status;
   if (const Status status = set_device(device, &before)) return status;
   Status status = allow_sbt_mma(found.shared_bytes);
+  if (!status && found.capability == 90) status = allow_sbt_wgmma(found.shared_bytes);
   if (!status) status = allow_sbt_expand(found.shared_bytes);
   if (!status) status = allow_delta_spmv(found.shared_bytes);
   if (!status) status = allow_nm_mma_sp(found.shared_bytes);

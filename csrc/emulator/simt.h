@@ -1,4 +1,5 @@
-// Runs a CUDA kernel's own source on a CPU: one fiber for every thread of a block, blocks one after another.
+// Runs a CUDA kernel's own source on a CPU: one fiber for every thread of a block, blocks one after another, those of a
+// cluster at once.
 //
 // What it checks beside the result: bounds and alignment of every access to shared memory, reads of shared memory that
 // nobody wrote, races (two accesses of one byte by two threads, one of them a write, with no barrier between them that
@@ -35,6 +36,9 @@ struct Shadow {
   int16_t copier = kNobody;  // thread whose asynchronous copy is under way
   uint16_t writer_warp = 0, reader_warp = 0;
   uint32_t written_block = 0, written_warp = 0, read_block = 0, read_warp = 0;
+  uint32_t written_cluster = 0, read_cluster = 0;  // read_cluster: 1 + the epoch of the last read of another block
+  int16_t barrier = -1;                            // that the copy which wrote it completed on
+  uint32_t phase = 0;                              // of that barrier, after the copy
   bool valid = false;
 };
 
@@ -42,6 +46,38 @@ struct Copy {
   uint32_t to;
   const void* from;
   uint32_t bytes;
+};
+
+// A copy that completes on a barrier in shared memory (sm90.h).
+struct Transfer {
+  uint32_t to, bytes;
+  std::function<void()> perform;
+};
+struct Mbarrier {
+  uint32_t at;
+  int arrivals, pending;
+  int16_t maker;
+  uint32_t made;       // the block's epoch
+  bool known = false;  // to copies
+  int64_t bytes = 0;   // that the phase waits for
+  uint32_t phase = 0;
+  std::vector<Transfer> transfers;
+  std::vector<uint32_t> arriving, released;  // clocks of the warps that arrived in this phase, and in those before
+};
+
+// A product of a warpgroup that is under way (sm90.h).
+struct Product {
+  float* c;
+  const uint32_t* operand;
+  uint32_t quad[4][4];  // operand a of the four lanes that have this one's rows, as it was
+  uint64_t b;
+  int tokens;
+  float (*widen)(uint32_t);
+};
+struct Sums {
+  float* c;
+  std::vector<float> values;
+  int products = 0;  // under way
 };
 
 struct Fiber {
@@ -52,6 +88,11 @@ struct Fiber {
   std::vector<Copy> open;                 // not committed
   uint64_t collectives = 0;
   uint64_t accesses = 0;
+  std::vector<uint32_t> waited;                // phases of each barrier that this thread has seen complete
+  std::vector<std::vector<Product>> products;  // committed, oldest first
+  std::vector<Product> begun;                  // not committed
+  std::vector<Sums> sums;
+  bool fenced = false;
 };
 
 // One access to shared memory by a warp, for the simulation of bank conflicts.
@@ -70,15 +111,26 @@ struct Warp {
   std::vector<Access> accesses;
 };
 
-struct Machine {
-  Size grid, block_index;
-  int threads = 0;
-  std::vector<Fiber> fibers;
+struct Block {
+  Size index;
   std::vector<Warp> warps;
   std::vector<uint8_t> memory;
   std::vector<Shadow> shadow;
   uint32_t epoch = 0;
   int arrived = 0, finished = 0;
+  std::vector<Mbarrier> mbarriers;
+  // Where there are some: what each warp knows of the others' clocks, which go on when one arrives; and by 16 bytes of
+  // shared memory the clocks of the last reads, to tell what a copy overwrites too early.
+  std::vector<std::vector<uint32_t>> clocks, read_at;
+};
+
+struct Machine {
+  Size grid;
+  int threads = 0;  // of a block
+  std::vector<Fiber> fibers;
+  std::vector<Block> blocks;  // of the cluster that runs
+  uint32_t cluster_epoch = 0;
+  int cluster_arrived = 0;
   uint64_t progress = 0;
   int current = 0;
   ucontext_t scheduler;
@@ -92,9 +144,11 @@ inline Machine& machine() {
   return one;
 }
 
-inline int thread_index() { return machine().current; }
+inline int thread_index() { return machine().current % machine().threads; }
+inline int warp_index() { return thread_index() / kWarp; }
+inline Block& block() { return machine().blocks[machine().current / machine().threads]; }
 inline Fiber& fiber() { return machine().fibers[machine().current]; }
-inline Warp& warp() { return machine().warps[machine().current / kWarp]; }
+inline Warp& warp() { return block().warps[warp_index()]; }
 
 inline void yield() {
   Machine& m = machine();
@@ -106,8 +160,8 @@ inline void yield() {
 [[noreturn]] inline void fail(const std::string& what) {
   Machine& m = machine();
   if (m.failure.empty())
-    m.failure = "block " + std::to_string(m.block_index.x) + "," + std::to_string(m.block_index.y) + " thread " +
-                std::to_string(m.current) + ": " + what;
+    m.failure = "block " + std::to_string(block().index.x) + "," + std::to_string(block().index.y) + " thread " +
+                std::to_string(thread_index()) + ": " + what;
   for (;;) yield();
 }
 
@@ -116,23 +170,33 @@ inline void start() {
   m.body();
   Fiber& f = fiber();
   if (!f.open.empty() || !f.groups.empty()) fail("the thread ended while its asynchronous copies were under way");
+  if (!f.begun.empty() || !f.products.empty()) fail("the thread ended while its products were under way");
+  if (++block().finished == m.threads)
+    for (const Mbarrier& barrier : block().mbarriers)
+      if (!barrier.transfers.empty()) fail("the block ended while its copies were under way: a wait is missing");
   f.done = true;
-  ++m.finished;
   ++m.progress;
   for (;;) yield();
 }
 
 // Barriers.
+inline void pass_barrier(Block& b) {
+  ++b.epoch;
+  for (size_t w = 0; w < b.clocks.size(); ++w) ++b.clocks[w][w];
+  for (auto& known : b.clocks)
+    for (size_t w = 0; w < b.clocks.size(); ++w) known[w] = std::max(known[w], b.clocks[w][w] - 1);
+}
+
 inline void sync_block() {
-  Machine& m = machine();
-  ++m.progress;
-  const uint32_t mine = m.epoch;
-  if (m.finished) fail("a barrier of the block after a thread ended");
-  if (++m.arrived == m.threads) {
-    m.arrived = 0;
-    ++m.epoch;
+  Block& b = block();
+  ++machine().progress;
+  const uint32_t mine = b.epoch;
+  if (b.finished) fail("a barrier of the block after a thread ended");
+  if (++b.arrived == machine().threads) {
+    b.arrived = 0;
+    pass_barrier(b);
   } else {
-    while (m.epoch == mine) yield();
+    while (b.epoch == mine) yield();
   }
 }
 
@@ -145,7 +209,7 @@ inline int meet(const char* operation, const uint32_t* values, int count) {
   if (w.arrived == 0) w.operation = operation;
   if (std::strcmp(w.operation, operation) != 0)
     fail(std::string("lanes of a warp are in ") + w.operation + " and in " + operation);
-  for (int i = 0; i < count; ++i) w.slots[slot][m.current % kWarp][i] = values[i];
+  for (int i = 0; i < count; ++i) w.slots[slot][thread_index() % kWarp][i] = values[i];
   const uint64_t mine = w.generation;
   if (++w.arrived == kWarp) {
     w.arrived = 0;
@@ -165,7 +229,7 @@ inline void sync_warp() {
 
 // Shared memory.
 inline void check_range(const char* kind, uint32_t address, uint32_t bytes) {
-  const size_t size = machine().memory.size();
+  const size_t size = block().memory.size();
   if (address % bytes == 0 && address + size_t{bytes} <= size) return;
   const std::string where = std::string(kind) + " of " + std::to_string(bytes) + " bytes at " + std::to_string(address);
   if (address % bytes) fail(where + " is not aligned");
@@ -173,9 +237,8 @@ inline void check_range(const char* kind, uint32_t address, uint32_t bytes) {
 }
 
 inline bool ordered(int16_t other, uint16_t other_warp, uint32_t block_epoch, uint32_t warp_epoch) {
-  const Machine& m = machine();
-  if (other == Shadow::kNobody || other == m.current || m.epoch != block_epoch) return true;
-  return other != Shadow::kWarps && other_warp == m.current / kWarp && warp().epoch != warp_epoch;
+  if (other == Shadow::kNobody || other == thread_index() || block().epoch != block_epoch) return true;
+  return other != Shadow::kWarps && other_warp == warp_index() && warp().epoch != warp_epoch;
 }
 
 inline std::string who(int16_t thread) {
@@ -183,9 +246,11 @@ inline std::string who(int16_t thread) {
 }
 
 inline void touch(const char* kind, uint32_t address, uint32_t bytes, bool write) {
-  Machine& m = machine();
+  Block& m = block();
   check_range(kind, address, bytes);
-  const auto here = static_cast<uint16_t>(m.current / kWarp);
+  const auto here = static_cast<uint16_t>(warp_index());
+  const auto me = static_cast<int16_t>(thread_index());
+  if (!write && !m.read_at.empty()) m.read_at[address / 16][here] = m.clocks[here][here];
   for (uint32_t i = address; i < address + bytes; ++i) {
     Shadow& s = m.shadow[i];
     const auto at = [&] { return std::string(kind) + " byte " + std::to_string(i) + " of shared memory"; };
@@ -194,25 +259,31 @@ inline void touch(const char* kind, uint32_t address, uint32_t bytes, bool write
     if (!write && !s.valid) fail(at() + ", which nobody wrote");
     if (!ordered(s.writer, s.writer_warp, s.written_block, s.written_warp))
       fail(at() + " races with a write of " + who(s.writer) + ": a barrier is missing");
+    if (s.barrier >= 0 && s.written_block == m.epoch && fiber().waited[s.barrier] < s.phase)
+      fail(at() + ", whose copy this thread did not wait for: a wait is missing");
     if (write) {
+      if (s.read_cluster == machine().cluster_epoch + 1)
+        fail(at() + " races with a read of another block: a barrier of the cluster is missing");
       if (!ordered(s.reader, s.reader_warp, s.read_block, s.read_warp))
         fail(at() + " races with a read of " + who(s.reader) + ": a barrier is missing");
       s.valid = true;
-      s.writer = static_cast<int16_t>(m.current);
+      s.barrier = -1;
+      s.writer = me;
       s.writer_warp = here;
       s.written_block = m.epoch;
       s.written_warp = warp().epoch;
+      s.written_cluster = machine().cluster_epoch;
       s.reader = Shadow::kNobody;
     } else {
       const bool same_epoch = s.reader != Shadow::kNobody && s.read_block == m.epoch;
-      if (same_epoch && s.reader != m.current) {
+      if (same_epoch && s.reader != me) {
         if (s.reader == Shadow::kWarps || s.reader_warp != here) {
           s.reader = Shadow::kWarps;
         } else {
-          s.reader = s.read_warp == warp().epoch ? Shadow::kLanes : static_cast<int16_t>(m.current);
+          s.reader = s.read_warp == warp().epoch ? Shadow::kLanes : me;
         }
       } else {
-        s.reader = static_cast<int16_t>(m.current);
+        s.reader = me;
       }
       s.reader_warp = here;
       s.read_block = m.epoch;
@@ -233,16 +304,17 @@ inline void trace(const char* kind, uint32_t address, uint32_t bytes, bool on) {
   }
   w.accesses[number].kind = kind;
   w.accesses[number].bytes = bytes;
-  if (on) w.accesses[number].address[m.current % kWarp] = address;
+  if (on) w.accesses[number].address[thread_index() % kWarp] = address;
 }
 
 template <class T>
 T load_shared(uint32_t address, bool on = true) {
   T value{};
   trace("load", address, sizeof(T), on);
+  fiber().fenced = false;  // the registers of a product may be other ones now
   if (!on) return value;
   touch("load", address, sizeof(T), false);
-  std::memcpy(&value, machine().memory.data() + address, sizeof(T));
+  std::memcpy(&value, block().memory.data() + address, sizeof(T));
   return value;
 }
 
@@ -251,7 +323,7 @@ void store_shared(uint32_t address, const T& value, bool on = true) {
   trace("store", address, sizeof(T), on);
   if (!on) return;
   touch("store", address, sizeof(T), true);
-  std::memcpy(machine().memory.data() + address, &value, sizeof(T));
+  std::memcpy(block().memory.data() + address, &value, sizeof(T));
 }
 
 // Asynchronous copies: the bytes are nobody's until the thread that copies them has waited.
@@ -260,10 +332,10 @@ inline void copy_async(uint32_t to, const void* from, uint32_t bytes, bool on) {
   if (!on) return;
   if (reinterpret_cast<uintptr_t>(from) % bytes) fail("the source of an asynchronous copy is not aligned");
   touch("copy into", to, bytes, true);
-  Machine& m = machine();
+  Block& m = block();
   for (uint32_t i = 0; i < bytes; ++i) {
     m.memory[to + i] = kPoison;
-    m.shadow[to + i].copier = static_cast<int16_t>(m.current);
+    m.shadow[to + i].copier = static_cast<int16_t>(thread_index());
   }
   fiber().open.push_back({to, from, bytes});
 }
@@ -275,7 +347,7 @@ inline void copy_commit() {
 }
 
 inline void copy_wait(size_t pending) {
-  Machine& m = machine();
+  Block& m = block();
   Fiber& f = fiber();
   while (f.groups.size() > pending) {
     for (const Copy& copy : f.groups.front()) {
@@ -303,16 +375,17 @@ T load_global(const void* from) {
 // The order in which threads run between barriers: what is right does not depend on it.
 enum class Order { forwards, backwards, warps_apart };
 
-inline void run_block(Order order) {
+// The blocks of a cluster.
+inline void run_blocks(Order order) {
   Machine& m = machine();
-  std::vector<int> turns(m.threads);
-  for (int t = 0; t < m.threads; ++t) {
-    turns[t] = order == Order::backwards ? m.threads - 1 - t : t;
+  const int threads = m.threads * static_cast<int>(m.blocks.size());
+  std::vector<int> turns(threads);
+  for (int t = 0; t < threads; ++t) {
+    turns[t] = order == Order::backwards ? threads - 1 - t : t;
     Fiber& f = m.fibers[t];
-    f.done = false;
-    f.groups.clear();
-    f.open.clear();
-    f.collectives = f.accesses = 0;
+    std::unique_ptr<char[]> stack = std::move(f.stack);
+    f = Fiber{};
+    f.stack = std::move(stack);
     if (!f.stack) f.stack.reset(new char[kStackBytes]);
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get();
@@ -320,12 +393,15 @@ inline void run_block(Order order) {
     f.context.uc_link = nullptr;
     makecontext(&f.context, start, 0);
   }
-  while (m.finished < m.threads && m.failure.empty()) {
+  const auto running = [&] {
+    return std::any_of(m.blocks.begin(), m.blocks.end(), [&](const Block& b) { return b.finished < m.threads; });
+  };
+  while (running() && m.failure.empty()) {
     const uint64_t before = m.progress;
-    for (int i = 0; i < m.threads && m.failure.empty(); ++i) {
+    for (int i = 0; i < threads && m.failure.empty(); ++i) {
       // Apart: one warp goes as far as it can before the next one starts.
       const int first = order == Order::warps_apart ? i / kWarp * kWarp : i;
-      const int last = order == Order::warps_apart ? std::min(first + kWarp, m.threads) : i + 1;
+      const int last = order == Order::warps_apart ? std::min(first + kWarp, threads) : i + 1;
       for (uint64_t seen = m.progress - 1; seen != m.progress && m.failure.empty();) {
         seen = m.progress;
         for (int t = first; t < last && m.failure.empty(); ++t) {
@@ -337,30 +413,36 @@ inline void run_block(Order order) {
       }
       i = last - 1;
     }
-    if (m.progress == before && m.failure.empty() && m.finished < m.threads)
-      m.failure = "deadlock: no thread of block " + std::to_string(m.block_index.x) + " can go on";
+    if (m.progress == before && m.failure.empty() && running())
+      m.failure = "deadlock: no thread of block " + std::to_string(m.blocks[0].index.x) + " can go on";
   }
 }
 
-// Runs `body` as every thread of every block; an empty string, or what went wrong first.
+// Runs `body` as every thread of every block; an empty string, or what went wrong first. cluster: neighbouring blocks
+// that run at once.
 inline std::string launch(Size grid, int threads, size_t shared_bytes, const std::function<void()>& body,
-                          Order order = Order::forwards, bool tracing = false) {
+                          Order order = Order::forwards, bool tracing = false, unsigned cluster = 1) {
   Machine& m = machine();
   m.grid = grid;
   m.threads = threads;
   m.body = body;
   m.failure.clear();
   m.tracing = tracing;
-  if (static_cast<int>(m.fibers.size()) < threads) m.fibers.resize(threads);
+  if (grid.x % cluster) return "the grid is no multiple of the cluster";
+  if (m.fibers.size() < static_cast<size_t>(threads) * cluster) m.fibers.resize(static_cast<size_t>(threads) * cluster);
+  m.blocks.resize(cluster);
   for (unsigned y = 0; y < grid.y; ++y)
-    for (unsigned x = 0; x < grid.x; ++x) {
-      m.block_index = {x, y, 0};
-      m.memory.assign(shared_bytes, kPoison);
-      m.shadow.assign(shared_bytes, Shadow{});
-      m.warps.assign((threads + kWarp - 1) / kWarp, Warp{});
-      m.epoch = 0;
-      m.arrived = m.finished = 0;
-      run_block(order);
+    for (unsigned x = 0; x < grid.x; x += cluster) {
+      for (unsigned i = 0; i < cluster; ++i) {
+        Block& b = m.blocks[i] = Block{};
+        b.index = {x + i, y, 0};
+        b.memory.assign(shared_bytes, kPoison);
+        b.shadow.assign(shared_bytes, Shadow{});
+        b.warps.assign((threads + kWarp - 1) / kWarp, Warp{});
+      }
+      m.cluster_epoch = 0;
+      m.cluster_arrived = 0;
+      run_blocks(order);
       if (!m.failure.empty()) return m.failure;
     }
   return {};
