@@ -160,8 +160,8 @@ class _Work:
         found: dict[str, dict[str, Any]] = {name: {"columns": {}, "series": {}} for name in layers}
         solvers = set()
         if self.fit is not None:
-            for name, (columns, used) in _spectral_columns(layers, self.fit, self.device, self.solver).items():
-                found[name]["columns"].update(columns)
+            for name, (entry, used) in _spectral(layers, self.fit, self.device, self.solver).items():
+                found[name] = entry
                 solvers.add(used)
         for name, weight in layers.items():
             if self.windows is not None:
@@ -268,17 +268,19 @@ def arguments_for(entries: Iterable[str]) -> dict[str, Any]:
     }
 
 
-def _spectral_columns(
+def _spectral(
     layers: dict[str, Tensor], fit: "alpha.Method", device: str, solver: str
-) -> dict[str, tuple[dict[str, float], str]]:
-    """Columns and solver of layers of one shape, which go to the solver together."""
+) -> dict[str, tuple[dict[str, Any], str]]:
+    """Columns, the spectrum's series and solver of layers of one shape, which go to the solver together."""
     found, spectra = {}, spectrum.solve(list(layers.values()), alpha.NEED[fit], device, solver)
     for (name, weight), (eigenvalues, used) in zip(layers.items(), spectra, strict=True):
         try:
             law = alpha.fit(eigenvalues, fit, noise=used.noise)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        found[name] = {**law.columns(), **metrics.columns(eigenvalues, law, tuple(weight.shape), used.noise)}, str(used)
+        columns = {**law.columns(), **metrics.columns(eigenvalues, law, tuple(weight.shape), used.noise)}
+        series = {sketches.SPECTRUM: sketches.eigenvalues(eigenvalues)}
+        found[name] = {"columns": columns, "series": series}, str(used)
     return found
 
 

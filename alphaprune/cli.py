@@ -3,9 +3,11 @@
 import argparse
 import importlib
 import os
+import shlex
 import sys
 
 from alphaprune import __version__
+from alphaprune.console import COMMAND
 
 SHAPES = "NxK[,NxK…] or llama2-7b, llama3-8b, mistral-7b"
 
@@ -300,6 +302,12 @@ def _measure_commands(sub) -> None:
     info.add_argument("--bandwidth", action="store_true", help="without MODEL: measure how fast memory is read, too")
     info.add_argument("--json", action="store_true")
 
+    report = sub.add_parser("report", help="one page with pictures of what the other commands wrote")
+    report.add_argument("files", metavar="FILE", nargs="+", help="analyses, plans, curves, outputs of --json, folders")
+    report.add_argument("-o", "--output", metavar="FILE", default="report.html")
+    report.add_argument("--png", metavar="DIR", help="every picture as a PNG, too")
+    report.add_argument("--json", action="store_true", help="print what was read and written as JSON")
+
     demo = sub.add_parser("demo", help="the whole flow on the embedded model, in a minute or two")
     demo.add_argument("-o", "--output", metavar="DIR", default="alphaprune-demo", help="for picture and results")
     demo.add_argument("--json", action="store_true")
@@ -307,8 +315,10 @@ def _measure_commands(sub) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0 if all went well, 2 with one line on stderr for bad input."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = vars(parser().parse_args(arguments))
     command = options.pop("command")
+    typed = COMMAND.set(shlex.join(["alphaprune", *arguments]))
     try:
         module = {"eval": "evaluate"}.get(command, command)
         importlib.import_module(f"alphaprune.commands.{module}").run(**options)
@@ -325,6 +335,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"alphaprune {command}: interrupted", file=sys.stderr)
         return 130
+    finally:
+        COMMAND.reset(typed)
     return 0
 
 

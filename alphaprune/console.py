@@ -4,6 +4,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+
+COMMAND: ContextVar[str | None] = ContextVar("COMMAND", default=None)  # the command line that runs, if one does
 
 SHOWN = True  # of several processes that work together, one shows how far it is
 EVERY = 30  # seconds between lines where there is no terminal

@@ -1,4 +1,5 @@
-"""Weight → short series that stand for the distribution of its magnitudes, for allocators with one global threshold."""
+"""Short series that stand for a distribution: of a weight's magnitudes, for allocators with one global threshold, and
+of its eigenvalues, for pictures."""
 
 import math
 from bisect import bisect_left
@@ -19,6 +20,10 @@ PROBABILITIES = (
     *(step / 1000 for step in range(990, 1000)),
     *(0.9995, 0.9999, 1.0),
 )
+SPECTRUM = "eigenvalues"  # the series that every analysis with a fit has
+TOP = 16  # largest eigenvalues that are kept one by one
+STEP = 1.15  # from one rank to the next in the tail below them
+PARTS = 48  # of the rest
 DIGITS = 6  # significant: 2 series of 234 numbers are 10 kB per layer in an analysis file
 
 
@@ -79,6 +84,22 @@ def shares(quantiles: Mapping[str, Sequence[float]], sizes: Mapping[str, int], s
     gap = count(most) - count(least)
     part = (target - count(least)) / gap if gap > 0 else 0.0
     return {name: least[name] + part * (most[name] - least[name]) for name in quantiles}
+
+
+def ranks(count: int) -> list[int]:
+    """Which of `count` eigenvalues in descending order a spectrum is drawn from: the largest, ever fewer of the tail,
+    and the rest at equal distances to the smallest. Some 90 of thousands, all of 90."""
+    places = list(range(min(TOP, count)))
+    while places and (after := math.ceil((places[-1] + 1) * STEP)) < count / 8:
+        places.append(after)
+    left = count - 1 - places[-1] if places else 0
+    first = places[-1] if places else 0
+    return sorted({*places, *(first + round(left * part / PARTS) for part in range(1, PARTS + 1))})
+
+
+def eigenvalues(spectrum: Tensor) -> list[float]:
+    """Of ascending eigenvalues [n] those at `ranks(n)`, descending."""
+    return _rounded(spectrum.flip(0)[ranks(len(spectrum))].tolist())
 
 
 def _bracket(quantiles: list[Sequence[float]]) -> tuple[float, float]:

@@ -13,7 +13,7 @@ FLOW = """
     llm_compressor refit pruners permute pruning kernels layer peft_adapter masked_lora checkpoint hf_parallel hf
     compressions convert memory blocks decoder sampling ragged graphs rollout generate detokenize text_request
     textgen chat evaluate recovery tasks observed curves_measure candidates compare picture timing decoding tuning
-    inspection throughput benchmark serving demo commands cli
+    inspection throughput benchmark report serving demo commands cli
 """.split()  # noqa: SIM905
 SOURCES = sorted((ROOT / "alphaprune").rglob("*.py")) + sorted((ROOT / "kernels").glob("*.py"))
 SOURCES = [s for s in SOURCES if "alphaprune/kernels" not in s.as_posix()]

@@ -42,7 +42,7 @@ def run(
         affinity.pin()
 
     from alphaprune import benchmark
-    from alphaprune.commands.shared import dump
+    from alphaprune.commands.shared import dump, origin
 
     with _threads(threads) as count:
         places = _places(count) if pin == "core" else None
@@ -56,7 +56,7 @@ def run(
     if places:
         result["pinned"] = places
     if json:
-        print(dump(result))
+        print(dump(origin("bench", result.get("model")) | result))
         return
     for heading, columns, rows in benchmark.tables(result):
         print(heading)

@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 from alphaprune import model as models
-from alphaprune.commands.shared import dump, window
+from alphaprune.commands.shared import dump, origin, window
 from alphaprune.console import bar, table
 
 BLANK_ROW = "\n" * 4  # an empty row between two joints
@@ -52,7 +52,7 @@ def _perplexity(
     with bar(evaluation.window_count(found, length, windows), "eval", "window") as tick:
         result = evaluation.evaluate(loaded, found, length, windows, tick)
     if json:
-        print(dump(result.as_dict()))
+        print(dump(origin("eval", folder) | result.as_dict()))
         return
     byte = f", {result.bits_per_byte:.4f} bits per byte" if result.bits_per_byte else ""
     error = f" (loss ± {result.stderr:.4f} nats)" if result.stderr is not None else ""
@@ -85,7 +85,7 @@ def _tasks(
     loaded = evaluation.load([name.strip() for name in names.split(",")], folder, shots)
     result = evaluation.evaluate(hf.load(place, dtype=dtype), tokenizer, loaded, length, limit, batch)
     if json:
-        print(dump({"model": str(place), **result.as_dict()}))
+        print(dump(origin("tasks", place) | result.as_dict()))
         return
     rows = [_row(name, task, metric) for name, task in result.tasks.items() for metric in task.metrics]
     table(["task", "version", "shots", "samples", "metric", "value", "± stderr", "data"], rows)

@@ -1,6 +1,6 @@
 """`alphaprune info`: what is in a checkpoint, or what runs on this machine."""
 
-from alphaprune.commands.shared import dump
+from alphaprune.commands.shared import dump, origin
 from alphaprune.console import table
 
 
@@ -13,7 +13,7 @@ def run(model: str | None, tokens: int, device: str, bandwidth: bool, json: bool
         raise ValueError(f"--bandwidth is of the machine: leave out {model}")
     found = inspection.describe_model(model, tokens, device) if model else inspection.describe_machine(bandwidth)
     if json:
-        print(dump(found))
+        print(dump(origin("info", found["model"]) | found if model else origin("machine") | found))
     elif model:
         table(inspection.COLUMNS, inspection.model_rows(found))
         print(inspection.model_summary(found))

@@ -5,7 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from alphaprune import __version__
 from alphaprune import model as models
+from alphaprune.checkpoint import RECIPE
+from alphaprune.console import COMMAND
 
 LONGEST = 2048  # tokens per window, unless the model's context is shorter
 
@@ -73,6 +76,25 @@ def rounding_loss(errors: dict[str, Any], what: str = "int8 values") -> str:
         f"{what}: relative error {sum(relative.values()) / len(relative):.2%} on average over {len(relative)} "
         f"layers, at most {relative[worst]:.2%} ({worst})"
     )
+
+
+def origin(kind: str, model: "str | Path | None" = None) -> dict[str, Any]:
+    """What printed JSON says of itself: its kind, the command line, the release, and of which model it is.
+
+    fingerprint: that of the dense model which a folder was pruned from; None where nothing tells.
+    """
+    made = {"kind": kind, "command": COMMAND.get(), "alphaprune": __version__}
+    return made | ({"model": str(model), "fingerprint": _fingerprint(Path(model))} if model else {})
+
+
+def _fingerprint(folder: Path) -> str | None:
+    recipe = folder / RECIPE
+    try:
+        if recipe.is_file():
+            return json.loads(recipe.read_text(encoding="utf-8")).get("model")
+        return models.open_source(folder).description().fingerprint
+    except (ValueError, AttributeError):
+        return None
 
 
 def dump(found: Any) -> str:
