@@ -9,7 +9,7 @@ matrices have no more columns than the kernel has places. Where there are groups
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -66,11 +66,10 @@ class Tree(Source):
                 f"alphaprune.Tree(module, blocks=…)"
             )
 
-    def blocks(self, first: int = 0) -> Iterator[Block]:
-        """Blocks from number `first` on; what a convolution's matrix was changed to is its weight when the next is
-        asked for."""
+    def blocks(self, wanted: Container[int] | None = None) -> Iterator[Block]:
+        """As Source has it; what a convolution's matrix was changed to is its weight when the next block is asked for."""
         for index, (name, (module, layers)) in enumerate(self.parts.items()):
-            if index < first:
+            if wanted is not None and index not in wanted:
                 continue
             linears = {n: Matrix(m) if isinstance(m, nn.Conv2d) else m for n, m in layers.items()}
             yield Block(index, name, module, linears)
