@@ -228,7 +228,7 @@ def _passed(source: Source, wanted: Collection[int], progress: Callable[[str], N
         nonlocal heard
         while heard < end:
             if progress:
-                progress(f"{source.prefix}.{heard}")
+                progress(source.block_name(heard))
             heard += 1
 
     for block in source.blocks(wanted):

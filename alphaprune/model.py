@@ -69,6 +69,9 @@ class Source(ABC):
     def block_count(self) -> int:
         return len(self._decoder())
 
+    def block_name(self, index: int) -> str:
+        return f"{self.prefix}.{index}"
+
     @abstractmethod
     def outside_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name and values of all that is stored outside the blocks: embeddings, final norm, untied head."""

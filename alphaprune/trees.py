@@ -67,7 +67,7 @@ class Tree(Source):
             )
 
     def blocks(self, wanted: Container[int] | None = None) -> Iterator[Block]:
-        """As Source has it; what a convolution's matrix was changed to is its weight when the next block is asked for."""
+        """As Source has it; a convolution takes what its matrix was changed to when the next block is asked for."""
         for index, (name, (module, layers)) in enumerate(self.parts.items()):
             if wanted is not None and index not in wanted:
                 continue
@@ -80,6 +80,9 @@ class Tree(Source):
 
     def block_count(self) -> int:
         return len(self.parts)
+
+    def block_name(self, index: int) -> str:
+        return list(self.parts)[index]
 
     def outside_tensors(self) -> Iterator[tuple[str, Tensor]]:
         inside = {f"{name}." for name in self.parts}

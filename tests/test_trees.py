@@ -44,7 +44,9 @@ def test_every_kind_is_its_dense_twin(kind: str) -> None:
     model, path, x = made(kind), KINDS[kind][2], images()
     dense = copy.deepcopy(model)
     tree = Tree(model, blocks=path)
-    analysis = alphaprune.analyze(tree)
+    names = []
+    analysis = alphaprune.analyze(tree, progress=names.append)
+    assert names == [block.name for block in tree.blocks()]
     assert {s.block for s in analysis.layers.values()} == set(range(tree.block_count()))
     assert all(stat.columns["alpha"] > 0 for stat in analysis.layers.values())
     assert not [n for n in analysis.layers if any(part in n for part in ("head", "stem", "patch", "conv_dw"))]
