@@ -49,9 +49,14 @@ class Written:
 class Writer:
     """Builds one output directory, block by block."""
 
-    def __init__(self, out: "str | Path", identity: dict[str, Any], blocks: int) -> None:
-        """identity: what makes this run this run; a started OUT.part with another identity is refused."""
-        self.out, self.identity, self.total = Path(out), identity, blocks + 1
+    def __init__(
+        self, out: "str | Path", identity: dict[str, Any], blocks: int, stored_name: Callable[[str], str] = str
+    ) -> None:
+        """identity: what makes this run this run; a started OUT.part with another identity is refused.
+
+        stored_name: what a tensor of the module is called in files.
+        """
+        self.out, self.identity, self.total, self.stored_name = Path(out), identity, blocks + 1, stored_name
         self.work, self.beside = unfinished(self.out), journal_beside(self.out)
         self.done: dict[str, dict[str, int]] = {}  # file → {tensor: bytes}
         self.errors: dict[str, Error] = {}  # layer → what rounding it to int8 lost
@@ -80,7 +85,8 @@ class Writer:
     def write(self, index: int, tensors: dict[str, Tensor], errors: dict[str, Error] | None = None) -> None:
         """Stores the tensors of block `index` (block count: what is outside the blocks), durably."""
         with explained(self.out):
-            self.done[self.file(index)] = shards.write(self.work / self.file(index), tensors.items())
+            named = [(self.stored_name(name), tensor) for name, tensor in tensors.items()]
+            self.done[self.file(index)] = shards.write(self.work / self.file(index), named)
             self.errors |= errors or {}
             self._remember()
 
@@ -157,7 +163,7 @@ def write_pruned(
     Of several processes (ranks.py) the first one reads and writes OUT, and the others need not see it.
     """
     leads = ranks.world().leads
-    writer = Writer(out, identity, source.block_count()) if leads else None
+    writer = Writer(out, identity, source.block_count(), source.family.stored_name) if leads else None
     indices = range(source.block_count())
     stage, there = ranks.share((writer.stage, [i for i in indices if writer.has(i)]) if leads else None)
     made: dict[str, Packed] = {}  # layers of the block in hand, as they will be stored
@@ -166,7 +172,7 @@ def write_pruned(
     def restore(block: Block) -> "dict[str, Tensor] | None":
         if block.index not in there:
             return None
-        masks = restore_block(block, writer.work / writer.file(block.index)) if leads else {}
+        masks = restore_block(block, writer.work / writer.file(block.index), writer.stored_name) if leads else {}
         return share_block(block, masks)
 
     def finish(block: Block, masks: dict[str, Tensor]) -> None:
@@ -220,16 +226,17 @@ def put_back(layer: nn.Linear, packed: Packed) -> Tensor:
     return mask
 
 
-def restore_block(block: Block, file: Path) -> dict[str, Tensor]:
+def restore_block(block: Block, file: Path, stored_name: Callable[[str], str] = str) -> dict[str, Tensor]:
     """Puts the weights of a finished block back and returns its masks."""
     masks = {}
     with shards.open_file(file) as stored:
         names = set(stored.keys())
         for name, layer in block.linears.items():
+            own = stored_name(name)
             if layer.bias is not None:  # permuted with the channels, perhaps
-                layer.bias.data = stored.get_tensor(f"{name}.bias")
+                layer.bias.data = stored.get_tensor(f"{own}.bias")
             values, *others = (
-                stored.get_tensor(f"{name}.{s}") if f"{name}.{s}" in names else None for s in PACKED_SUFFIXES
+                stored.get_tensor(f"{own}.{s}") if f"{own}.{s}" in names else None for s in PACKED_SUFFIXES
             )
             if others[0] is None:
                 layer.weight.data, masks[name] = values, values != 0
@@ -249,7 +256,7 @@ def save(model: nn.Module, path: "str | Path", tokenizer: Any = None) -> Written
     """
     source = LiveSource(model)
     journal_beside(Path(path)).unlink(missing_ok=True)  # of a save that was finished
-    writer = Writer(path, {"saved": source.name}, source.block_count())
+    writer = Writer(path, {"saved": source.name}, source.block_count(), source.family.stored_name)
     (
         writer.done.clear(),
         writer.errors.clear(),
@@ -327,12 +334,13 @@ def journal_beside(out: Path) -> Path:
 def _summary(writer: Writer, source: Source) -> Written:
     shapes = {}
     sizes = {name: size for tensors in writer.done.values() for name, size in tensors.items()}
-    prefix = source.prefix
     plain = next(source.skeleton.parameters()).dtype  # of int8 layers when they were dense
-    for inner, layer in source.skeleton.get_submodule(prefix).named_modules():
-        if isinstance(layer, nn.Linear | SparseLinear):
-            dtype = layer.weight.dtype if layer.weight.is_floating_point() else plain
-            shapes[f"{prefix}.{inner}"] = (layer.in_features * layer.out_features, dtype)
+    for child, block in source.skeleton.get_submodule(source.prefix).named_children():
+        for inner, layer in block.named_modules():
+            if isinstance(layer, nn.Linear | SparseLinear) and source.family.prunes(inner):
+                dtype = layer.weight.dtype if layer.weight.is_floating_point() else plain
+                name = writer.stored_name(f"{source.prefix}.{child}.{inner}")
+                shapes[name] = (layer.in_features * layer.out_features, dtype)
     dense = sum(count * dtype.itemsize for count, dtype in shapes.values())
     stored = sum(sizes.get(f"{name}.{suffix}", 0) for name in shapes for suffix in PACKED_SUFFIXES)
     packed = sum(f"{name}.weight_mask" in sizes for name in shapes)

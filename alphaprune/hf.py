@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
+from transformers import __version__ as transformers_version
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from alphaprune import bitmask, formats, hf_parallel, shapes
+from alphaprune.experts import FUSED, separate
 from alphaprune.files import first_line
 from alphaprune.formats import quantize
 from alphaprune.kernels import base
@@ -114,6 +116,7 @@ class AlphaPruneQuantizer(HfQuantizer):
         self.ranks: hf_parallel.Ranks | None = None  # that share the model, and the layers that this one has a part of
         self.parts: dict[str, hf_parallel.SlicedLinear] = {}
         self.prefix = ""  # of names in a model with a head
+        self.separated = False  # whether the model has experts, each of which gets its own tensors
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         settings = self.quantization_config
@@ -134,6 +137,11 @@ class AlphaPruneQuantizer(HfQuantizer):
         for file in checkpoint_files or ():
             if str(file).endswith(".safetensors"):
                 entries.update(read_header(Path(file)))
+        if family := FAMILIES.get(model.config.model_type):
+            entries = {family.module_name(name): entry for name, entry in entries.items()}
+            if separated := separate(model, family):
+                check_separate(entries)
+            self.separated = separated
         entries = as_named_in(model, entries)
         if not self.pre_quantized:
             names = prunable(model, decoder_of(model))
@@ -158,6 +166,11 @@ class AlphaPruneQuantizer(HfQuantizer):
                         self.parts[name] = sparse
                 model.set_submodule(name, sparse)
         check_shapes(model, entries)
+
+    def update_weight_conversions(self, weight_conversions: list, *model: nn.Module) -> list:
+        """What transformers does to tensors on their way; it would merge those of experts."""
+        kept = [c for c in weight_conversions if not (self.separated and merges_experts(c))]
+        return super().update_weight_conversions(kept, *model)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
         layer, _, suffix = param_name.rpartition(".")
@@ -238,6 +251,24 @@ def as_named_in(model: nn.Module, entries: dict[str, dict]) -> dict[str, dict]:
     if inside and not stored:
         return {prefix + name: entry for name, entry in entries.items()}
     return entries
+
+
+def merges_experts(conversion: Any) -> bool:
+    """Whether transformers makes one tensor of those of all experts by this."""
+    return isinstance(conversion, WeightConverter) and any(t.endswith(FUSED) for t in conversion.target_patterns)
+
+
+def check_separate(entries: dict[str, dict]) -> None:
+    """ValueError if the experts of a checkpoint cannot be loaded one by one."""
+    if not hasattr(HfQuantizer, "update_weight_conversions"):
+        raise ValueError(
+            f"packed experts are loaded by transformers 5.8 and newer, this is {transformers_version}; update it"
+        )
+    if fused := next((name for name in entries if name.endswith(FUSED)), None):
+        raise ValueError(
+            f"{fused}: holds the matrices of all experts in one tensor, which cannot be packed while it is loaded; "
+            f"load the model without quantization_config and give it to alphaprune.sparsify"
+        )
 
 
 def empty_layer(name: str, layer: nn.Linear, entries: dict[str, dict], dtype: torch.dtype | None) -> SparseLinear:

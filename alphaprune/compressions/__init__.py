@@ -111,7 +111,8 @@ def write(
 
     identity: what makes this run this run.   made: what the directory says of how it was made.
     """
-    writer, description = Writer(out, identity, source.block_count()), source.description()
+    writer = Writer(out, identity, source.block_count(), source.family.stored_name)
+    description = source.description()
     for done in blocks(source, plan, recipe, tokens, progress, writer.has):
         if not done.skipped and not writer.has(done.block.index):
             writer.write(done.block.index, block_tensors(done.block, done.packed), done.errors)

@@ -1,0 +1,112 @@
+"""A small random model of every family, and the way of one through the whole package."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import alphaprune
+from alphaprune import checkpoint
+from alphaprune.model import open_source
+from alphaprune.pruning import Recipe, prune_blocks
+
+COMMON = {
+    **{
+        "vocab_size": 257,
+        "hidden_size": 32,
+        "intermediate_size": 72,
+        "num_hidden_layers": 2,
+        "tie_word_embeddings": False,
+    },
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2},
+}
+OTHER_NAMES = {"num_key_value_heads", "head_dim", "intermediate_size"}  # that these families do not have
+WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+LLAMA3 = {
+    **{"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "original_max_position_embeddings": 16,
+}
+# What is particular, by name of the model; the family is what stands before the colon.
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama:3": {"rope_parameters": LLAMA3, "tie_word_embeddings": True},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": {**WINDOW, "query_pre_attn_scalar": 8},
+    "gemma3_text": {**WINDOW, "query_pre_attn_scalar": 8},
+    "phi3": {},
+    "opt": {"ffn_dim": 72},
+    "opt:350m": {"ffn_dim": 72, "do_layer_norm_before": False, "word_embed_proj_dim": 16},
+    "falcon": {"bias": True, "ffn_hidden_size": 72},
+    "falcon:40b": {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 72},
+    "falcon:rw": {"alibi": True, "multi_query": False, "parallel_attn": False, "ffn_hidden_size": 72},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 64},
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {
+        **{"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "mlp_only_layers": [0]},
+        "shared_expert_intermediate_size": 48,
+    },
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "mlp_only_layers": [1]},
+}
+TOKENS = torch.randint(3, 257, (5, 40), generator=torch.Generator().manual_seed(5))
+PROMPT = TOKENS[:1, :12]
+
+
+def make(kind: str, seed: int = 0, **changes: Any) -> nn.Module:
+    """A model of this kind in float32; layer norms and biases are no trivial ones."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    family = kind.partition(":")[0]
+    common = {n: v for n, v in COMMON.items() if family not in ("opt", "falcon", "mpt") or n not in OTHER_NAMES}
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **{**common, **KINDS[kind], **changes})
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            elif name.endswith("gate.weight") and "mlp.gate." in name:  # a router with opinions
+                parameter.normal_()
+    return model
+
+
+def plan_of(source: Any, sparsity: float = 0.6, pattern: str = "unstructured", fit: str | None = None) -> Any:
+    allocator = "uniform" if fit is None else "alpha"
+    analysis = alphaprune.analyze(source, fit=fit)
+    return alphaprune.plan(analysis, sparsity, allocator=allocator, pattern=pattern)
+
+
+def prune_folder(folder: Path, out: Path, recipe: Recipe, plan: Any, packed: bool = True) -> Any:
+    """What `alphaprune prune` does with a directory."""
+    source = open_source(folder)
+    return checkpoint.write_pruned(
+        source,
+        out,
+        {"seed": 0},
+        {"made": "here"},
+        lambda restore, finish: prune_blocks(source, plan, recipe, TOKENS, restore=restore, finish=finish),
+        packed,
+    )
+
+
+@torch.no_grad()
+def logits(model: nn.Module, tokens: Tensor = TOKENS[:2]) -> Tensor:
+    return model(tokens, use_cache=False).logits
+
+
+def assert_twins(packed: nn.Module, dense: nn.Module) -> None:
+    """Logits as near to those in float64 as twice the dense model is, in float32, and the same greedy tokens."""
+    found, own = logits(packed), logits(dense)
+    if getattr(dense.config, "num_experts_per_tok", None):
+        dense.set_experts_implementation("eager")  # the other one has no float64
+    truth = logits(dense.double())
+    dense.float()
+    allowed = 2 * (own.double() - truth).abs().max() + 2.0**-22 * truth.abs().max()
+    assert truth.std() > 0.1 and (found.double() - truth).abs().max() <= allowed
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(packed.generate(PROMPT, **settings), dense.generate(PROMPT, **settings))
