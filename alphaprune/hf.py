@@ -139,9 +139,9 @@ class AlphaPruneQuantizer(HfQuantizer):
                 entries.update(read_header(Path(file)))
         if family := FAMILIES.get(model.config.model_type):
             entries = {family.module_name(name): entry for name, entry in entries.items()}
-            if separated := separate(model, family):
+            self.separated = separate(model, family)
+            if self.separated:
                 check_separate(entries)
-            self.separated = separated
         entries = as_named_in(model, entries)
         if not self.pre_quantized:
             names = prunable(model, decoder_of(model))
@@ -151,6 +151,8 @@ class AlphaPruneQuantizer(HfQuantizer):
             raise ValueError("a packed model can only be loaded from safetensors files")
         self.ranks = hf_parallel.ranks_of(model) if self.pre_quantized else None
         self.prefix = f"{model.base_model_prefix}."
+        if self.ranks is not None and self.separated:
+            raise ValueError("a model with experts cannot be shared by ranks while it is packed; use one rank")
         if own := shapes.read(self.quantization_config):
             if self.ranks is not None:
                 raise ValueError("a model whose blocks have sizes of their own cannot be shared by ranks; use one rank")
