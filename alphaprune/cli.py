@@ -239,7 +239,7 @@ def _chat_command(sub) -> None:
 def _convert_command(sub) -> None:
     convert = sub.add_parser("convert", help="a checkpoint of others → packed, packed → dense; a plan → a recipe")
     convert.add_argument("old", metavar="OLD", help="checkpoint with zeros, sparse-bitmask or packed; or plan.json")
-    convert.add_argument("new", metavar="NEW", help="folder that does not exist yet; of a plan a YAML file")
+    convert.add_argument("new", metavar="NEW", help="folder that does not exist yet; of a plan a YAML or JSON file")
     convert.add_argument("--format", choices=("sbt", "dense"), help="packed (default), or dense with zeros")
     convert.add_argument("--values", choices=("int8",), help="round kept weights to 8 bits; else they keep theirs")
     convert.add_argument("--group", type=int, choices=(128,), help="with --values int8: a scale per so many columns")

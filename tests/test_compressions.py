@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compressed import BUDGETS, logits, planned, tokens, with_alphas
 from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,33 +21,10 @@ from alphaprune.counts import share_choices
 from alphaprune.formats import quantize
 from alphaprune.layer import SparseLinear
 
-BUDGETS = {"bits": 4.5, "rank": 0.6, "structured": 0.3}
-
-
-def tokens(samples: int = 6, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 256, (samples, 32), generator=torch.Generator().manual_seed(seed))
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(input_ids=tokens(2, 9), use_cache=False).logits
-
-
-def with_alphas(found: alphaprune.Analysis, alphas: tuple[float, ...] = (2.0, 3.0, 4.0)) -> alphaprune.Analysis:
-    """The analysis with these alphas by block: small models have none to speak of."""
-    for entry in found.layers.values():
-        entry.columns["alpha"] = alphas[entry.block]
-    return found
-
 
 @pytest.fixture(scope="module")
 def analysis() -> alphaprune.Analysis:
     return with_alphas(alphaprune.analyze(make_model(1)))
-
-
-def planned(analysis: alphaprune.Analysis, method: str, budget: float | None = None, **options) -> CompressionPlan:
-    source = models.open_source(make_model(1))
-    return compressions.plan(source, analysis, method, budget or BUDGETS[method], **options)
 
 
 @given(data=st.data())
@@ -338,47 +316,3 @@ def test_what_cannot_be_asked_for(analysis) -> None:
     low = alphaprune.compress(make_model(1), plan)
     with pytest.raises(ValueError, match="low rank already"):
         compressions.plan(models.open_source(low), alphaprune.analyze(low), "rank", 0.5)
-
-
-def test_the_command(run, directory: Path, text_file: Path) -> None:
-    text = ("--calibration", text_file, "--samples", 3, "--length", 32)
-    assert run("analyze", directory, "-o", "a.json")[0] == 0
-    given = ("--analysis", "a.json", "--epsilon", 0.2)
-    for number, options in enumerate((("--bits", 4), ("--rank-ratio", 0.6), ("--structured", 0.3, "--refit"))):
-        assert run("compress", directory, *options[:2], *given, "--save-plan", f"{number}.json")[0] == 0
-        status, out, err = run("compress", directory, "-o", f"out{number}", *options, *given, *text, "--json")
-        assert status == 0, err
-        found = json.loads(out)
-        assert found["stored_bytes"] < found["dense_bytes"] and found["budget"] == options[1]
-        planned_one = ("--plan", f"{number}.json", *options[2:], *text)
-        assert run("compress", directory, "-o", f"again{number}", *planned_one)[0] == 0
-        for file in Path(f"out{number}").glob("*.safetensors"):
-            assert file.read_bytes() == Path(f"again{number}", file.name).read_bytes()
-        assert run("eval", f"out{number}", "--text", text_file, "--length", 64, "--windows", 2, "--json")[0] == 0
-        assert run("generate", f"out{number}", "--prompt", "the ", "--max-new", 4)[0] == 0
-        assert run("info", f"out{number}")[0] == 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (("--bits", 4), "give -o OUT"),
-        (("--bits", 9, "-o", "x"), "mean from 2 to 8"),
-        (("--bits", 4, "-o", "x", "--refit"), "--refit belongs to --structured"),
-        (("--bits", 4, "-o", "x", "--choices", "a"), "--choices a"),
-        (("--rank-ratio", 0, "-o", "x"), "share between 0 and 1"),
-        (("--structured", 0.3, "-o", "x", "--refit"), "--refit needs --calibration"),
-        (("--structured", 0.3, "-o", "x", "--score", "wanda"), "calibration text"),
-        (("--plan", "missing.json", "-o", "x"), "missing.json: cannot be read"),
-        (("--structured", 0.3, "-o", "x", "--epsilon", "much"), "--epsilon much"),
-    ],
-)
-def test_the_command_refuses_in_one_sentence(run, directory: Path, arguments: tuple, sentence: str) -> None:
-    status, _, err = run("compress", directory, *arguments)
-    assert status == 2 and sentence in err and len(err.strip().splitlines()) == 1
-    assert not Path("x").exists()
-
-
-def test_packed_input_is_refused(run, directory: Path, folders) -> None:
-    status, _, err = run("compress", folders["bits"], "--bits", 4, "-o", "x")
-    assert status == 2 and "is packed already" in err

@@ -1,9 +1,16 @@
-"""`alphaprune convert`: a checkpoint of others → packed, packed → dense, a plan → a recipe of llm-compressor."""
+"""`alphaprune convert`: a checkpoint of others → packed, packed → dense, a plan → a recipe of other tools."""
 
 from pathlib import Path
 from typing import Any
 
-from alphaprune.commands.shared import check_file, check_values, dump, rounding_loss, written_as_dict
+from alphaprune.commands.shared import (
+    check_file,
+    check_values,
+    dump,
+    is_compression,
+    rounding_loss,
+    written_as_dict,
+)
 from alphaprune.console import bar, size
 
 
@@ -20,7 +27,7 @@ def run(
     if Path(old).is_file():
         if format or values or group or negative_zeros:
             raise ValueError(f"{old}: is a file, so a plan: it becomes a recipe, which has no --format or --values")
-        _recipe(old, new, modifier or "wanda", json)
+        _recipe(old, new, modifier, json)
         return
     if modifier is not None:
         raise ValueError("--modifier belongs to a plan that becomes a recipe of llm-compressor")
@@ -37,20 +44,39 @@ def run(
     _report(done, json)
 
 
-def _recipe(old: str, new: str, modifier: str, json: bool) -> None:
+def _recipe(old: str, new: str, modifier: str | None, json: bool) -> None:
     from alphaprune import llm_compressor
     from alphaprune.plan_file import Plan
 
     check_file(new)
     if Path(new).exists() and Path(new).samefile(old):
         raise ValueError(f"{new}: is the plan itself; name another file for the recipe")
-    made = llm_compressor.write(Plan.load(old), new, modifier)
+    if is_compression(old):
+        _settings(old, new, modifier, json)
+        return
+    made = llm_compressor.write(Plan.load(old), new, modifier or "wanda")
     if json:
         print(dump(made))
         return
     for modifiers in made["pruning_stage"].values():
         for name, settings in modifiers.items():
             print(f"{new}: {name}, {settings['mask_structure']}, {len(settings['targets'])} targets")
+
+
+def _settings(old: str, new: str, modifier: str | None, json: bool) -> None:
+    """A plan of bits for the tools that have kernels for them."""
+    from alphaprune.compressions import CompressionPlan, export
+
+    if modifier is not None:
+        raise ValueError(f"--modifier {modifier}: is about pruning, and {old} is a plan of `alphaprune compress`")
+    plan = CompressionPlan.load(old)
+    made = export.write(plan, new)
+    if json:
+        print(dump(made))
+        return
+    tool = "GPTQModel" if "dynamic" in made else "llm-compressor"
+    bits = sorted({kept.amount for kept in plan.parts.values()})
+    print(f"{new}: for {tool}, {', '.join(map(str, bits))} bits, {plan.realized:.4f} on average")
 
 
 def _report(done: Any, json: bool) -> None:

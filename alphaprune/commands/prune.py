@@ -12,6 +12,7 @@ from alphaprune.commands.shared import (
     calibration_windows,
     check_values,
     dump,
+    is_compression,
     room_for,
     rounding_loss,
     window,
@@ -151,6 +152,8 @@ def _chosen_plan(
     from alphaprune import planning
 
     if plan is not None:
+        if is_compression(plan):
+            raise ValueError(f"{plan}: is a plan of bits, ranks or channels, not of zeros; give it to compress --plan")
         chosen = planning.Plan.load(plan)
     else:
         chosen = make_plan(analyzed(source, analysis, options["allocator"], tokens, device), **options)

@@ -97,5 +97,14 @@ def _fingerprint(folder: Path) -> str | None:
         return None
 
 
+def is_compression(file: str) -> bool:
+    """Whether a JSON file says that it is a plan of `alphaprune compress`."""
+    try:
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # whoever reads it as what it should be says what is wrong
+    return isinstance(found, dict) and found.get("kind") == "compression"
+
+
 def dump(found: Any) -> str:
     return json.dumps(found, indent=2)
