@@ -262,7 +262,10 @@ def _serve_command(sub) -> None:
     serve.add_argument("--queue", type=int, default=128, metavar="N", help="requests that may wait; more get 429")
     serve.add_argument("--max-body", type=int, default=2**20, metavar="BYTES", help="of one request; larger get 413")
     serve.add_argument("--kv-blocks", type=int, metavar="N", help="blocks of the KV cache")
-    serve.add_argument("--kv-memory", type=float, metavar="GB", help="or its size (default 1, or 1/4 of what is free)")
+    kv = "or its size (default: on a GPU all but 1; else 1, or 1/4 of what is free)"
+    serve.add_argument("--kv-memory", type=float, metavar="GB", help=kv)
+    engines = ("auto", "alphaprune", "transformers")
+    serve.add_argument("--engine", choices=engines, default="auto", help="whose batching; auto: ours, if it can")
     serve.add_argument("--block-size", type=int, default=32, metavar="TOKENS", help="of one block")
     serve.add_argument("--drain", type=float, default=30, metavar="SECONDS", help="after SIGTERM, for running answers")
     serve.add_argument("--threads", type=int, help="of the kernels (default: torch's)")

@@ -4,6 +4,7 @@ A step of a 7B model is some 400 launches; a host that launches them one by one 
 launches all of them at once, on the addresses that it was recorded with.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -132,11 +133,15 @@ class Steps:
         return min(found, self.ragged.capacity)
 
     def prepare(self, kinds: Sequence[Kind] = (GREEDY,)) -> None:
-        """Records every bucket for short sequences, so that no request waits for it."""
+        """Records every bucket and reach, so that no request waits for it; the largest first, whose memory the others
+        share."""
+        reaches, positions = [], self.ragged.capacity
+        while self.reach(positions) not in reaches:
+            reaches.append(self.reach(positions))
+            positions = max(SHORTEST, 1 << (reaches[-1] - 1).bit_length() - 1)
         with torch.inference_mode():
-            for bucket in self.buckets:
-                for kind in kinds:
-                    self._record(bucket, self.reach(1), kind)
+            for bucket, reach, kind in itertools.product(self.buckets[::-1], reaches, kinds):
+                self._record(bucket, reach, kind)
 
     def _reserve(self, slots: Sequence[int]) -> int:
         ragged = self.ragged

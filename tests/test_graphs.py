@@ -201,4 +201,5 @@ def test_buckets_and_reaches_round_up() -> None:
     fake = Fake()
     steps.recorder = fake
     steps.prepare()
-    assert fake.recordings == len(BUCKETS) and all(kind == GREEDY for _, _, kind in steps.recorded)
+    reaches = (900, 512, 256)
+    assert list(steps.recorded) == [(bucket, reach, GREEDY) for bucket in BUCKETS[::-1] for reach in reaches]

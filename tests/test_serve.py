@@ -329,3 +329,19 @@ def test_answers_that_are_cut_off(packed: Path, tmp_path: Path, sent: signal.Sig
         assert server.process.wait(15) == status
     log = server.log.read_text()
     assert "Traceback" not in log and ("interrupted" in log) == (status == 130)
+
+
+def test_memory_is_told(server: Served) -> None:
+    names = ("packed", "weight", "kv", "scratch", "memory_allocated", "memory_peak", "memory_limit")
+    found = {name: gauge(server, f"alphaprune_{name}_bytes") for name in names}
+    assert 0 < found["packed"] < found["weight"] and found["kv"] > 0
+    assert found["memory_limit"] == found["weight"] + found["kv"] + 1e9
+    assert found["memory_peak"] >= found["memory_allocated"] >= found["scratch"] > 0
+
+
+def test_a_device_that_is_not_here_is_one_sentence(packed: Path, run) -> None:
+    for device, words in (("tpu", "wanted cpu, cuda or cuda:N"), ("cuda:x", "wanted cpu"), ("cuda", "no NVIDIA GPU")):
+        if device == "cuda" and torch.cuda.is_available():
+            continue
+        status, _, err = run("serve", packed, "--device", device)
+        assert status == 2 and words in err and len(err.strip().splitlines()) == 1

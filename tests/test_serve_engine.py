@@ -12,14 +12,18 @@ import pytest
 import serving_here  # noqa: F401
 import torch
 from conftest import ROOT, make_model
+from recorded import Fake, record_products
 from torch import nn
 from transformers import MistralConfig, MistralForCausalLM
 
 import alphaprune
 from alphaprune import data
+from alphaprune.graphs import Steps
+from alphaprune.serving import engine as engine_file
 from alphaprune.serving import kv
 from alphaprune.serving.answer import Answer
 from alphaprune.serving.engine import Engine, ReasoningText, Stream, ToolCall
+from alphaprune.serving.ours import Ours
 from alphaprune.serving.request import Asked, Defaults, Refused, parse
 
 sys.path.insert(0, str(ROOT / "bench"))
@@ -31,16 +35,23 @@ def ask(prompt: object, new: int, **settings: object) -> Asked:
     return parse(json.dumps(body).encode(), False, "model", 10**6, Defaults())
 
 
-@pytest.fixture
-def start() -> Iterator[Callable[..., Engine]]:
-    """Starts engines and stops them."""
+@pytest.fixture(params=["alphaprune", "transformers", pytest.param("graphs", marks=pytest.mark.slow)])
+def start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engine]]:
+    """Starts engines, each way of batching, and stops them; "graphs" is ours as on a GPU, by recordings."""
     started: list[Engine] = []
+    if request.param == "graphs":
+        record_products(monkeypatch)
+        monkeypatch.setattr(engine_file, "Ours", lambda *given: Ours(*given, recorder=Fake()))
+        monkeypatch.setattr(Steps, "prepare", lambda steps: None)
 
     def make(model: nn.Module, tokenizer: object, blocks: int = 256, running: int = 32) -> Engine:
         cache = kv.plan(model.config, model.dtype, running, 16, blocks=blocks)
-        started.append(Engine(model, tokenizer, cache, running, lambda kind, value: None))
+        kind = "transformers" if request.param == "transformers" else "alphaprune"
+        started.append(Engine(model, tokenizer, cache, running, lambda kind, value: None, kind))
         started[-1].start()
         return started[-1]
+
+    make.kind = request.param
 
     yield make
     for engine in started:
@@ -112,7 +123,7 @@ def test_a_cache_too_small_for_all_gives_everyone_the_same(tokenizer, start) -> 
     assert engine.kv_used() == engine.running() == engine.queued() == 0
 
 
-def test_attention_in_windows_is_left_to_transformers(tokenizer, start) -> None:
+def test_attention_in_windows(tokenizer, start) -> None:
     torch.manual_seed(6)
     config = make_model().config.to_dict()
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -128,6 +139,8 @@ def test_an_error_in_a_step_is_told(tokenizer, start) -> None:
     model = make_model(seed=4)
     engine = start(model, tokenizer)
     model.forward = lambda *_, **__: 1 / 0
+    if start.kind != "transformers":
+        engine.batching.ragged.prefill = lambda _: 1 / 0
     (stream,) = generate(engine, [ask("hello", 4)])
     assert stream.error == "generation failed: division by zero"
     assert not engine.alive()
@@ -138,8 +151,10 @@ def test_an_error_in_a_step_is_told(tokenizer, start) -> None:
 
 def test_a_model_that_cannot_be_served_says_so(tokenizer, start) -> None:
     model = make_model(seed=4)
-    model.forward = lambda *_, **__: 1 / 0
-    with pytest.raises(ValueError, match="does not run under transformers' continuous batching: division by zero"):
+    model.forward = model.lm_head.forward = lambda *_, **__: 1 / 0
+    model.lm_head.register_forward_hook(lambda *_: None)  # our decoder calls the module, then
+    words = "does not run under (transformers' continuous|our) batching: division by zero"
+    with pytest.raises(ValueError, match=words):
         start(model, tokenizer)
     with pytest.raises(ValueError, match=r"no tokenizer\.json"):
         start(make_model(), SimpleNamespace())
@@ -217,5 +232,8 @@ def test_nothing_is_kept_of_requests_that_were_cancelled(tokenizer, start) -> No
         raise AssertionError("requests or blocks were left")
 
     asyncio.run(everyone())
-    assert not engine._cb.output_router.result_handlers
-    assert engine._cb.current_batch < 30  # steps: none of the 40 tokens was made for nobody
+    if start.kind == "transformers":
+        assert not engine.batching._cb.output_router.result_handlers
+        assert engine.batching._cb.current_batch < 30  # steps: none of the 40 tokens was made for nobody
+    else:
+        assert engine.batching.turns < 60 and len(engine.batching.ragged.free_slots) == 32

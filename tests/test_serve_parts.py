@@ -245,8 +245,20 @@ def test_the_cache_is_as_large_as_asked_for_or_modest() -> None:
     asked = kv.plan(config, torch.float32, running=8, block=16, blocks=10)
     assert asked.block_bytes == 2 * 3 * 2 * 24 * 4 * 16 and asked.tokens == 160 and asked.context == 64
     assert kv.plan(config, torch.float32, 8, 16).blocks == 8 * 4  # no more than eight requests can fill
-    small = kv.plan(config, torch.bfloat16, 8, 16, memory=30_000)
+    small = kv.plan(config, torch.bfloat16, 8, 16, limit=30_000)
     assert small.blocks == 30_000 // small.block_bytes == 3 and small.context == 48
     assert "at most 48 tokens per request" in str(small)
     with pytest.raises(ValueError, match="less than one block of 16 tokens"):
-        kv.plan(config, torch.bfloat16, 8, 16, memory=100)
+        kv.plan(config, torch.bfloat16, 8, 16, limit=100)
+
+
+def test_on_a_gpu_the_cache_takes_what_is_free_but_a_gigabyte(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, gpu = make_config(max_position_embeddings=10**6), torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 10**9, 24 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 700)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 200)
+    found = kv.plan(config, torch.float32, 64, 16, device=gpu)
+    assert found.blocks == (2 * 10**9 + 500) // found.block_bytes
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**8, 24 * 10**9))
+    with pytest.raises(ValueError, match="0 B for keys and values is less than one block"):
+        kv.plan(config, torch.float32, 64, 16, device=gpu)

@@ -28,7 +28,9 @@ def run(model: str, **options: Any) -> None:
         tokenizer = data.load_tokenizer(folder)
         if options["chat_template"]:
             tokenizer.chat_template = data.read_text(options["chat_template"])
-        loaded = hf.load(folder, options["dtype"], options["device"])
+        # On a GPU nothing is expanded, whatever a time table says: memory there is for keys and values.
+        tokens = 1 if options["device"] == "cpu" else None
+        loaded = hf.load(folder, options["dtype"], options["device"], tokens)
         service = _service(loaded, tokenizer, options["name"] or folder.resolve().name, options)
         try:
             host, port = sock.getsockname()[:2]
@@ -47,9 +49,27 @@ def _check(options: dict[str, Any]) -> None:
         raise ValueError(f"--port {options['port']}: wanted 0 to 65535; 0 takes a free one")
     if options["kv_blocks"] and options["kv_memory"]:
         raise ValueError("give one of --kv-blocks and --kv-memory")
+    if reason := _missing(options["device"]):
+        raise ValueError(f"--device {options['device']}: {reason}")
     template = options["chat_template"]
     if template and not Path(template).is_file():
         raise ValueError(f"{template}: there is no such file")
+
+
+def _missing(device: str) -> str | None:
+    """Why a device cannot be served on, or None."""
+    import torch
+
+    kind, _, index = device.partition(":")
+    if kind == "cpu" and not index:
+        return None
+    if kind != "cuda" or not (index.isdigit() or not index):
+        return "wanted cpu, cuda or cuda:N"
+    if not torch.cuda.is_available():
+        return f"PyTorch {torch.__version__} finds no NVIDIA GPU here; nvidia-smi tells whether the driver does"
+    if int(index or 0) >= torch.cuda.device_count():
+        return f"there are {torch.cuda.device_count()} GPUs here, from cuda:0 on"
+    return None
 
 
 def _service(loaded: Any, tokenizer: Any, name: str, options: dict[str, Any]) -> Any:
@@ -63,9 +83,9 @@ def _service(loaded: Any, tokenizer: Any, name: str, options: dict[str, Any]) ->
         print(f"not done by serve, though generation_config asks for it: {', '.join(ignored)}", file=sys.stderr)
     running, block = options["max_running"], options["block_size"]
     memory = options["kv_memory"] and options["kv_memory"] * 1e9
-    cache = kv.plan(loaded.config, loaded.dtype, running, block, options["kv_blocks"], memory)
+    cache = kv.plan(loaded.config, loaded.dtype, running, block, options["kv_blocks"], memory, loaded.device)
     metrics = Metrics()
-    engine = Engine(loaded, tokenizer, cache, running, metrics.tell)
+    engine = Engine(loaded, tokenizer, cache, running, metrics.tell, options["engine"])
     metrics.watch(engine)
     engine.start()
     key = options["api_key"] or os.environ.get("ALPHAPRUNE_API_KEY") or None
@@ -77,6 +97,7 @@ def _summary(service: Any) -> str:
     engine, limits = service.engine, service.limits
     key = "with an API key" if service.key else "without an API key"
     return (
-        f"{service.name}: {size(engine.weight_bytes)} of weights; {engine.kv}\n"
+        f"{service.name}: {size(engine.weight_bytes)} of weights on {engine.model.device}; {engine.kv}; batches by "
+        f"{engine.batching.name}\n"
         f"{limits.running} requests at a time, {limits.queue} more wait; requests up to {size(limits.body)}; {key}"
     )

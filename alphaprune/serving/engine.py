@@ -1,43 +1,35 @@
-"""The adapter to transformers' continuous batching: prompts in, pieces of text out, one request beside the other.
+"""The engine behind the routes: prompts in, pieces of text out, one request beside the other.
 
-The only file that knows transformers' serving internals (cli.serving and generation.continuous_batching); tried with
-5.24. The batching, the paged cache and the parser of streams are transformers'. Its HTTP application is not taken: it
-gives all requests the temperature of the first, forgets `stop`, and lets every client load another model.
+Two ways to batch have one face (start, stop, alive, running, queued, kv_used, submit, forget): ours.py for models that
+our decoder knows, theirs.py for the others. Streams and their parser are those of transformers (cli.serving).
 """
 
 import asyncio
-import gc
-import logging
 from collections.abc import AsyncIterator, Callable
-from time import monotonic, perf_counter, sleep
+from time import perf_counter
 from typing import Any
 
-import torch
 from torch import nn
 
+from alphaprune import memory
 from alphaprune.files import first_line
 from alphaprune.generate import ends_of
-from alphaprune.sampling import Sampling
-from alphaprune.serving import attention
-from alphaprune.serving.kv import KV
+from alphaprune.layer import SparseLinear
+from alphaprune.serving.kv import KV, SCRATCH
+from alphaprune.serving.ours import Ours, reason_against
 from alphaprune.serving.request import Asked, Refused
-from alphaprune.serving.sampling import Sampler
 from alphaprune.serving.stops import Stops
 
 try:
     import transformers
-    from transformers import AttentionInterface, ContinuousBatchingConfig, GenerationConfig
     from transformers.cli.serving.utils import CBStreamer, ReasoningText, ToolCall, build_response_parser
-    from transformers.generation.continuous_batching.cache import group_layers_by_attn_type
+
+    from alphaprune.serving.theirs import Theirs
 except ImportError as error:
     raise ValueError(
         f"serve needs the continuous batching of transformers 5.24, and transformers {transformers.__version__} has "
         f"none or another one ({first_line(error)}); install transformers==5.24.*"
     ) from error
-
-BATCH_TOKENS = 512  # of prompts in one step: longer ones are cut, so that running streams wait less
-START_SECONDS = 120
-QUIET_SETTINGS = {"auto_switch_to_flash": False, "use_cuda_graph": False, "use_async_batching": False}
 
 Piece = str | ReasoningText | ToolCall
 
@@ -50,7 +42,13 @@ class Engine:
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, kv: KV, running: int, tell: Callable[[str, float], None]
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        kv: KV,
+        running: int,
+        tell: Callable[[str, float], None],
+        engine: str = "auto",
     ) -> None:
         if not hasattr(tokenizer, "_tokenizer"):
             raise ValueError("serve streams through fast tokenizers, and this model has no tokenizer.json")
@@ -58,58 +56,31 @@ class Engine:
         self.vocabulary: int = model.config.get_text_config().vocab_size
         self.ends = ends_of(model.generation_config)
         self.weight_bytes = sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
-        self._batching = ContinuousBatchingConfig(
-            page_size=kv.block,
-            num_blocks=kv.blocks,
-            max_batch_tokens=max(BATCH_TOKENS, running),
-            max_requests_per_batch=running,
-            **QUIET_SETTINGS,
-        )
-        self._cb: Any = None
+        layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+        self.packed_bytes = sum(layer.packed.nbytes for layer in layers)
+        reason = reason_against(model, kv.context) if engine != "transformers" else None
+        if engine == "alphaprune" and reason:
+            raise ValueError(f"--engine alphaprune does not serve this model: {reason}")
+        ours = engine != "transformers" and reason is None
+        batching: Ours | Theirs = (Ours if ours else Theirs)(model, kv, running)
+        self.batching, self.start, self.stop, self.alive = batching, batching.start, batching.stop, batching.alive
+        self.running, self.queued, self.kv_used = batching.running, batching.queued, batching.kv_used
+        self.forget = batching.forget
 
-    def start(self) -> None:
-        """Starts the thread and generates a token; ValueError if it cannot."""
-        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # it prints tracebacks; we report
-        alone = GenerationConfig(do_sample=False, eos_token_id=-1)
-        with torch.inference_mode():
-            self._cb = self.model.init_continuous_batching(alone, self._batching)
-            self._cb.logit_processor = Sampler()
-            if set(group_layers_by_attn_type(self.model.config.get_text_config())) == {"full_attention"}:
-                AttentionInterface.register(attention.NAME, attention.Paged())
-                self.model.set_attn_implementation(attention.NAME)
-            self._cb.start()
-        self._cb.add_request([0], "first", max_new_tokens=1, sampling=Sampling(temperature=0))
-        patience = monotonic() + START_SECONDS
-        while (done := self._cb.get_result(timeout=0.1)) is None and self._cb.is_running() and monotonic() < patience:
-            sleep(0.01)
-        if done is None or done.error:
-            cause = done.error if done else self._cb.background_thread_status.fatal_error or "no token in time"
-            self.stop()
-            raise ValueError(f"the model does not run under transformers' continuous batching: {cause}")
-        self._cb.output_router.output_queue = _Nowhere()
-
-    def stop(self) -> None:
-        """Ends the thread; running requests get an error."""
-        if self._cb is not None:
-            self._cb.stop(block=True, timeout=10, hard_stop=True)
-            gc.collect()
-
-    def alive(self) -> bool:
-        return self._cb.background_thread_status.can_accept_new_requests() is None and self._cb.is_running()
-
-    def running(self) -> int:
-        processor = self._cb.batch_processor
-        return len(processor.scheduler.active_requests) if processor else 0
-
-    def queued(self) -> int:
-        processor = self._cb.batch_processor
-        return self._cb.input_queue.qsize() + (len(processor.scheduler.waiting_requests) if processor else 0)
-
-    def kv_used(self) -> int:
-        """Blocks that requests hold; a block that several share counts once, one that is only remembered not at all."""
-        processor = self._cb.batch_processor
-        allocators = processor.cache.cache_allocators.values() if processor else ()
-        return sum(len(set().union(*list(a.block_table.values()))) for a in allocators)
+    def memory(self) -> dict[str, int]:
+        """Bytes by name: packed (of the packed layers), weights (of the whole model), kv, scratch (what is taken beside
+        weights and KV), allocated, peak, limit (weights, KV and SCRATCH). Of the GPU, or of this process."""
+        device, kv = self.model.device, self.kv.blocks * self.kv.block_bytes
+        taken = memory.allocated(device)
+        return {
+            "packed": self.packed_bytes,
+            "weights": self.weight_bytes,
+            "kv": kv,
+            "scratch": max(0, taken - self.weight_bytes - kv),
+            "allocated": taken,
+            "peak": memory.peak(device),
+            "limit": self.weight_bytes + kv + SCRATCH,
+        }
 
     def encode(self, asked: Asked) -> list[int]:
         """The tokens of the prompt; raises Refused if there are none, or too many. May take long: not for the loop."""
@@ -156,22 +127,7 @@ class Engine:
         """Queues a request; called in the event loop. arrived: perf_counter() when its client sent it."""
         if not self.alive():
             raise Refused(503, "generation has stopped after an error; restart the server", code="engine_stopped")
-        return Stream(self, self._cb, tokens, asked, request_id, arrived)
-
-    def forget(self, request_id: str) -> None:
-        """Cancels a request: its KV is free after the current step, and nobody waits for its tokens any more."""
-        with self._cb.output_router._lock:  # cancelled requests are never finished, so it would keep their handlers
-            self._cb.output_router.result_handlers.pop(request_id, None)
-        self._cb.cancel_request(request_id)
-
-
-class _Nowhere:
-    """In the place of the queue for tokens that nobody waits for: those of a step in which a request was cancelled."""
-
-    def put(self, output: Any) -> None: ...
-
-    def empty(self) -> bool:
-        return True
+        return Stream(self, tokens, asked, request_id, arrived)
 
 
 class Stream:
@@ -180,9 +136,7 @@ class Stream:
     finish: "stop", "length" or "tool_calls", once the pieces have ended; error: one sentence if it failed.
     """
 
-    def __init__(
-        self, engine: Engine, cb: Any, tokens: list[int], asked: Asked, request_id: str, arrived: float
-    ) -> None:
+    def __init__(self, engine: Engine, tokens: list[int], asked: Asked, request_id: str, arrived: float) -> None:
         self.id, self.prompt_tokens = request_id, len(tokens)
         self.tokens: list[int] = []  # the new ones
         self.finish, self.error, self.ended = "stop", None, False
@@ -193,18 +147,8 @@ class Stream:
         if asked.prompt is None:
             parser = build_response_parser(engine.tokenizer, engine.model, tokens, tools=asked.tools)
         loop = asyncio.get_running_loop()
-        self._streamer = CBStreamer(cb, request_id, engine.tokenizer._tokenizer, loop, self._queue, parser)
-        # Before the request, not after it: a request of one token may be done by then.
-        cb.register_result_handler(request_id, self._take)
-        taken = cb.add_request(
-            tokens,
-            request_id=request_id,
-            max_new_tokens=self._limit,
-            streaming=True,
-            eos_token_id=sorted(engine.ends) or -1,
-            sampling=asked.sampling,
-        )
-        if taken is None:
+        self._streamer = CBStreamer(None, request_id, engine.tokenizer._tokenizer, loop, self._queue, parser)
+        if not engine.batching.submit(request_id, tokens, self._limit, engine.ends, asked.sampling, self._take):
             engine.forget(request_id)
             raise Refused(503, "generation has stopped; restart the server", code="engine_stopped")
         engine.tell("prompt_tokens", len(tokens))

@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 
-from alphaprune import shapes
+from alphaprune import memory, shapes
 from alphaprune.console import size
 from alphaprune.serving.request import Defaults
 
-MODEST = 10**9  # bytes, unless a quarter of what is free is less
+CPU = torch.device("cpu")
+MODEST = 10**9  # bytes beside a CPU, unless a quarter of what is free is less
+SCRATCH = 10**9  # bytes that a GPU may need beside weights and KV: activations, logits, graphs, expanded rows
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,26 @@ def defaults(settings: Any) -> Defaults:
     return Defaults(**{name: value for name, value in wanted.items() if value is not None})
 
 
-def plan(
-    config: Any, dtype: torch.dtype, running: int, block: int, blocks: int | None = None, memory: float | None = None
-) -> KV:
-    """The cache for `running` requests at a time: `blocks` blocks, or as many as fit into `memory` bytes.
+def room(device: torch.device) -> float:
+    """Bytes for keys and values unless somebody says how many: of a GPU all that is free but SCRATCH."""
+    free = memory.free(device)
+    if device.type == "cuda":
+        return free - SCRATCH
+    return MODEST if free is None else min(MODEST, free / 4)
 
-    By default no more than every request could fill, in at most 1 GB or a quarter of the free memory.
+
+def plan(
+    config: Any,
+    dtype: torch.dtype,
+    running: int,
+    block: int,
+    blocks: int | None = None,
+    limit: float | None = None,
+    device: torch.device = CPU,
+) -> KV:
+    """The cache for `running` requests at a time: `blocks` blocks, or as many as fit into `limit` bytes.
+
+    By default no more than every request could fill, in the `room` of the device.
     Raises ValueError if that is less than one block.
     """
     if shapes.of(config).kv_heads:
@@ -64,15 +80,14 @@ def plan(
     block_bytes = 2 * config.num_hidden_layers * heads * head * dtype.itemsize * block
     longest = getattr(config, "max_position_embeddings", None) or 2**31
     if blocks is None:
-        import psutil
-
-        limit = min(MODEST, psutil.virtual_memory().available / 4) if memory is None else memory
+        given = limit is not None
+        limit = limit if given else max(0, room(device))
         blocks = int(limit // block_bytes)
         if blocks < 1:
             raise ValueError(
                 f"{size(limit)} for keys and values is less than one block of {block} tokens, {size(block_bytes)}; "
                 f"give more --kv-memory or a smaller --block-size"
             )
-        if memory is None:
+        if not given:
             blocks = min(blocks, running * -(-longest // block))
     return KV(blocks, block, block_bytes, min(longest, blocks * block))

@@ -1,5 +1,6 @@
 """What the server counts, in Prometheus' format."""
 
+import functools
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -11,6 +12,21 @@ if TYPE_CHECKING:
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 TOKEN_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+
+
+# Of the GPU that serves, or else of this process: its resident memory.
+MEMORY = {
+    "packed": "bytes of the packed layers",
+    "kv": "bytes of the KV cache",
+    "scratch": "bytes taken beside weights and KV cache",
+    "memory_allocated": "bytes taken",
+    "memory_peak": "the most bytes that were ever taken",
+    "memory_limit": "bytes of weights and KV cache and 1 GB: what a GPU is to stay below",
+}
+
+
+def _memory(engine: "Engine", name: str) -> int:
+    return engine.memory()[name.removeprefix("memory_")]
 
 
 class Metrics:
@@ -52,6 +68,7 @@ class Metrics:
             ("kv_blocks", "blocks of the KV cache", lambda: engine.kv.blocks),
             ("kv_blocks_used", "blocks of the KV cache that hold a running request", engine.kv_used),
             ("weight_bytes", "bytes of all weights of the model", lambda: engine.weight_bytes),
+            *((f"{name}_bytes", words, functools.partial(_memory, engine, name)) for name, words in MEMORY.items()),
         ):
             Gauge(f"alphaprune_{name}", words, registry=self.registry).set_function(read)
 

@@ -1,0 +1,277 @@
+"""Requests in one batch by our decoder: prompts in pieces, then steps that are rounded up to buckets, as CUDA graphs.
+
+Prompts go through the kernels for many tokens (expansion and the library's product), a step through those for few.
+Keys and values lie in pages. A request gets pages as it grows; when there are none left, the one that came last gives
+its pages back, waits, and reads again what it had, so that its tokens stay the same.
+"""
+
+import asyncio
+import contextlib
+import gc
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alphaprune import ragged
+from alphaprune.decoder import Decoder, why_not
+from alphaprune.files import first_line
+from alphaprune.graphs import BUCKETS, Recorder, Steps, fetch
+from alphaprune.ragged import Ragged
+from alphaprune.sampling import Kind, Sampling
+from alphaprune.serving.kv import KV
+
+BATCH_TOKENS = 512  # of prompts between two steps: longer ones are cut, so that running streams wait less
+IDLE_SECONDS = 5
+
+
+@dataclass
+class Output:
+    """What a request has so far; error: one sentence if it failed."""
+
+    generated_tokens: list[int]
+    finished: bool = False
+    error: str | None = None
+
+    def is_finished(self) -> bool:
+        return self.finished
+
+
+@dataclass(eq=False)
+class Job:
+    """A request. source: what it has to read, its prompt and what it had of an answer; read: how many of these it has.
+
+    new: its tokens so far; launched: their number and that of those that the device is still computing.
+    """
+
+    id: str
+    prompt: list[int]
+    limit: int
+    ends: frozenset[int]
+    sampling: Sampling
+    take: Callable[[Any], None]
+    loop: asyncio.AbstractEventLoop
+    new: list[int] = field(default_factory=list)
+    source: list[int] = field(default_factory=list)
+    slot: int = -1
+    read: int = 0
+    launched: int = 0
+    done: bool = False
+
+
+def reason_against(model: nn.Module, context: int) -> str | None:
+    """Why our decoder does not serve this model, in one sentence; None if it does."""
+    return why_not(model.config, model) or ragged.why_not(Decoder(model), context)
+
+
+class Ours:
+    """A model that generates for many requests at once, in a thread of its own."""
+
+    name = "alphaprune"
+
+    def __init__(self, model: nn.Module, kv: KV, running: int, recorder: Recorder | None = None) -> None:
+        self.kv, self.most = kv, running
+        self.ragged = Ragged(Decoder(model), running, kv.context, kv.blocks, kv.block)
+        buckets = [*(bucket for bucket in BUCKETS if bucket < running), running]
+        self.steps = Steps(self.ragged, buckets=buckets, recorder=recorder)
+        # On a GPU a token is read while the next one is computed; on a CPU there would be nothing to wait for.
+        self.late = int(self.ragged.decoder.device.type == "cuda" or recorder is not None)
+        self.turns = 0
+        self._inbox: deque[Job | str] = deque()  # new requests, and the ids of cancelled ones
+        self._waiting: deque[Job] = deque()
+        self._active: list[Job] = []  # in the order in which they came
+        self._pending: deque[tuple[list[Job], Callable[[], Tensor]]] = deque()
+        self._wake, self._ending = threading.Event(), False
+        self._error: str | None = None
+        self._thread = threading.Thread(target=self._work, name="alphaprune serve", daemon=True)
+
+    def start(self) -> None:
+        """Records the steps, generates a token and starts the thread; ValueError if it cannot."""
+        try:
+            slot = self.ragged.open()
+            self.ragged.prefill([(slot, [0])])
+            self.ragged.begin(slot, 0)
+            if self.ragged.capacity > 1:
+                self.steps([slot])
+            self.ragged.close(slot)
+            if self.late:
+                self.steps.prepare()
+        except Exception as error:
+            raise ValueError(f"the model does not run under our batching: {first_line(error)}") from error
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._ending = True
+        self._wake.set()
+        if self._thread.ident is not None:
+            self._thread.join(10)
+        gc.collect()
+
+    def alive(self) -> bool:
+        return self._error is None and self._thread.is_alive() and not self._ending
+
+    def running(self) -> int:
+        return len(self._active)
+
+    def queued(self) -> int:
+        return len(self._waiting) + sum(type(one) is Job for one in list(self._inbox))
+
+    def kv_used(self) -> int:
+        return sum(map(len, self.ragged.owned))
+
+    def submit(
+        self,
+        request_id: str,
+        tokens: list[int],
+        limit: int,
+        ends: frozenset[int],
+        sampling: Sampling,
+        take: Callable[[Any], None],
+    ) -> bool:
+        """Queues a request, in the event loop in which `take` will be called; False if generation has stopped."""
+        self._inbox.append(Job(request_id, tokens, limit, ends, sampling, take, asyncio.get_running_loop()))
+        self._wake.set()
+        return self.alive()
+
+    def forget(self, request_id: str) -> None:
+        """Cancels a request: its pages are free after the current step."""
+        self._inbox.append(request_id)
+        self._wake.set()
+
+    def _work(self) -> None:
+        try:
+            with torch.inference_mode():
+                while not self._ending:
+                    self._wake.clear()
+                    if not self.turn():
+                        self._wake.wait(IDLE_SECONDS)
+            words = "the server is shutting down"
+        except BaseException as error:
+            words = self._error = first_line(error) or type(error).__name__
+        left = [one for one in self._inbox if type(one) is Job]
+        _tell([(job, Output(list(job.new), error=words)) for job in (*self._active, *self._waiting, *left)])
+
+    def turn(self) -> bool:
+        """One round: new requests, a piece of their prompts, a step of the others. False if there was nothing to do."""
+        self._sort_inbox()
+        self._admit()
+        busy = self._read_prompts()
+        busy |= self._step()
+        keep = self.late if busy else 0
+        while len(self._pending) > keep:
+            self._receive()
+        self.turns += busy
+        return busy or bool(self._active)
+
+    def _sort_inbox(self) -> None:
+        cancelled: set[str] = set()
+        while self._inbox:
+            one = self._inbox.popleft()
+            if type(one) is Job:
+                self._waiting.append(one)
+            else:
+                cancelled.add(one)
+        if cancelled:
+            self._waiting = deque(job for job in self._waiting if job.id not in cancelled)
+            for job in [job for job in self._active if job.id in cancelled]:
+                self._close(job)
+
+    def _admit(self) -> None:
+        """Gives a slot, and pages for all its tokens so far, to those that wait, in order."""
+        while self._waiting and len(self._active) < self.most:
+            job, slot = self._waiting[0], self.ragged.open()
+            source = job.prompt + job.new
+            if not self.ragged.reserve(slot, len(source) + 1):
+                self.ragged.close(slot)
+                return
+            self._waiting.popleft()
+            job.source, job.slot, job.read, job.launched = source, slot, 0, len(job.new)
+            self.steps.sampler.put(slot, job.sampling, job.prompt, job.new)
+            self._active.append(job)
+
+    def _read_prompts(self) -> bool:
+        """Reads up to BATCH_TOKENS of what requests have to read, and chooses the next token of those that are done."""
+        parts, ready, left = [], [], BATCH_TOKENS
+        for job in self._active:
+            piece = job.source[job.read : job.read + left]
+            if piece:
+                parts.append((job.slot, piece))
+                left -= len(piece)
+                job.read += len(piece)
+                if job.read == len(job.source):
+                    ready.append((len(parts) - 1, job))
+        if not parts:
+            return False
+        logits = self.ragged.prefill(parts)
+        if ready:
+            jobs, device = [job for _, job in ready], logits.device
+            rows = torch.tensor([place for place, _ in ready]).to(device, non_blocking=True)
+            slots = torch.tensor([job.slot for job in jobs]).to(device, non_blocking=True)
+            kind = Kind.of(job.sampling for job in jobs)
+            new = self.steps.sampler.choose(logits[rows], slots, self.ragged.lengths[slots] - 1, kind)
+            self.ragged.tokens.index_copy_(0, slots, new)
+            self._launch(jobs, new)
+        return True
+
+    def _step(self) -> bool:
+        """A token for all that have read everything and may have more."""
+        while jobs := [job for job in self._active if job.read == len(job.source) and job.launched < job.limit]:
+            if self._make_room(jobs):
+                new, _ = self.steps([job.slot for job in jobs], Kind.of(job.sampling for job in jobs))
+                self._launch(jobs, new)
+                return True
+        return False
+
+    def _make_room(self, jobs: Sequence[Job]) -> bool:
+        """Whether every one has a page for its next position; otherwise something was done about it: ask again."""
+        for job in jobs:
+            if not self.ragged.reserve(job.slot, self.ragged.held[job.slot] + 1):
+                if self._pending:
+                    self._receive()
+                    return False
+                last = self._active.pop()
+                self.ragged.close(last.slot)
+                self._waiting.appendleft(last)
+                return False
+        return True
+
+    def _launch(self, jobs: list[Job], new: Tensor) -> None:
+        for job in jobs:
+            job.launched += 1
+        self._pending.append((jobs, fetch(new)))
+
+    def _receive(self) -> None:
+        """Takes the oldest tokens that are under way."""
+        jobs, wait = self._pending.popleft()
+        found = []
+        for job, token in zip(jobs, wait().tolist(), strict=True):
+            if job.done:  # it has ended, or was cancelled, while this token was computed
+                continue
+            job.new.append(token)
+            finished = token in job.ends or len(job.new) >= job.limit
+            found.append((job, Output(list(job.new), finished)))
+            if finished:
+                self._close(job)
+        _tell(found)
+
+    def _close(self, job: Job) -> None:
+        job.done = True
+        self._active.remove(job)
+        self.ragged.close(job.slot)
+
+
+def _tell(found: list[tuple[Job, Output]]) -> None:
+    """Hands outputs to the event loops of their requests, all of one loop at once."""
+
+    def deliver(group: list[tuple[Job, Output]]) -> None:
+        for job, output in group:
+            job.take(output)
+
+    loops = {id(job.loop): job.loop for job, _ in found}
+    for key, loop in loops.items():
+        with contextlib.suppress(RuntimeError):  # a loop that has ended: nobody listens
+            loop.call_soon_threadsafe(deliver, [one for one in found if id(one[0].loop) == key])
