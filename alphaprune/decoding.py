@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alphaprune import formats, generate, hardware, timing
+from alphaprune import formats, generate, stepping, timing
 from alphaprune import model as models
 from alphaprune.decoder import Decoder
 from alphaprune.layer import SparseLinear
+from alphaprune.memory import free as free_memory
+from alphaprune.pattern import Pattern
+from alphaprune.timing import UNSTRUCTURED
 
 Bar = Callable[[int, str, str], AbstractContextManager[Callable[[str], None]]]
 DEVIATION = 0.02  # of random weights: activations stay small
@@ -66,31 +69,36 @@ def _layers(config: Any) -> list[tuple[int, int]]:
 
 
 def random_model(
-    name: str, sparsity: float | None = None, dtype: torch.dtype = torch.bfloat16, values: torch.dtype | None = None
+    name: str,
+    sparsity: float | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    values: torch.dtype | None = None,
+    pattern: Pattern = UNSTRUCTURED,
+    device: str = "cpu",
 ) -> nn.Module:
     """A model in the shapes of `name`: blocks dense in `dtype`, or with a `sparsity` packed with `values`.
 
     Layers of one shape are copies of one another in distinct memory, so that a step reads all of them.
-    ValueError naming the bytes if they do not fit into memory.
+    pattern: of the packed weights. ValueError naming the bytes if they do not fit into the memory of the device.
     """
     config = config_of(name)
-    needed, free = nbytes(config, sparsity, dtype, values), memory()
+    needed, free = nbytes(config, sparsity, dtype, values), memory(device)
     if free is not None and needed > free:
         raise ValueError(
-            f"{name} needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; close programs, or take a "
-            f"smaller model or a higher sparsity"
+            f"{name} needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free on {device}; close programs, "
+            f"or take a smaller model or a higher sparsity"
         )
     model = models.make_skeleton(config)
     made: dict[tuple[int, ...], tuple[Tensor, formats.Packed | None]] = {}
     for full, layer in models.prunable(model, models.family_of(config, name)).items():
         shape = tuple(layer.weight.shape)
         if shape not in made:
-            made[shape] = _weight(shape, sparsity, dtype, values)
+            made[shape] = _weight(shape, sparsity, dtype, values, pattern)
         weight, packed = made[shape]
         if packed is None:
-            layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
+            layer.weight = nn.Parameter(weight.to(device, copy=True), requires_grad=False)
         else:
-            sparse = SparseLinear(packed.map(Tensor.clone))
+            sparse = SparseLinear(packed.map(lambda tensor: tensor.to(device, copy=True)))
             sparse.name = full
             model.set_submodule(full, sparse)
     generator = torch.Generator().manual_seed(1)
@@ -101,17 +109,17 @@ def random_model(
                 value = torch.ones(shape, dtype=dtype)
                 if len(shape) > 1:
                     value.normal_(0, DEVIATION, generator=generator)
-                setattr(module, key, nn.Parameter(value, requires_grad=False))
-    return model
+                setattr(module, key, nn.Parameter(value.to(device), requires_grad=False))
+    return model.to(device)
 
 
 def _weight(
-    shape: tuple[int, int], sparsity: float | None, dtype: torch.dtype, values: torch.dtype | None
+    shape: tuple[int, int], sparsity: float | None, dtype: torch.dtype, values: torch.dtype | None, pattern: Pattern
 ) -> tuple[Tensor, formats.Packed | None]:
     """A random weight, and packed where a sparsity is given."""
     if sparsity is None:
         return torch.empty(shape, dtype=dtype).normal_(0, DEVIATION, generator=torch.Generator().manual_seed(0)), None
-    _, packed = timing.random_packed(shape, sparsity, dtype, values or dtype)
+    _, packed = timing.random_packed(shape, sparsity, dtype, values or dtype, pattern)
     (packed.weight if packed.scale is None else packed.scale).mul_(DEVIATION)
     return packed.weight, packed
 
@@ -129,9 +137,9 @@ def nbytes(config: Any, sparsity: float | None, dtype: torch.dtype, values: torc
     return outside * dtype.itemsize + config.num_hidden_layers * size + most
 
 
-def memory() -> int | None:
+def memory(device: str = "cpu") -> int | None:
     """Bytes of memory that can be taken without swapping; None where the system does not say."""
-    return hardware.memory().get("MemAvailable")
+    return free_memory(device)
 
 
 def time_generation(model: nn.Module, ours: bool, prompt: int = 16, new: int = 32) -> dict[str, float]:
@@ -175,6 +183,9 @@ def time_kernels(model: nn.Module, prompt: int = 16, rounds: int = 16) -> dict[s
     within a turn.
     """
     decoder = Decoder(model)
+    if decoder.device.type == "cuda":  # in graphs, as it generates
+        found = stepping.time_steps(model, 1, prompt, rounds)
+        return {name: found[name] for name in ("kernel_seconds", "step_over_kernels")}
     state = decoder.state(1, prompt + rounds + 1)
     tokens = torch.randint(0, model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
     new = decoder.prefill(state, tokens.to(decoder.device)).argmax(-1)

@@ -27,6 +27,7 @@ one per pair; pairs.
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -114,16 +115,27 @@ def line(row: dict[str, Any]) -> str:
     return "  ".join(f"{cell:>12}" for cell in cells)
 
 
+def _numbers(text: str) -> list[int]:
+    return [int(one) for one in text.split(",")]
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="llama2-7b", help="a name of alphaprune.decoding.MODELS")
-    parser.add_argument("--sparsity", default="0.5,0.7,0.8")
+    parser.add_argument("--model", help="a name of alphaprune.decoding.MODELS (default llama2-7b; on a GPU three)")
+    parser.add_argument("--sparsity", help="default 0.5,0.7,0.8; on a GPU 2:4, too")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; on a GPU see decode_gpu.py")
     parser.add_argument(
         "--values", default="bfloat16", help="of the packed weights: bfloat16, int8, or both by a comma"
     )
     parser.add_argument("--pairs", type=int, default=3, help="dense and packed processes, by turns")
     parser.add_argument("--new", type=int, default=32, help="tokens timed in each")
     parser.add_argument("--gigabytes", type=float, default=1, help="read for the bandwidth")
+    gpu = parser.add_argument_group("on a GPU")
+    gpu.add_argument("--minutes", type=float, default=20, help="no load is begun after so many")
+    gpu.add_argument("--sequences", type=_numbers, default=[1, 32], help="in a step, the most important number first")
+    gpu.add_argument("--prefill", type=int, default=2048, help="tokens of the prompt")
+    gpu.add_argument("--how", default="auto", choices=("auto", "graphs", "compile", "eager"), help="steps run")
+    gpu.add_argument("--dry-run", action="store_true", help="all of it with a tiny model on the CPU")
     parser.add_argument("--json", action="store_true", help="one JSON object per row instead of the table")
     parser.add_argument("--out", help="append the rows to this file, one JSON object each")
     parser.add_argument("--measure", metavar="JSON", help=argparse.SUPPRESS)
@@ -132,6 +144,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    if options.device != "cpu" or options.dry_run:
+        import decode_gpu
+
+        given = sys.argv[1:] if arguments is None else arguments
+        options.command = shlex.join(["python", "bench/decode.py", *given])
+        return decode_gpu.main(options)
+    options.model, options.sparsity = options.model or "llama2-7b", options.sparsity or "0.5,0.7,0.8"
     if options.measure:
         try:
             print(json.dumps(measure(**json.loads(options.measure))))

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from alphaprune import decoding
+from alphaprune import decoding, memory
 from alphaprune.layer import SparseLinear
 from alphaprune.model import prunable
 
@@ -55,7 +55,7 @@ def test_bytes_are_about_those_of_the_model() -> None:
 
 
 def test_a_model_too_large_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "memory", lambda: 10**10)
+    monkeypatch.setattr(decoding, "memory", lambda device: 10**10)
     with pytest.raises(ValueError, match=r"llama2-7b needs 1[34]\.\d GB of memory, 10\.0 GB are free"):
         decoding.random_model("llama2-7b")
 
@@ -63,7 +63,7 @@ def test_a_model_too_large_is_refused_before_it_is_made(monkeypatch: pytest.Monk
 def test_what_does_not_fit_is_a_row_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     from contextlib import nullcontext
 
-    monkeypatch.setattr(decoding, "memory", lambda: 10)
+    monkeypatch.setattr(decoding, "memory", lambda device: 10)
     rows = decoding.time_models("tiny", [0.5], torch.bfloat16, None, lambda *_: nullcontext(lambda _: None))
     assert [row["sparsity"] for row in rows] == [0.5, None] and all("GB are free" in row["skipped"] for row in rows)
 
@@ -100,3 +100,40 @@ def test_the_script_says_what_it_cannot_measure(script: ModuleType, capsys) -> N
     asked = {"model": "other", "sparsity": None, "values": "bfloat16", "new": 4, "bandwidth_bytes": 1 << 20}
     assert script.main(["--measure", json.dumps(asked)]) == 2
     assert capsys.readouterr().err.startswith("decode.py: no shapes of a model 'other'")
+
+
+def test_the_script_for_gpus_goes_through_everything_on_the_cpu(
+    script: ModuleType, tmp_path: Path, capsys, monkeypatch
+):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    out = tmp_path / "rows.jsonl"
+    small = ["--dry-run", "--new", "3", "--sequences", "1,3", "--prefill", "20", "--sparsity", "0.7,2:4"]
+    assert script.main([*small, "--json", "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    rows = [json.loads(line) for line in said.out.splitlines()]
+    assert rows == [json.loads(line) for line in out.read_text().splitlines()]
+    weights = [(row["sparsity"], row["load"], row["sequences"], row["decoder"]) for row in rows]
+    loads = [("decode", 1), ("prefill", 20), ("decode", 3)]
+    dense = [(0.0, *load, "alphaprune") for load in loads] + [(0.0, "decode", n, "transformers") for n in (1, 3)]
+    assert weights == dense + [(s, *load, "alphaprune") for s in (0.7, 0.5) for load in loads]
+    assert all(row["ratio"] == 1 for row in rows[:3]) and all(row["ratio"] > 0 for row in rows)
+    assert all(row["step_over_kernels"] > 0 for row in rows if row["load"] == "decode" and row["how"] == "auto")
+    assert rows[0]["weight_bytes"] > rows[-1]["weight_bytes"] and rows[-1]["pattern"] == "2:4"
+    assert said.err.count("for keys and values; free on cpu") == 3 and "3 of 3 models" in said.err
+    assert script.main([*small, "--minutes", "0"]) == 0
+    assert "0 of 3 models" in capsys.readouterr().err
+    monkeypatch.setattr(decoding, "memory", lambda device: 10)
+    assert script.main(small) == 0
+    assert capsys.readouterr().out.count("not measured: tiny needs") == 3
+    assert script.main(["--device", "cuda", "--model", "tiny"]) == 2 or torch.cuda.is_available()
+    assert script.main([*small, "--model", "other"]) == 2
+    assert "no shapes of a model" in capsys.readouterr().err
+
+
+def test_the_script_for_gpus_says_what_memory_a_load_lacked(script: ModuleType, capsys, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    monkeypatch.setattr(memory, "free", lambda device: 10**6)
+    monkeypatch.setattr(decoding, "memory", lambda device: None)
+    assert script.main(["--dry-run", "--new", "2", "--sparsity", "0.5", "--prefill", "20000"]) == 0
+    out = capsys.readouterr().out
+    assert "not measured: cpu has too little memory" in out and "for keys and values of" in out
