@@ -67,7 +67,7 @@ SYSTEM_SHARED = 1024
 # the numbers among the template's arguments and half(n) the bytes of the values of n macro tiles at 50 %: of the
 # largest among very many, 4.5 standard deviations above the mean.
 SHARED = {
-    "sbt_mma": ("cuda/sbt_mma.cuh", "mma_shared_bytes({1}, {0}, kMostWarps, half(kChunk))"),
+    "sbt_mma": ("cuda/sbt_mma.cuh", "mma_shared_bytes({1}, {0}, {1} == 4 ? 7 : kMostWarps, half(kChunk))"),
     "sbt_wgmma": ("cuda/sbt_wgmma.cuh", "wide_shared_bytes({0}, 2, half(1))"),
     "sbt_expand": ("cuda/sbt_expand.cuh", "expand_shared_bytes(half(kChunk))"),
     "nm_mma_sp": ("cuda/nm_mma_sp.cuh", "nm_shared_bytes({0})"),

@@ -11,7 +11,11 @@ from alphaprune.formats import Packed, native, quantize, sbt
 from alphaprune.kernels import cpu, cuda, portable
 from alphaprune.kernels.base import Bound, Kernel
 
-CHUNK_BYTES = 8 << 20  # of dense rows: large enough for the matmul, small enough for the last-level cache
+CHUNK_BYTES = 8 << 20  # of dense rows on a CPU: large enough for the matmul, small enough for the last-level cache
+# Of a GPU's second-level cache, the share that a chunk takes: what is written is then read there, beside x and y. A
+# prediction, not measured.
+CACHE_SHARE = 3
+GEMM_ROWS = 128  # that chunks on a GPU are a multiple of, as the tiles of its matmuls are
 
 
 def expand(packed: Packed, first: int = 0, last: int | None = None, out: Tensor | None = None) -> Tensor:
@@ -59,10 +63,29 @@ def expand_on_gpu(packed: Packed, first: int, last: int, out: Tensor) -> Tensor:
 Fill = Callable[[Packed, int, int, Tensor], Tensor]  # (packed, first, last, out) -> out, as `expand`
 
 
+@functools.cache
+def cache_bytes(index: int) -> int:
+    """Bytes of the second-level cache of a CUDA device."""
+    return torch.cuda.get_device_properties(index).L2_cache_size
+
+
+def chunk_rows(shape: tuple[int, int], itemsize: int, cache: int | None) -> int:
+    """Rows of W [N, K] = shape that are expanded at a time, a multiple of 16. cache: bytes of a GPU's, None for a CPU.
+
+    On a GPU all chunks are about as large, so that the last one does not leave most of the device idle.
+    """
+    n, k = shape
+    if cache is None:
+        return max(sbt.ROWS, CHUNK_BYTES // (k * itemsize) // sbt.ROWS * sbt.ROWS)
+    most = max(GEMM_ROWS, cache // CACHE_SHARE // (k * itemsize) // GEMM_ROWS * GEMM_ROWS)
+    return -(-n // -(-n // most) // GEMM_ROWS) * GEMM_ROWS
+
+
 def chunks(packed: Packed, fill: Fill = expand) -> Iterator[tuple[int, int, Tensor]]:
     """(first, last, dense rows), from the top of W to the bottom; the rows are overwritten by the next."""
-    n, k = packed.shape
-    step = max(sbt.ROWS, CHUNK_BYTES // (k * packed.dense_dtype.itemsize) // sbt.ROWS * sbt.ROWS)
+    (n, k), device = packed.shape, packed.device
+    cache = cache_bytes(device.index or 0) if device.type == "cuda" else None
+    step = chunk_rows((n, k), packed.dense_dtype.itemsize, cache)
     scratch = packed.weight.new_empty((min(step, n), k), dtype=packed.dense_dtype)
     for first in range(0, n, step):
         last = min(first + step, n)
@@ -84,12 +107,27 @@ def has_instructions(dtype: torch.dtype) -> bool:
 
 def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None, fill: Fill = expand) -> Tensor:
     """y [..., N] = x [..., K] Wᵀ + bias [N] in x's dtype, accumulated in float32; mixed dtypes compute in float32."""
-    same = packed.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
-    compute = x.dtype if same and (x.is_cuda or has_instructions(x.dtype)) else torch.float32
+    same = packed.dense_dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
+    if same and x.is_cuda:
+        return multiply_in_place(x, packed, bias, fill)
+    compute = x.dtype if same and packed.scale is None and has_instructions(x.dtype) else torch.float32
     wide, y = x.to(compute), x.new_empty(*x.shape[:-1], packed.shape[0])
     for first, last, rows in chunks(packed, fill):
         part = None if bias is None else bias[first:last].to(compute)
         y[..., first:last] = functional.linear(wide, rows.to(compute), part)
+    return y
+
+
+def multiply_in_place(x: Tensor, packed: Packed, bias: Tensor | None, fill: Fill) -> Tensor:
+    """`multiply` where all have one dtype: each product is written where it belongs, without a copy between."""
+    y = x.new_empty(*x.shape[:-1], packed.shape[0])
+    x_rows, y_rows = x.reshape(-1, x.shape[-1]), y.view(-1, packed.shape[0])  # [M, K], [M, N]
+    for first, last, rows in chunks(packed, fill):
+        out = y_rows[:, first:last]
+        if bias is None:
+            torch.mm(x_rows, rows.mT, out=out)
+        else:
+            torch.addmm(bias[first:last], x_rows, rows.mT, out=out)
     return y
 
 

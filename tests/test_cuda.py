@@ -23,6 +23,7 @@ from alphaprune.formats import Packed
 from alphaprune.kernels import cuda, expansion, spmm
 
 HALVES = cuda.HALVES
+H100, SMALL = (90, 132, 232448), (80, 1, 166912)  # SMALL: so few multiprocessors that blocks own 64 rows
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 SHAPES = [(1, 1, 1), (16, 64, 0.4), (17, 65, 0), (17, 65, 1), (5, 300, 0.4), (50, 128, 0.6), (37, 512, 0.3)]
 
@@ -50,6 +51,7 @@ def emulator(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mo
     use(module, monkeypatch)
     module.emulate_in_order(0)
     yield module
+    module.emulate_device(*H100)
     cuda._device.cache_clear()
 
 
@@ -140,6 +142,16 @@ def test_any_number_of_warps_shares_the_columns(emulator: ModuleType, monkeypatc
     monkeypatch.setattr(cuda, "warps", lambda packed, multiprocessors: warps)
     for tokens in (3, 40):
         check(40, 1000, tokens, 0.5, torch.bfloat16, None)
+
+
+@pytest.mark.parametrize("order", range(3))
+def test_blocks_of_64_rows(emulator: ModuleType, poisoned: None, order: int) -> None:
+    """Where a device has less to do at once than there are rows: some of the last block's row tiles are not there."""
+    emulator.emulate_device(*SMALL)
+    emulator.emulate_in_order(order)
+    for n, k, tokens, dtype in ((1, 1, 17, HALVES[0]), (70, 512, 40, HALVES[1]), (129, 300, 64, HALVES[0])):
+        check(n, k, tokens, 0.5, dtype, torch.randn(n))
+    check(64, 256, 33, 1, torch.bfloat16, None)
 
 
 def test_dense_tiles_beside_empty_ones(emulator: ModuleType, poisoned: None) -> None:
@@ -254,6 +266,13 @@ PLANTED = {
         "uint32_t mask[2] = {words.z, words.x}",
         WRONG,
     ),
+    "another row tile's values": (
+        "sbt_mma.cuh",
+        "one.offsets += (r < there ? r : 0) * stride;",
+        "one.offsets += (r < there ? 0 : 0) * stride;",
+        WRONG,
+    ),
+    "rows that are not there": ("sbt_mma.cuh", "if (r >= there) one.mask_left = 0;", "", WRONG + "|outside|signal"),
     "a token too many": ("sbt_mma.cuh", "8 * t + group < p.tokens", "8 * t + group <= p.tokens", "signal 11"),
     "the residual's or bias's row": (
         "output.cuh",
@@ -272,7 +291,9 @@ def run_all(library: str) -> None:
     Tensor.new_empty = lambda self, *sizes, **keywords: guarded(original(self, *sizes, **keywords).fill_(float("nan")))
     for order, (n, k, density) in itertools.product(range(3), [(40, 1000, 0.5), (16, 128, 1), (37, 640, 0.8)]):
         module.emulate_in_order(order)
-        for tokens in (1, 8, 40):
+        for tokens, device in ((1, H100), (8, H100), (40, H100), (40, SMALL)):
+            module.emulate_device(*device)
+            cuda._device.cache_clear()
             check(n, k, tokens, density, torch.bfloat16, torch.randn(n))
 
 
@@ -326,67 +347,3 @@ def test_a_kernel_asked_for_by_name_never_falls_back() -> None:
     _, packed, _ = problem(16, 64, 1, 0.5, torch.bfloat16, torch.bfloat16)
     with pytest.raises(ValueError, match="kernel sbt_mma cannot run: "):
         spmm.prepare(packed, "layer", "sbt_mma")
-
-
-# ---- on a GPU ----
-@pytest.fixture
-def gpu() -> torch.device:
-    if reason := cuda.missing():
-        pytest.skip(f"no CUDA kernels: {reason}")
-    return torch.device("cuda")
-
-
-def product(kernel: str, device: torch.device, found, bias: Tensor | None) -> None:
-    dense, packed, x = found
-    moved = None if bias is None else bias.to(device)
-    y = spmm.prepare(packed.to(device), "layer", kernel)(x.to(device), moved)
-    assert_product(y.cpu(), x, dense, bias)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["sbt_mma", "sbt_wgmma", "sbt_expand", "delta_spmv", "nm_mma_sp"])
-@pytest.mark.parametrize("dtype", HALVES)
-def test_products_on_a_gpu(gpu: torch.device, kernel: str, dtype: torch.dtype) -> None:
-    if kernel == "sbt_wgmma" and (reason := cuda.missing_wide()):
-        pytest.skip(reason)
-    shapes = [*SHAPES, (1000, 4096, 0.5), (4100, 1030, 0.2)]
-    for (n, k, density), tokens in itertools.product(shapes, (*BUCKETS, 128, 200, 256, 300)):
-        if kernel == "delta_spmv" and tokens > cuda.MOST_DELTA_TOKENS:
-            continue
-        bias = (None, torch.randn(n).to(dtype), torch.randn(n))[(tokens + n) % 3]
-        dense, packed, x = problem(n, k, tokens, density, dtype, dtype)
-        if kernel == "nm_mma_sp":
-            dense = dense * of_four(dense, 2)
-            packed = expansion.sbt.pack(dense)
-        product(kernel, gpu, (dense, packed, x), bias)
-
-
-@pytest.mark.gpu
-def test_graphs_streams_and_compile_on_a_gpu(gpu: torch.device) -> None:
-    dense, packed, x = problem(300, 512, 4, 0.4, torch.bfloat16, torch.bfloat16)
-    prepared, given = spmm.prepare(packed.to(gpu), "layer"), x.to(gpu)
-    expected = prepared(given)
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    with torch.cuda.graph(graph):
-        y = prepared(given)
-    y.fill_(float("nan"))
-    graph.replay()
-    assert torch.equal(y, expected)
-    with torch.cuda.stream(stream):
-        aside = prepared(given)
-    stream.synchronize()
-    assert torch.equal(aside, expected)
-    compiled = torch.compile(lambda t: spmm.spmm(t, prepared.packed), fullgraph=True)
-    assert torch.equal(compiled(given), expected)
-    assert_product(y.cpu(), x, dense)
-
-
-@pytest.mark.gpu
-def test_wrong_devices_on_a_gpu(gpu: torch.device) -> None:
-    _, packed, x = problem(16, 64, 1, 0.5, torch.bfloat16, torch.bfloat16)
-    prepared = spmm.prepare(packed.to(gpu), "model.layers.0.up_proj")
-    prepared(x.to(gpu))
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.up_proj: x is on cpu, the packed weight on cuda:0"):
-        prepared(x)
-    with pytest.raises(ValueError, match="runs on cuda, the packed weight is on cpu"):
-        spmm.prepare(packed, "layer", "sbt_mma")(x)

@@ -341,3 +341,21 @@ def test_packed_tensors_need_only_the_alignment_of_their_elements(kernel: str) -
         moved = packed.map(lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape))
         assert all(tensor.data_ptr() % 64 for tensor in moved.tensors.values())
         check(kernel, (dense, moved, x))
+
+
+def test_chunks_of_a_gpu_fit_its_cache_and_are_alike() -> None:
+    for n, k, cache in itertools.product((16, 1000, 4096, 28672), (64, 4096, 14336), (40 << 20, 50 << 20)):
+        step = expansion.chunk_rows((n, k), 2, cache)
+        count = -(-n // step)
+        assert step % 128 == 0 and (step * k * 2 <= cache // 3 or step == 128)
+        assert n - (count - 1) * step > step - 128 * count, "the last chunk is nearly as large as the others"
+    assert expansion.chunk_rows((4096, 4096), 2, None) == 1024
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_of_chunks_are_written_in_place(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
+    monkeypatch.setattr(expansion, "chunk_rows", lambda *_: 32)
+    dense, packed, x = problem(100, 70, 6, 0.5, torch.float32, torch.float32)
+    added = torch.randn(100) if bias else None
+    y = expansion.multiply_in_place(x.view(2, 3, 70), packed, added, expansion.expand)
+    assert_product(y.view(6, 100), x, dense, added)

@@ -239,6 +239,12 @@ PYBIND11_MODULE(ALPHAPRUNE_MODULE, m) {
   m.def("prepare", [](int device) { check(prepare(device), "cudaFuncSetAttribute"); });
 #ifdef ALPHAPRUNE_EMULATE_CUDA
   m.def("emulate_in_order", &emulate_in_order, "0 forwards, 1 backwards, 2 warps apart");
+  m.def(
+      "emulate_device",
+      [](int capability, int multiprocessors, int shared_bytes) {
+        emulate_device({capability, multiprocessors, shared_bytes});
+      },
+      "what `device` tells, until it is called again");
 #endif
   py::class_<Weight>(m, "Weight")
       .def(py::init<Address, Address, Address, int64_t, int64_t, int32_t, uint32_t, int, int>())

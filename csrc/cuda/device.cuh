@@ -317,6 +317,19 @@ struct Opaque {
   uint32_t one, two;
 };
 
+// The same value, which the compiler must have in a register here and cannot keep other values made of it for.
+template <class T>
+ALPHAPRUNE_DEVICE T opaque(T value) {
+#ifdef __CUDACC__
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(value));
+  } else {
+    asm volatile("" : "+r"(value));
+  }
+#endif
+  return value;
+}
+
 // Twice four 16-bit weights from shared memory as the operand a of mma.m16n8k16, zero where mask[i] lacks a bit: the
 // kept ones of words[i] lie one after another from at[i] on. A weight for the lower half of a register is loaded into
 // it; one for the upper half is loaded into `spare` and added, so that one instruction clears two registers. `spare`

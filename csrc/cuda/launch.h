@@ -41,6 +41,8 @@ Status prepare(int device);
 Status set_device(int device, int* before);
 // Emulated only: 0 forwards, 1 backwards, 2 warps apart.
 void emulate_in_order(int order_of_threads);
+// Emulated only: what `query` tells from now on.
+void emulate_device(const Device& device);
 
 // ---- SBT straight from its packed tensors (layout.h) ----
 // stage_units: the largest number of 8-value units that `chunk_tiles()` neighbouring macro tiles of a row tile have,

@@ -12,13 +12,16 @@ Status run(MmaProblem p, bool whole, const Device& device, void* stream) {
   return start(kernel, ceil_div(p.row_tiles, kRows), p.warps * kWarp, shared(), stream, p);
 }
 
-// More tokens let a block take two row tiles, so that it loads each activation half as often.
+// More tokens let a block take several row tiles, so that it loads each activation fewer times; four where there are
+// blocks enough for the device.
 template <class Value>
 Status by_tokens(const MmaProblem& p, bool whole, const Device& device, void* stream) {
+  const bool many = ceil_div(p.row_tiles, 4) >= device.multiprocessors;
   if (p.tokens <= 8) return run<Value, 1, 1>(p, whole, device, stream);
   if (p.tokens <= 16) return run<Value, 2, 1>(p, whole, device, stream);
-  if (p.tokens <= 32) return run<Value, 4, 2>(p, whole, device, stream);
-  return run<Value, 8, 2>(p, whole, device, stream);
+  if (p.tokens <= 32)
+    return many ? run<Value, 4, 4>(p, whole, device, stream) : run<Value, 4, 2>(p, whole, device, stream);
+  return many ? run<Value, 8, 4>(p, whole, device, stream) : run<Value, 8, 2>(p, whole, device, stream);
 }
 
 template <class Value, int kTiles, int kRows>
@@ -29,8 +32,8 @@ Status allow(int bytes) {
 
 template <class Value>
 Status allow_all(int bytes) {
-  for (const Status status :
-       {allow<Value, 1, 1>(bytes), allow<Value, 2, 1>(bytes), allow<Value, 4, 2>(bytes), allow<Value, 8, 2>(bytes)})
+  for (const Status status : {allow<Value, 1, 1>(bytes), allow<Value, 2, 1>(bytes), allow<Value, 4, 2>(bytes),
+                              allow<Value, 8, 2>(bytes), allow<Value, 4, 4>(bytes), allow<Value, 8, 4>(bytes)})
     if (status) return status;
   return 0;
 }

@@ -7,8 +7,9 @@
 
 namespace alphaprune::cuda {
 
-constexpr int kStages = 3;
 constexpr int kMostWarps = 8;
+// Chunks in a warp's ring. Four row tiles are so much work that one chunk ahead is enough.
+ALPHAPRUNE_BOTH constexpr int mma_stages(int row_tiles) { return row_tiles == 4 ? 2 : 3; }
 
 struct MmaProblem {
   const uint16_t* values;
@@ -30,7 +31,8 @@ ALPHAPRUNE_BOTH constexpr size_t mma_sum_bytes(int row_tiles, int token_tiles) {
   return static_cast<size_t>(row_tiles) * token_tiles * 128 * sizeof(float);
 }
 ALPHAPRUNE_BOTH constexpr size_t mma_shared_bytes(int row_tiles, int token_tiles, int warps, uint32_t value_bytes) {
-  const size_t ring = kStages * mma_stage_bytes(row_tiles, value_bytes), sums = mma_sum_bytes(row_tiles, token_tiles);
+  const size_t ring = mma_stages(row_tiles) * mma_stage_bytes(row_tiles, value_bytes);
+  const size_t sums = mma_sum_bytes(row_tiles, token_tiles);
   return warps * (ring > sums ? ring : sums);
 }
 
@@ -48,22 +50,72 @@ ALPHAPRUNE_DEVICE uint2 activations(const MmaProblem& p, const uint16_t* at, int
   return {four[0] | four[1] << 16, four[2] | four[3] << 16};
 }
 
+// Whether the sums leave no registers to keep what can be computed again.
+ALPHAPRUNE_BOTH constexpr bool mma_tight(int row_tiles, int token_tiles) { return row_tiles * token_tiles > 16; }
+
+// The row tiles that a warp walks along side by side. Where registers are few they share pointers and counts.
+template <int kRows, bool kWhole, bool kTight>
+struct Rows {
+  Row<kWhole && kRows == 1> row[kRows];
+
+  ALPHAPRUNE_DEVICE void start(const MmaProblem& p, int first_tile, int first_col, int lane) {
+    ALPHAPRUNE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const bool there = kRows == 1 || first_tile + r < p.row_tiles;
+      const size_t tile = static_cast<size_t>(there ? first_tile + r : p.row_tiles - 1) * p.col_tiles + first_col;
+      row[r].start(p.mask, p.offsets, tile, there ? p.col_tiles - first_col : 0, lane);
+    }
+  }
+  ALPHAPRUNE_DEVICE void next_offsets(int r, Chunk& to) { row[r].next_offsets(to); }
+  ALPHAPRUNE_DEVICE uint2 next_mask(int r) { return row[r].next_mask(); }
+};
+template <int kRows, bool kWhole>
+struct Rows<kRows, kWhole, true> {
+  Row<false> all;
+  int there, stride;
+
+  ALPHAPRUNE_DEVICE void start(const MmaProblem& p, int first_tile, int first_col, int lane) {
+    all.start(p.mask, p.offsets, static_cast<size_t>(first_tile) * p.col_tiles + first_col, p.col_tiles - first_col,
+              lane);
+    there = p.row_tiles - first_tile;
+    stride = p.col_tiles;
+  }
+  // The last row tile's turn lets all go on.
+  ALPHAPRUNE_DEVICE void next_offsets(int r, Chunk& to) {
+    Row<false> one = all;
+    one.offsets += (r < there ? r : 0) * stride;
+    if (r >= there) one.offsets_left = 0;
+    one.next_offsets(to);
+    if (r + 1 < kRows) return;
+    all.offsets += kChunk;
+    all.offsets_left -= kChunk;
+  }
+  ALPHAPRUNE_DEVICE uint2 next_mask(int r) {
+    Row<false> one = all;
+    one.mask += (r < there ? r : 0) * stride * (sbt::kWords / 2);
+    if (r >= there) one.mask_left = 0;
+    const uint2 found = one.next_mask();
+    if (r + 1 == kRows) {
+      all.mask += kWarp;
+      all.mask_left -= kChunk;
+    }
+    return found;
+  }
+};
+
 // kTiles: of 8 tokens. kWhole: cols is a multiple of a chunk's, and x aligned to 8 bytes.
 template <class Value, int kTiles, int kRows, bool kWhole>
 ALPHAPRUNE_KERNEL __launch_bounds__(kMostWarps* kWarp) sbt_mma(const MmaProblem p) {
+  constexpr int kStages = mma_stages(kRows);
+  constexpr bool kTight = mma_tight(kRows, kTiles);
   const int lane = lane_index(), warp = warp_index(), group = lane / 4, pair = lane % 4;
   const int first_tile = block_x() * kRows;
   Lane mine(lane, p.number);
   const int chunks = (p.col_tiles + kChunk - 1) / kChunk;
   const int begin = chunks * warp / p.warps, end = chunks * (warp + 1) / p.warps;
 
-  Row<kWhole && kRows == 1> row[kRows];
-  ALPHAPRUNE_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    const bool there = kRows == 1 || first_tile + r < p.row_tiles;
-    const size_t tile = static_cast<size_t>(there ? first_tile + r : p.row_tiles - 1) * p.col_tiles + begin * kChunk;
-    row[r].start(p.mask, p.offsets, tile, there ? p.col_tiles - begin * kChunk : 0, lane);
-  }
+  Rows<kRows, kWhole, kTight> rows;
+  rows.start(p, first_tile, begin * kChunk, lane);
 
   const uint32_t stage_bytes = static_cast<uint32_t>(mma_stage_bytes(kRows, p.value_bytes));
   const uint32_t ring = shared_start() + warp * kStages * stage_bytes, ring_end = ring + kStages * stage_bytes;
@@ -76,14 +128,14 @@ ALPHAPRUNE_KERNEL __launch_bounds__(kMostWarps* kWarp) sbt_mma(const MmaProblem 
   for (int i = 0; i < kStages; ++i) {
     ALPHAPRUNE_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      if (begin + i < end) row[r].next_offsets(chunk_of[i][r]);
+      if (begin + i < end) rows.next_offsets(r, chunk_of[i][r]);
       if (i < kStages - 1 && begin + i < end)
         copy_values(p.values, chunk_of[i][r].first, chunk_of[i][r].last, values_at(ring + i * stage_bytes, r), lane);
     }
     if (i < kStages - 1) copy_commit();
   }
   ALPHAPRUNE_UNROLL
-  for (int r = 0; r < kRows; ++r) mask[r] = begin < end ? row[r].next_mask() : uint2{0, 0};
+  for (int r = 0; r < kRows; ++r) mask[r] = begin < end ? rows.next_mask(r) : uint2{0, 0};
 
   float sum[kRows][kTiles][4] = {};
   const uint16_t* x = p.x + static_cast<size_t>(group) * p.cols + begin * kChunkCols + 4 * pair;
@@ -94,7 +146,7 @@ ALPHAPRUNE_KERNEL __launch_bounds__(kMostWarps* kWarp) sbt_mma(const MmaProblem 
     for (int r = 0; r < kRows; ++r) {
       store_meta(mask[r], (chunk_of[0][r].middle - chunk_of[0][r].first) * kUnitBytes, values_at(stage, r),
                  stage + r * kMetaBytes, lane);
-      if (chunk + 1 < end) mask[r] = row[r].next_mask();
+      if (chunk + 1 < end) mask[r] = rows.next_mask(r);
     }
     copy_wait<kStages - 2>();
     sync_warp();  // every lane's copies have landed, the words are there, and nobody reads the stage before this one
@@ -111,27 +163,39 @@ ALPHAPRUNE_KERNEL __launch_bounds__(kMostWarps* kWarp) sbt_mma(const MmaProblem 
     for (int r = 0; r < kRows; ++r) {
       ALPHAPRUNE_UNROLL
       for (int i = 0; i + 1 < kStages; ++i) chunk_of[i][r] = chunk_of[i + 1][r];
-      if (chunk + kStages < end) row[r].next_offsets(chunk_of[kStages - 1][r]);
+      if (kTight) {  // all that is needed of it, in fewer registers
+        chunk_of[0][r].middle = opaque(chunk_of[0][r].middle - chunk_of[0][r].first);
+        chunk_of[0][r].first = 0;
+      }
+      if (chunk + kStages < end) rows.next_offsets(r, chunk_of[kStages - 1][r]);
     }
 
+    constexpr int kSpan = kTight ? 1 : kChunkSteps;  // no activations of a step further on
     uint4 words = mine.words(stage, 0);
-    ALPHAPRUNE_UNROLL
-    for (int step = 0; step < kChunkSteps; ++step) {
-      uint2 b[kTiles];
+    ALPHAPRUNE_NO_UNROLL
+    for (int span = 0; span < kChunkSteps; span += kSpan) {
       ALPHAPRUNE_UNROLL
-      for (int t = 0; t < kTiles; ++t)
-        b[t] = activations<kWhole>(p, x + static_cast<size_t>(8 * t) * p.cols + step * sbt::kStepCols,
-                                   chunk * kChunkCols + step * static_cast<int>(sbt::kStepCols) + 4 * pair,
-                                   8 * t + group < p.tokens);
-      ALPHAPRUNE_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        const uint4 here = words;
-        const int next = step * kRows + r + 1;
-        if (next < kChunkSteps * kRows) words = mine.words(stage + next % kRows * kMetaBytes, next / kRows);
-        uint32_t a[4];
-        mine.decode(here, a);
+      for (int in_span = 0; in_span < kSpan; ++in_span) {
+        const int step = span + in_span;
+        uint2 b[kTiles];
+        const uint16_t* at = x + step * sbt::kStepCols;
         ALPHAPRUNE_UNROLL
-        for (int t = 0; t < kTiles; ++t) mma<Value>(sum[r][t], a, b[t]);
+        for (int t = 0; t < kTiles; ++t) {
+          if (kTight) at = opaque(at);  // no addresses of all tokens
+          b[t] = activations<kWhole>(p, at, chunk * kChunkCols + step * static_cast<int>(sbt::kStepCols) + 4 * pair,
+                                     8 * t + group < p.tokens);
+          at += static_cast<size_t>(8) * p.cols;
+        }
+        ALPHAPRUNE_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          const uint4 here = words;
+          const int next = step * kRows + r + 1;
+          if (next < kChunkSteps * kRows) words = mine.words(stage + next % kRows * kMetaBytes, next / kRows);
+          uint32_t a[4];
+          mine.decode(here, a);
+          ALPHAPRUNE_UNROLL
+          for (int t = 0; t < kTiles; ++t) mma<Value>(sum[r][t], a, b[t]);
+        }
       }
     }
     x += kChunkCols;

@@ -1,0 +1,75 @@
+"""The CUDA kernels on a GPU, where there is one: products, graphs, streams, compilation, devices mixed up."""
+
+import itertools
+
+import pytest
+import torch
+from problems import problem
+from test_cuda import BUCKETS, HALVES, SHAPES, of_four
+from tolerance import assert_product
+from torch import Tensor
+
+from alphaprune.kernels import cuda, expansion, spmm
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    if reason := cuda.missing():
+        pytest.skip(f"no CUDA kernels: {reason}")
+    return torch.device("cuda")
+
+
+def product(kernel: str, device: torch.device, found, bias: Tensor | None) -> None:
+    dense, packed, x = found
+    moved = None if bias is None else bias.to(device)
+    y = spmm.prepare(packed.to(device), "layer", kernel)(x.to(device), moved)
+    assert_product(y.cpu(), x, dense, bias)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["sbt_mma", "sbt_wgmma", "sbt_expand", "delta_spmv", "nm_mma_sp"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_products_on_a_gpu(gpu: torch.device, kernel: str, dtype: torch.dtype) -> None:
+    if kernel == "sbt_wgmma" and (reason := cuda.missing_wide()):
+        pytest.skip(reason)
+    shapes = [*SHAPES, (1000, 4096, 0.5), (4100, 1030, 0.2)]
+    for (n, k, density), tokens in itertools.product(shapes, (*BUCKETS, 128, 200, 256, 300)):
+        if kernel == "delta_spmv" and tokens > cuda.MOST_DELTA_TOKENS:
+            continue
+        bias = (None, torch.randn(n).to(dtype), torch.randn(n))[(tokens + n) % 3]
+        dense, packed, x = problem(n, k, tokens, density, dtype, dtype)
+        if kernel == "nm_mma_sp":
+            dense = dense * of_four(dense, 2)
+            packed = expansion.sbt.pack(dense)
+        product(kernel, gpu, (dense, packed, x), bias)
+
+
+@pytest.mark.gpu
+def test_graphs_streams_and_compile_on_a_gpu(gpu: torch.device) -> None:
+    dense, packed, x = problem(300, 512, 4, 0.4, torch.bfloat16, torch.bfloat16)
+    prepared, given = spmm.prepare(packed.to(gpu), "layer"), x.to(gpu)
+    expected = prepared(given)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.graph(graph):
+        y = prepared(given)
+    y.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(y, expected)
+    with torch.cuda.stream(stream):
+        aside = prepared(given)
+    stream.synchronize()
+    assert torch.equal(aside, expected)
+    compiled = torch.compile(lambda t: spmm.spmm(t, prepared.packed), fullgraph=True)
+    assert torch.equal(compiled(given), expected)
+    assert_product(y.cpu(), x, dense)
+
+
+@pytest.mark.gpu
+def test_wrong_devices_on_a_gpu(gpu: torch.device) -> None:
+    _, packed, x = problem(16, 64, 1, 0.5, torch.bfloat16, torch.bfloat16)
+    prepared = spmm.prepare(packed.to(gpu), "model.layers.0.up_proj")
+    prepared(x.to(gpu))
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.up_proj: x is on cpu, the packed weight on cuda:0"):
+        prepared(x)
+    with pytest.raises(ValueError, match="runs on cuda, the packed weight is on cpu"):
+        spmm.prepare(packed, "layer", "sbt_mma")(x)
