@@ -266,6 +266,8 @@ def _serve_command(sub) -> None:
     serve.add_argument("--kv-memory", type=float, metavar="GB", help=kv)
     engines = ("auto", "alphaprune", "transformers")
     serve.add_argument("--engine", choices=engines, default="auto", help="whose batching; auto: ours, if it can")
+    steps = ("auto", "graphs", "compile", "eager")
+    serve.add_argument("--steps", choices=steps, default="auto", help="of our batching; auto: CUDA graphs on a GPU")
     serve.add_argument("--block-size", type=int, default=32, metavar="TOKENS", help="of one block")
     serve.add_argument("--drain", type=float, default=30, metavar="SECONDS", help="after SIGTERM, for running answers")
     serve.add_argument("--threads", type=int, help="of the kernels (default: torch's)")

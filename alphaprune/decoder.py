@@ -44,8 +44,10 @@ def why_not(config: Any, model: nn.Module | None = None) -> str | None:
         return f"{type(model).__name__} is no plain causal language model of transformers"
     if model is not None and shapes.observe(model.model.layers, "", config).kv_heads:
         return "its blocks have different numbers of heads"
-    if model is not None and len({tensor.device for tensor in model.parameters()}) > 1:
-        return "the model is spread over several devices"
+    if model is not None:
+        devices = {str(tensor.device) for tensor in (*model.parameters(), *model.buffers())}
+        if len(devices) > 1:
+            return f"the model is spread over several devices ({', '.join(sorted(devices))}); load it onto one of them"
     return None
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from alphaprune import memory
-from alphaprune.ragged import Ragged
+from alphaprune.ragged import Choose, Ragged
 from alphaprune.sampling import GREEDY, Kind, Sampler
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # sequences
@@ -93,6 +93,8 @@ class Steps:
             self._run = torch.compile(ragged.step, dynamic=False, backend=backend)
         graphs = device.type == "cuda" and how != "eager"
         self.recorder = recorder or (Graphs(device) if graphs else Eager())
+        # Where calls run as they are, nothing has to be rounded up.
+        self.exact = isinstance(self.recorder, Eager) and how != "compile" and device.type == "cpu"
         self._rows = {bucket: torch.full((bucket,), ragged.nobody, device=device) for bucket in self.buckets}
         self._in_rows: dict[int, list[int]] = {}  # by bucket: the slots that its rows hold
         self.recorded: dict[tuple[int, int, Kind], Call] = {}
@@ -104,16 +106,27 @@ class Steps:
         Both lie in memory that the next step writes to, and stay on the device. kind: of the samplings of these slots.
         ValueError past the largest bucket, or if a sequence has no room for one token more.
         """
-        bucket, reach = self.bucket(len(slots)), self._reserve(slots)
+        bucket, longest = self.bucket(len(slots)), self._reserve(slots)
+        if self.exact:
+            new, logits = self._run(torch.tensor(slots), longest, self._chooser(kind))
+            self._count(slots)
+            return new, logits
+        reach = self.reach(longest)
         run = self.recorded.get((bucket, reach, kind)) or self._record(bucket, reach, kind)
         rows = [*slots, *[self.ragged.nobody] * (bucket - len(slots))]
         if self._in_rows.get(bucket) != rows:
             self._rows[bucket].copy_(torch.tensor(rows), non_blocking=True)
             self._in_rows[bucket] = rows
         new, logits = run()
+        self._count(slots)
+        return new[: len(slots)], logits[: len(slots)]
+
+    def _count(self, slots: Sequence[int]) -> None:
         for slot in slots:
             self.ragged.held[slot] += 1
-        return new[: len(slots)], logits[: len(slots)]
+
+    def _chooser(self, kind: Kind) -> Choose:
+        return lambda *given: self.sampler.choose(*given, kind)
 
     def bucket(self, sequences: int) -> int:
         """The smallest bucket that takes so many sequences."""
@@ -151,14 +164,16 @@ class Steps:
                     f"all {ragged.pages} pages of the batch are taken, and a sequence of {ragged.held[slot]} positions "
                     f"needs one more; close a sequence, or make the batch with more pages"
                 )
-        return self.reach(1 + max(ragged.held[slot] for slot in slots))
+        return 1 + max(ragged.held[slot] for slot in slots)
 
     def _record(self, bucket: int, reach: int, kind: Kind) -> Call:
         """Recorded on rows that belong to nobody: what runs before recording changes no sequence."""
         rows, self._in_rows[bucket] = self._rows[bucket].fill_(self.ragged.nobody), []
 
+        choose = self._chooser(kind)
+
         def step() -> tuple[Tensor, Tensor]:
-            return self._run(rows, reach, lambda *given: self.sampler.choose(*given, kind))
+            return self._run(rows, reach, choose)
 
         needs = {
             f"logits and hidden states of {bucket} sequences": 8 * bucket * self.sampler.vocabulary,

@@ -1,12 +1,15 @@
 """The server under load: the embedded model packed at 70 % beside the dense one, for 1, 8 and 32 clients.
 
 python bench/serve.py --clients 1,8,32 --out bench/results/serve.jsonl
+python bench/serve.py --device cuda --model PACKED --dense DENSE --out bench/results/serve-a100.jsonl
 
-Both servers run; in each of `--rounds` rounds each of them in turn gets the load of each number of clients. A client
-streams completions of `--new` tokens after prompts of some 24, greedily, one after the other. The clients are one
-process on the same cores as the server. Rows, one JSON object each, seconds and bytes throughout:
+Without --model and --dense it is the embedded model, packed here. All servers run; in each of `--rounds` rounds each of
+them in turn gets the load of each number of clients. A client streams completions of `--new` tokens after prompts of
+some 24, greedily, one after the other. The clients are one process on the same cores as the server. Rows, one JSON
+object each, seconds and bytes throughout:
 
 machine, threads, torch      where it ran
+device, engine               of the server; whose batching
 weights                      packed or dense
 sparsity, weight_bytes       of the prunable layers; of the whole model
 clients, new                 at the same time; tokens per completion
@@ -15,10 +18,13 @@ first_token_seconds          from a request to its first token, median of all re
 first_token_seconds_p95      95 % of the requests were faster
 token_seconds                from one token of a stream to its next one, median of all requests
 over_one_client              tokens per second over those of one client, median of the rounds
+packed_bytes, kv_bytes, scratch_bytes, memory_allocated_bytes, memory_peak_bytes, memory_limit_bytes
+                             what /metrics says at the end: of the GPU, or of the server's process
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
 import statistics
 import sys
@@ -29,7 +35,9 @@ from typing import Any
 
 from served import Reply, Served, complete, pack_demo, serve
 
-COLUMNS = ("weights", "clients", "tokens/s", "over one", "first s", "first p95", "token s")
+GAUGES = [f"{name}_bytes" for name in ("packed", "kv", "scratch")]
+GAUGES += [f"memory_{name}_bytes" for name in ("allocated", "peak", "limit")]
+COLUMNS = ("weights", "engine", "clients", "tokens/s", "over one", "first s", "first p95", "token s")
 PROMPTS = [f"def {verb}_{noun}(self, {noun}, count):\n    " for verb in ("read", "write", "find", "copy", "sort")
            for noun in ("file", "line", "name", "table", "node", "entry", "value", "token")]  # fmt: skip
 
@@ -46,31 +54,33 @@ async def load(server: Served, clients: int, requests: int, new: int) -> tuple[f
     return sum(reply.tokens for reply in replies) / (perf_counter() - started), replies
 
 
-def measure(servers: dict[str, Served], clients: list[int], rounds: int, new: int) -> list[dict[str, Any]]:
-    """A row per server and number of clients, measured by turns."""
-    rates: dict[tuple[str, int], list[float]] = {}
-    replies: dict[tuple[str, int], list[Reply]] = {}
+def measure(servers: dict[tuple[str, str], Served], clients: list[int], rounds: int, new: int) -> list[dict[str, Any]]:
+    """A row per server, by weights and engine, and number of clients, measured by turns."""
+    rates: dict[tuple[tuple[str, str], int], list[float]] = {}
+    replies: dict[tuple[tuple[str, str], int], list[Reply]] = {}
     for turn in range(rounds + 1):
         for count in clients:
-            for weights, server in servers.items():
+            for name, server in servers.items():
                 rate, made = asyncio.run(load(server, count, 2 if count > 1 else 4, new))
                 if turn:  # the first round warms up
-                    rates.setdefault((weights, count), []).append(rate)
-                    replies.setdefault((weights, count), []).extend(made)
+                    rates.setdefault((name, count), []).append(rate)
+                    replies.setdefault((name, count), []).extend(made)
     rows = []
-    for (weights, count), found in rates.items():
-        first = sorted(reply.first for reply in replies[weights, count])
-        alone = rates.get((weights, 1))
+    for (name, count), found in rates.items():
+        first = sorted(reply.first for reply in replies[name, count])
+        alone = rates.get((name, 1))
         rows.append(
             {
-                "weights": weights,
+                "weights": name[0],
+                "engine": name[1],
                 "clients": count,
                 "new": new,
                 "tokens_per_second": statistics.median(found),
                 "first_token_seconds": statistics.median(first),
                 "first_token_seconds_p95": first[int(0.95 * (len(first) - 1))],
-                "token_seconds": statistics.median(reply.per_token for reply in replies[weights, count]),
+                "token_seconds": statistics.median(reply.per_token for reply in replies[name, count]),
                 "over_one_client": alone and statistics.median(a / b for a, b in zip(found, alone, strict=True)),
+                **{key: servers[name].gauge(key) for key in GAUGES},
             }
         )
     return rows
@@ -80,6 +90,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", default="1,8,32")
     parser.add_argument("--sparsity", type=float, default=0.7)
+    parser.add_argument("--device", default="cpu", help="of the servers: cpu, cuda or cuda:N")
+    parser.add_argument("--engine", default="auto", help="auto, alphaprune or transformers; by a comma for several")
+    parser.add_argument("--model", help="a packed folder in the place of the embedded model")
+    parser.add_argument("--dense", help="the folder of its dense twin, with --model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new", type=int, default=64, help="tokens per completion")
     parser.add_argument("--threads", type=int, help="of the server's kernels (default: its own)")
@@ -96,15 +110,24 @@ def main(arguments: list[str] | None = None) -> int:
     from alphaprune.demo.run import MODEL
 
     extra = ("--threads", options.threads) if options.threads else ()
-    with tempfile.TemporaryDirectory() as place:
-        packed = pack_demo(Path(place) / "packed", options.sparsity)
-        logs = [Path(place) / "packed.log", Path(place) / "dense.log"]
-        with serve(packed, logs[0], *extra) as ours, serve(MODEL, logs[1], *extra) as theirs:
-            servers = {"packed": ours, "dense": theirs}
-            rows = measure(servers, [int(c) for c in options.clients.split(",")], options.rounds, options.new)
-        folders = {"packed": packed, "dense": MODEL}
+    if bool(options.model) != bool(options.dense):
+        print("serve.py: give both of --model and --dense, or none", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
+        folders = {"packed": Path(options.model), "dense": Path(options.dense)} if options.model else {
+            "packed": pack_demo(Path(place) / "packed", options.sparsity), "dense": MODEL}  # fmt: skip
+        servers = {}
+        for engine in options.engine.split(","):
+            for weights, folder in folders.items():
+                log = Path(place) / f"{weights}-{engine}.log"
+                made = serve(folder, log, "--device", options.device, "--engine", engine, *extra)
+                servers[weights, engine] = stack.enter_context(made)
+        rows = measure(servers, [int(c) for c in options.clients.split(",")], options.rounds, options.new)
         sizes = {name: sum(f.stat().st_size for f in at.glob("*.safetensors")) for name, at in folders.items()}
     common = {"machine": timing.machine(), "threads": options.threads or torch.get_num_threads()}
+    if options.device != "cpu":
+        common["machine"] = torch.cuda.get_device_name(options.device)
+    common["device"] = options.device
     if not options.json:
         print("  ".join(f"{name:>10}" for name in COLUMNS))
     for row in rows:
@@ -120,7 +143,13 @@ def main(arguments: list[str] | None = None) -> int:
 def line(row: dict[str, Any]) -> str:
     """A row of the table."""
     over = row["over_one_client"]
-    cells = [row["weights"], str(row["clients"]), f"{row['tokens_per_second']:.0f}", f"{over:.2f}" if over else ""]
+    cells = [
+        row["weights"],
+        row["engine"],
+        str(row["clients"]),
+        f"{row['tokens_per_second']:.0f}",
+        f"{over:.2f}" if over else "",
+    ]
     cells += [f"{row[name]:.4f}" for name in ("first_token_seconds", "first_token_seconds_p95", "token_seconds")]
     return "  ".join(f"{cell:>10}" for cell in cells)
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, perf_counter, sleep
 from typing import Any
+from urllib.request import urlopen
 
 PATIENCE = 90  # seconds until a server has loaded its model
 
@@ -48,6 +50,12 @@ class Served:
     @property
     def url(self) -> str:
         return f"http://{self.host}:{self.port}"
+
+    def gauge(self, name: str) -> float:
+        """What /metrics says of alphaprune_NAME."""
+        with urlopen(f"{self.url}/metrics", timeout=30) as answer:
+            text = answer.read().decode()
+        return float(re.search(rf"^alphaprune_{re.escape(name)} (.+)$", text, re.MULTILINE)[1])
 
     def rss(self) -> int:
         """Bytes of its resident memory."""

@@ -31,4 +31,11 @@ def test_rows_of_the_load(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     for row in rows:
         assert row["tokens_per_second"] > 0 and 0 < row["first_token_seconds"] <= row["first_token_seconds_p95"]
         assert (row["over_one_client"] == 1) == (row["clients"] == 1)
+        assert row["memory_peak_bytes"] >= row["memory_allocated_bytes"] and row["memory_limit_bytes"] > 1e9
+        assert (row["packed_bytes"] > 0) == (row["weights"] == "packed") and row["device"] == "cpu"
     assert rows[0]["weight_bytes"] < rows[1]["weight_bytes"] / 2 and rows[1]["sparsity"] == 0
+
+
+def test_one_of_two_folders_is_not_enough(capsys: pytest.CaptureFixture) -> None:
+    assert serve.main(["--model", "packed"]) == 2
+    assert capsys.readouterr().err == "serve.py: give both of --model and --dense, or none\n"

@@ -85,7 +85,7 @@ def _service(loaded: Any, tokenizer: Any, name: str, options: dict[str, Any]) ->
     memory = options["kv_memory"] and options["kv_memory"] * 1e9
     cache = kv.plan(loaded.config, loaded.dtype, running, block, options["kv_blocks"], memory, loaded.device)
     metrics = Metrics()
-    engine = Engine(loaded, tokenizer, cache, running, metrics.tell, options["engine"])
+    engine = Engine(loaded, tokenizer, cache, running, metrics.tell, options["engine"], options["steps"])
     metrics.watch(engine)
     engine.start()
     key = options["api_key"] or os.environ.get("ALPHAPRUNE_API_KEY") or None

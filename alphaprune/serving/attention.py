@@ -59,7 +59,7 @@ class _Batch:
 
     def __init__(self, starts: Tensor, key_starts: Tensor, dtype: torch.dtype) -> None:
         self.starts, self.key_starts = starts, key_starts
-        places, keys = starts.tolist(), key_starts.tolist()
+        places, keys = torch.stack((starts, key_starts)).tolist()  # the one wait for a device in a step
         spans = list(zip(places, places[1:], keys, keys[1:], strict=False))
         single = [span for span in spans if span[1] - span[0] == 1]
         longest = max((span[3] - span[2] for span in single), default=0)

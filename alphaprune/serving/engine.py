@@ -38,7 +38,7 @@ class Engine:
     """A model that generates for many requests at once, in a thread of its own.
 
     tell: called with (kind, value) for each thing worth counting: prompt_tokens, generated_tokens, first_token and
-    token, the last two in seconds.
+    token, the last two in seconds. engine: alphaprune, transformers, or auto: ours where it can. steps: as in Steps.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Engine:
         running: int,
         tell: Callable[[str, float], None],
         engine: str = "auto",
+        steps: str = "auto",
     ) -> None:
         if not hasattr(tokenizer, "_tokenizer"):
             raise ValueError("serve streams through fast tokenizers, and this model has no tokenizer.json")
@@ -62,7 +63,7 @@ class Engine:
         if engine == "alphaprune" and reason:
             raise ValueError(f"--engine alphaprune does not serve this model: {reason}")
         ours = engine != "transformers" and reason is None
-        batching: Ours | Theirs = (Ours if ours else Theirs)(model, kv, running)
+        batching: Ours | Theirs = Ours(model, kv, running, steps) if ours else Theirs(model, kv, running)
         self.batching, self.start, self.stop, self.alive = batching, batching.start, batching.stop, batching.alive
         self.running, self.queued, self.kv_used = batching.running, batching.queued, batching.kv_used
         self.forget = batching.forget

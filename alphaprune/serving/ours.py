@@ -73,11 +73,13 @@ class Ours:
 
     name = "alphaprune"
 
-    def __init__(self, model: nn.Module, kv: KV, running: int, recorder: Recorder | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, kv: KV, running: int, how: str = "auto", recorder: Recorder | None = None
+    ) -> None:
         self.kv, self.most = kv, running
-        self.ragged = Ragged(Decoder(model), running, kv.context, kv.blocks, kv.block)
+        self.ragged = Ragged(Decoder(model, direct=how != "compile"), running, kv.context, kv.blocks, kv.block)
         buckets = [*(bucket for bucket in BUCKETS if bucket < running), running]
-        self.steps = Steps(self.ragged, buckets=buckets, recorder=recorder)
+        self.steps = Steps(self.ragged, how, buckets, recorder)
         # On a GPU a token is read while the next one is computed; on a CPU there would be nothing to wait for.
         self.late = int(self.ragged.decoder.device.type == "cuda" or recorder is not None)
         self.turns = 0
@@ -160,10 +162,9 @@ class Ours:
         self._sort_inbox()
         self._admit()
         busy = self._read_prompts()
+        self._receive_all(but=self.late)  # on a CPU a first token waits for no step
         busy |= self._step()
-        keep = self.late if busy else 0
-        while len(self._pending) > keep:
-            self._receive()
+        self._receive_all(but=self.late if busy else 0)
         self.turns += busy
         return busy or bool(self._active)
 
@@ -243,6 +244,10 @@ class Ours:
         for job in jobs:
             job.launched += 1
         self._pending.append((jobs, fetch(new)))
+
+    def _receive_all(self, but: int) -> None:
+        while len(self._pending) > but:
+            self._receive()
 
     def _receive(self) -> None:
         """Takes the oldest tokens that are under way."""

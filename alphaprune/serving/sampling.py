@@ -18,11 +18,11 @@ def adjust(logits: Tensor, sampling: Sampling, prompt: list[int], new: list[int]
     """
     scores = logits.clone()
     if sampling.repetition != 1:
-        seen = torch.tensor(sorted({*prompt, *new}))
+        seen = torch.tensor(sorted({*prompt, *new}), device=scores.device)
         values = scores[seen]
         scores[seen] = torch.where(values > 0, values / sampling.repetition, values * sampling.repetition)
     if new and (sampling.presence or sampling.frequency):
-        seen, counts = torch.tensor(new).unique(return_counts=True)
+        seen, counts = (part.to(scores.device) for part in torch.tensor(new).unique(return_counts=True))
         scores[seen] -= sampling.presence + sampling.frequency * counts
     for token, added in sampling.bias.items():
         scores[token] += added
