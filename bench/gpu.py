@@ -193,7 +193,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--shape", type=gpu_cases.shapes_from, default=(), help="NxK[,NxK...]; all of the table if none"
     )
-    parser.add_argument("--tokens", type=lambda text: tuple(map(int, text.split(","))), default=gpu_cases.TOKENS)
+    parser.add_argument(
+        "--tokens", type=lambda text: tuple(map(int, text.split(","))), default=(*gpu_cases.TOKENS, *gpu_cases.PREFILL)
+    )
     parser.add_argument("--sparsity", type=gpu_cases.kept_from, default=gpu_cases.FIRST + gpu_cases.REST)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     parser.add_argument("--kernel", default="", help="only these of our kernels, with commas")

@@ -53,7 +53,8 @@ def shapes_from(text: str) -> tuple[Shape, ...]:
 
 
 TABLE: tuple[Shape, ...] = shapes_from(_TABLE)  # the 31 shapes of SpInfer's and MACKO's measurements
-TOKENS = (1, 2, 4, 8, 16, 32, 64)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+PREFILL = (2048, 512)  # tokens of a prompt
 FIRST = (Kept(0.5), Kept(0.7), Kept(0.8), Kept(0.9), Kept(0.5, "2:4"))
 REST = (Kept(0.6),)
 TINY: tuple[Shape, ...] = ((48, 128), (100, 192))  # of a dry run
@@ -66,10 +67,12 @@ def tiers(key: tuple[Shape, ...] = KEY, others: tuple[Shape, ...] = (*FUSED, *TA
     return (
         (key, (1,), FIRST),
         (key, (16,), FIRST),
-        (key, (8, 64, 2, 4, 32), FIRST),
+        (key, (32, 128, 256), FIRST),
+        (key, PREFILL, FIRST),
+        (key, (8, 64, 2, 4), FIRST),
         (others, (1, 16), FIRST),
         (key, TOKENS, REST),
-        (others, TOKENS, FIRST + REST),
+        (others, (*TOKENS, *PREFILL), FIRST + REST),
     )
 
 

@@ -14,10 +14,20 @@ from alphaprune.kernels import table
 
 MEMBERS = (  # in order of preference, on each device
     *("amx", "avx512bf16", "avx512", "avx512vnni", "avx512bw", "avx2", "neon", "scalar", "expand"),
-    *("nm_mma_sp", "delta_spmv", "sbt_wgmma", "sbt_mma", "sbt_expand", "triton_ell", "triton", "triton_expand"),
+    *(
+        "nm_mma_sp",
+        "nm_cusparselt",
+        "delta_spmv",
+        "sbt_wgmma",
+        "sbt_mma",
+        "sbt_expand",
+        "triton_ell",
+        "triton",
+        "triton_expand",
+    ),
     "reference",
 )
-FILES = ("cpu", "cuda", "expansion", "portable", "reference")  # each exports KERNELS
+FILES = ("cpu", "cuda", "expansion", "nm_library", "portable", "reference")  # each exports KERNELS
 
 # Bound(x [M, K], bias [N] | None) -> y [M, N]: a kernel bound to one packed weight.
 Bound = Callable[[Tensor, Tensor | None], Tensor]

@@ -96,6 +96,11 @@ class Prepared:
         if x.dtype not in FLOATS:
             raise ValueError(f"{self.name}: x is {x.dtype}, wanted float32, float16 or bfloat16")
         kernel, why = self.choice(tokens, x.dtype)
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                f"{self.name}: a CUDA graph is being captured, and kernel {kernel.name} for {tokens} tokens in "
+                f"{x.dtype} is not ready, which takes work outside of a graph; call the layer once with so many before"
+            )
         base.log.debug("%s: kernel %s for %d tokens in %s (%s)", self.name, kernel.name, tokens, x.dtype, why)
         bound = self._bound[x.dtype, self.case(tokens, x.dtype)] = kernel.bind(self.packed)
         return bound

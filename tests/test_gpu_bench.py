@@ -15,6 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from alphaprune.kernels import base
+
 ROOT = Path(__file__).parent.parent
 NAMES = ("gpu", "gpu_cases", "gpu_contenders", "gpu_rig", "cublaslt")
 MEASURED = {
@@ -58,15 +60,36 @@ def test_the_most_important_cases_come_first(gpu) -> None:
     assert len(found) == len(set(found)) and set(found) == set(every), "each combination once"
     assert len(set(cases.TABLE)) == 31 and len(set(cases.FUSED)) == 7
     assert set(cases.KEY) <= {*cases.FUSED, *cases.TABLE}
+    every = cases.chosen((), (*cases.TOKENS, *cases.PREFILL), cases.FIRST)
+    first_of_others = next(i for i, c in enumerate(every) if c.shape not in cases.KEY)
+    wide = {(c.shape, c.tokens) for c in every[:first_of_others]}
+    assert wide >= set(itertools.product(cases.KEY, (32, 128, 256, *cases.PREFILL))), "batches and prompts"
+
+
+def test_kernels_of_batches_and_prompts_are_contenders(gpu, tmp_path: Path, monkeypatch) -> None:
+    """As on a GPU that has them, with the reference's products on the CPU."""
+    known = base.kernels()
+    names = ("sbt_wgmma", "nm_cusparselt")
+    found = {
+        name: replace(known[name], device="cpu", available=lambda: None, bind=known["reference"].bind) for name in names
+    }
+    monkeypatch.setattr(base, "kernels", lambda: found)
+    rows = rows_of(gpu, tmp_path, "--shape", "64x128", "--tokens", "32,256", "--sparsity", "0.5,2:4")
+    ours = {(row["name"], row["tokens"], row["pattern"]) for row in rows if row["kind"] == "kernel"}
+    assert ours == {
+        *itertools.product(["sbt_wgmma"], (32, 256), ("unstructured", "2:4")),
+        *itertools.product(["nm_cusparselt"], (32, 256), ("2:4",)),
+    }
+    assert all(row["correct"] for row in rows)
 
 
 def test_a_part_can_be_asked_for(gpu) -> None:
     cases = gpu.gpu_cases
     asked = cases.shapes_from("64x128,4096x14336")
-    plan = cases.chosen(asked, (1, 256), cases.kept_from("0.5,0.65,2:4"))
+    plan = cases.chosen(asked, (1, 300), cases.kept_from("0.5,0.65,2:4"))
     assert [(c.shape, c.tokens) for c in plan[:2]] == [((4096, 14336), 1), ((64, 128), 1)]
     found = {(c.shape, c.tokens, str(k)) for c in plan for k in c.kept}
-    assert found == set(itertools.product(asked, (1, 256), ("50%", "65%", "2:4")))
+    assert found == set(itertools.product(asked, (1, 300), ("50%", "65%", "2:4")))
     for text in ("64", "64x", "64x0", "1x2x3"):
         with pytest.raises(ValueError):
             cases.shapes_from(text)
@@ -302,7 +325,7 @@ def test_a_lost_device_starts_the_rest_again(gpu, tmp_path: Path, monkeypatch, k
 
 def test_it_stops_when_its_time_is_over(gpu, tmp_path: Path, capsys) -> None:
     assert rows_of(gpu, tmp_path, "--minutes", "0") == []
-    assert "0 of 18 cases" in capsys.readouterr().err
+    assert "0 of 26 cases" in capsys.readouterr().err
 
 
 def test_a_case_that_time_cuts_short_still_has_a_ratio(gpu, monkeypatch) -> None:

@@ -1,0 +1,59 @@
+"""2:4 products of many tokens by cuSPARSELt, which torch brings: tensor cores do half of the work there.
+
+It keeps a copy of the weight in the library's own layout, 9/16 of the dense bytes, made with the first call of so many
+tokens.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from alphaprune.formats import Packed
+from alphaprune.kernels import cuda, expansion
+from alphaprune.kernels.base import Bound, Kernel
+
+MULTIPLE = 16  # of N and K in 16-bit floats: torch.sparse.semi_structured
+LEAST_TOKENS = 512  # a prediction, from measurements that others published on an H100
+
+
+def missing() -> str | None:
+    """None, or why torch's cuSPARSELt does not run here."""
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} was built without CUDA; install a wheel from PyTorch's CUDA index"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no NVIDIA GPU; nvidia-smi tells whether the driver does"
+    if not torch.backends.cusparselt.is_available():
+        return f"PyTorch {torch.__version__} has no cuSPARSELt; install a wheel from PyTorch's CUDA index"
+    major, minor = torch.cuda.get_device_capability()
+    if 10 * major + minor < cuda.OLDEST:
+        return f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, wanted 8.0 (A100) or newer"
+    return None
+
+
+def supports(shape: tuple[int, int], tokens: int, weight: torch.dtype, x: torch.dtype) -> str | None:
+    """None for float16 or bfloat16 on both sides and sizes that the library takes."""
+    if reason := cuda.supports(shape, tokens, weight, x):
+        return reason
+    if shape[0] % MULTIPLE or shape[1] % MULTIPLE:
+        return f"cuSPARSELt takes multiples of {MULTIPLE} rows and columns, not {shape[0]} x {shape[1]}"
+    return None
+
+
+def bind(packed: Packed) -> Bound:
+    """cuSPARSELt's product with one packed weight that keeps at most 2 of 4 neighbouring columns."""
+    sparse = torch.sparse.to_sparse_semi_structured(expansion.expand(packed))
+
+    def run(x: Tensor, bias: Tensor | None) -> Tensor:
+        rows = x.view(-1, x.shape[-1])  # [M, K]
+        fused = bias if bias is not None and bias.dtype == x.dtype else None
+        y = functional.linear(rows, sparse, fused)  # [M, N]
+        # Sparse tensor cores never see what pruned weights would meet: a token that is not finite is NaN throughout.
+        y += 0 * torch.linalg.vector_norm(rows, float("inf"), -1, keepdim=True)
+        if bias is not fused:
+            y += bias
+        return y.view(*x.shape[:-1], -1)
+
+    return run
+
+
+KERNELS = (Kernel("nm_cusparselt", "cuda", missing, supports, bind, fits=cuda.crowded, least_tokens=LEAST_TOKENS),)

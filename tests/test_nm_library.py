@@ -1,0 +1,118 @@
+"""cuSPARSELt through torch, on the CPU with a stand-in for the library; captures of what is not ready."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_cuda import of_four
+from tolerance import assert_product
+from torch import Tensor
+
+from alphaprune.formats import sbt
+from alphaprune.kernels import base, nm_library, spmm
+
+MANY = nm_library.LEAST_TOKENS
+
+
+@pytest.fixture
+def compressed(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The weights that the stand-in was given; it multiplies them as they are."""
+    given: list[Tensor] = []
+
+    def compress(dense: Tensor) -> Tensor:
+        given.append(dense)
+        return dense
+
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", compress)
+    return given
+
+
+def test_the_library_gets_the_dense_weight_once(compressed: list[Tensor]) -> None:
+    weight = torch.randn(48, 96).bfloat16()
+    weight *= of_four(weight, 2)
+    bound = nm_library.bind(sbt.pack(weight))
+    for bias in (None, torch.randn(48).bfloat16()):
+        x = torch.randn(2, 5, 96).bfloat16()
+        y = bound(x, bias)
+        assert y.shape == (2, 5, 48)
+        assert_product(y.view(10, 48), x.view(10, 96), weight, bias)
+    wide = torch.randn(48)
+    assert torch.equal(bound(x, wide), (bound(x, None) + wide).bfloat16())
+    assert len(compressed) == 1 and torch.equal(compressed[0], weight)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_token_that_is_not_finite_is_nan_and_no_other(compressed: list[Tensor], value: float) -> None:
+    weight = torch.randn(16, 32).half()
+    weight *= of_four(weight, 2)
+    x = torch.randn(3, 32).half()
+    x[1, 7] = value
+    y = nm_library.bind(sbt.pack(weight))(x, None)
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+
+
+def test_what_it_takes() -> None:
+    half = torch.float16
+    assert nm_library.supports((32, 48), MANY, half, half) is None
+    assert nm_library.supports((40, 48), MANY, half, half) == (
+        "cuSPARSELt takes multiples of 16 rows and columns, not 40 x 48"
+    )
+    assert "float16 or bfloat16" in nm_library.supports((32, 48), MANY, torch.int8, half)
+
+
+def test_reasons_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "was built without CUDA" in nm_library.missing()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no NVIDIA GPU" in nm_library.missing()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+    assert "has no cuSPARSELt; install" in nm_library.missing()
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "T4")
+    assert nm_library.missing() == "T4 has compute capability 7.5, wanted 8.0 (A100) or newer"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert nm_library.missing() is None
+
+
+def test_who_is_taken_on_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The built-in choice by tokens, where no table was measured: predicted."""
+    monkeypatch.setenv("ALPHAPRUNE_TIMES", "off")
+    known = base.kernels()
+
+    def chosen(wide: bool, regular: bool, tokens: int) -> str:
+        names = {"sbt_mma", "sbt_expand", "nm_mma_sp", "nm_cusparselt", *(["sbt_wgmma"] if wide else [])}
+        found = {n: replace(k, available=lambda: None) for n, k in known.items() if n in names}
+        monkeypatch.setattr(base, "kernels", lambda: found)
+        fits = (lambda kernel: None) if regular else (lambda kernel: "not 2:4")
+        half = torch.bfloat16
+        kernel, _ = base.choose((4096, 4096), tokens, half, half, "cuda", None, fits)
+        limits = base.limits((4096, 4096), half, half, "cuda", None, fits)
+        assert all(limit + 1 not in limits for limit in limits), limits
+        return kernel.name
+
+    tokens = (1, 16, 17, 64, 128, 129, 256, 257, 511, 512, 4096)
+    hopper = ["sbt_mma"] * 2 + ["sbt_wgmma"] * 5 + ["sbt_expand"] * 4
+    ampere = ["sbt_mma"] * 5 + ["sbt_expand"] * 6
+    assert [chosen(True, False, t) for t in tokens] == hopper
+    assert [chosen(False, False, t) for t in tokens] == ampere
+    assert [chosen(True, True, t) for t in tokens] == ["nm_mma_sp"] * 4 + hopper[4:9] + ["nm_cusparselt"] * 2
+    assert [chosen(False, True, t) for t in tokens] == ["nm_mma_sp"] * 4 + ampere[4:9] + ["nm_cusparselt"] * 2
+
+
+def test_a_capture_before_the_kernel_is_ready_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu(Tensor):
+        """A tensor of the host that says it is on a GPU."""
+
+        is_cuda = True
+
+    prepared = spmm.prepare(sbt.pack(torch.randn(16, 64)), "model.layers.0.mlp.up_proj")
+    x = torch.randn(3, 64)
+    expected = prepared(x)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    fake = x.as_subclass(OnGpu)
+    with pytest.raises(ValueError, match=r"mlp\.up_proj: a CUDA graph is being captured, and kernel \w+ for 40 tokens"):
+        prepared._bind(torch.randn(40, 64).half().as_subclass(OnGpu), 40)
+    assert torch.equal(prepared.run(fake, None), expected), "what is ready may be captured"
