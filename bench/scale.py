@@ -10,6 +10,7 @@ bench/results/scale.jsonl, too. At the end FOLDER is emptied unless --keep is gi
 shape, blocks   the sizes of the model, and how many decoder blocks the checkpoint has
 step, command   what ran
 seconds         wall time, and `target_seconds` where there is one (for all 32 blocks)
+cpu_seconds     of all its threads
 rss             the most memory that the process had (VmHWM), mapped files and all; bytes
 rss_anon        the most of it that no file stands behind (RssAnon, read ten times a second); bytes
 ok, message     whether it ended well; the end of what it said on stderr if not
@@ -165,6 +166,7 @@ def watched(command: list[str], log: Path, threads: int | None) -> dict[str, Any
                 process.kill()
     row = {
         "seconds": time.perf_counter() - begin,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
         "rss": max(peaks["VmHWM"], usage.ru_maxrss * 1024),
         "rss_anon": peaks["RssAnon"],
         "ok": process.returncode == 0,
@@ -286,6 +288,7 @@ def line(row: dict[str, Any]) -> str:
         return f"  failed: {row.get('message', '').strip().splitlines()[-1:]}"
     parts = [f"{row['seconds']:.1f} s ({row['seconds'] / row.get('of_blocks', row['blocks']):.1f} s per block)"]
     if "rss" in row:
+        parts.append(f"{row['cpu_seconds']:.1f} s of a core")
         parts.append(f"at most {row['rss'] / 2**30:.2f} GiB, {row['rss_anon'] / 2**30:.2f} without mapped files")
     if "ratio" in row:
         parts.append(f"two processes are {row['ratio']:.2f} times as fast as one (target {row['target_ratio']})")

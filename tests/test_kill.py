@@ -1,5 +1,6 @@
 """kill -9 at random moments of a prune: the next run finishes it, and the result has the same bytes."""
 
+import os
 import random
 import signal
 import subprocess
@@ -49,3 +50,25 @@ def test_killed_at_random_moments(tmp_path: Path, text_file: Path) -> None:
     wanted = {f.name: f.read_bytes() for f in (tmp_path / "whole").iterdir()}
     assert {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()} == wanted
     assert not (tmp_path / "out.part").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "kills"), [("analyze", 14), ("prune", 36)])
+def test_killed_at_any_call_and_without_power(what: str, kills: int, tmp_path: Path, text_file: Path) -> None:
+    """50 random moments in all, each before or after a call to the file system: see kill_points.py."""
+    changes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 8}
+    make_model(3, **changes).save_pretrained(tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
+    goal, whole = (tmp_path / what / name for name in ("out", "whole"))
+    goal.parent.mkdir()
+    options = [str(tmp_path / "model"), "-o", str(goal), "--calibration", str(text_file)]
+    options += ["--samples", "4", "--length", "32", *(["--sparsity", "0.6"] if what == "prune" else [])]
+    options += ["--allocator", "owl", "--values", "int8"] if what == "prune" else []
+    seed = random.randrange(1 << 30)
+    script = [sys.executable, str(Path(__file__).with_name("kill_points.py")), str(seed), str(kills)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(
+        [*script, str(goal), str(whole), what, *options], capture_output=True, text=True, env=environment
+    )
+    print(found.stdout)
+    assert found.returncode == 0 and f"seed {seed}" in found.stdout, found.stdout + found.stderr[-2000:]
