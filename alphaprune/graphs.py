@@ -50,7 +50,8 @@ class Graphs:
                 result = call()
 
         def replay() -> Any:
-            graph.replay()
+            with torch.cuda.device(self.device):
+                graph.replay()
             return result
 
         return replay
@@ -115,7 +116,7 @@ class Steps:
         run = self.recorded.get((bucket, reach, kind)) or self._record(bucket, reach, kind)
         rows = [*slots, *[self.ragged.nobody] * (bucket - len(slots))]
         if self._in_rows.get(bucket) != rows:
-            self._rows[bucket].copy_(torch.tensor(rows), non_blocking=True)
+            self._rows[bucket].copy_(memory.upload(torch.tensor(rows), self.ragged.decoder.device))
             self._in_rows[bucket] = rows
         new, logits = run()
         self._count(slots)
@@ -191,7 +192,7 @@ def fetch(tensor: Tensor) -> Callable[[], Tensor]:
         return lambda: copy
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
     done = torch.cuda.Event()
-    done.record()
+    done.record(torch.cuda.current_stream(tensor.device))
 
     def wait() -> Tensor:
         done.synchronize()

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 
 import torch
+from torch import Tensor
 
 from alphaprune import hardware
 from alphaprune.console import size
@@ -47,6 +48,13 @@ def check(needs: Mapping[str, int], device: torch.device | str, remedy: str) -> 
     available = free(device)
     if available is not None and sum(needs.values()) > available:
         raise ValueError(f"{_wanted(needs, device)}, {size(available)} are free; {remedy}")
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, behind what that has to do; from pinned memory, so that the host goes on."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @contextlib.contextmanager

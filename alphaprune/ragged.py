@@ -93,7 +93,7 @@ class Ragged:
             return False
         if missing > 0:
             new = [self.free_pages.pop() for _ in range(missing)]
-            self.table[slot, len(owned) : len(owned) + missing].copy_(torch.tensor(new), non_blocking=True)
+            self.table[slot, len(owned) : len(owned) + missing] = self._upload(new)
             owned += new
         return True
 
@@ -187,7 +187,7 @@ class Ragged:
         return self.table[slots, positions // self.page] * self.page + positions % self.page
 
     def _upload(self, numbers: Sequence[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64).to(self.decoder.device, non_blocking=True)
+        return memory.upload(torch.tensor(numbers, dtype=torch.int64), self.decoder.device)
 
 
 class _Single:

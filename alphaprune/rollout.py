@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from alphaprune.decoder import CHUNK, Decoder
 from alphaprune.graphs import Steps, fetch
+from alphaprune.memory import upload
 from alphaprune.ragged import Ragged
 from alphaprune.sampling import Kind, Sampling
 
@@ -88,14 +89,14 @@ def roll(
         steps.sampler.put(slot, sampling, tokens, [])
         for begin in range(ragged.held[slot], len(tokens), CHUNK):
             logits = ragged.prefill([(slot, tokens[begin : begin + CHUNK])])
-        first = torch.tensor([slot], device=ragged.decoder.device)
+        first = upload(torch.tensor([slot]), ragged.decoder.device)
         new = steps.sampler.choose(logits, first, ragged.lengths[first] - 1, kind)
         ragged.begin(slot, new[0])
         if scores is not None:
             scores.append(logits.to("cpu", torch.float32, copy=True))
     if scores is not None:
         scores[-len(slots) :] = [torch.cat(scores[-len(slots) :])]
-    pending, ended = fetch(ragged.tokens[torch.tensor(slots, device=ragged.decoder.device)]), set()
+    pending, ended = fetch(ragged.tokens[upload(torch.tensor(slots), ragged.decoder.device)]), set()
     for count in range(1, max_new + 1):
         late = pending
         if count < max_new:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from alphaprune.memory import upload
+
 NUMBERS = ("temperature", "top_p", "min_p", "presence", "frequency", "repetition")
 
 
@@ -77,8 +79,8 @@ class Sampler:
         """Sets a slot, for a sequence that has `new` tokens after its prompt."""
         numbers = torch.tensor([getattr(sampling, name) for name in NUMBERS])
         top_k = sampling.top_k if 0 < sampling.top_k < self.vocabulary else self.vocabulary
-        self.numbers[slot].copy_(numbers, non_blocking=True)
-        self.integers[slot].copy_(torch.tensor([top_k, sampling.seed]), non_blocking=True)
+        self.numbers[slot] = upload(numbers, self.device)
+        self.integers[slot] = upload(torch.tensor([top_k, sampling.seed]), self.device)
         if not sampling.weighted:
             return
         if self._bias is None:
@@ -90,7 +92,7 @@ class Sampler:
         seen[prompt] = True
         bias[list(sampling.bias)] = torch.tensor(list(sampling.bias.values()))
         for table, value in ((self._seen, seen), (self._counts, counts.float()), (self._bias, bias)):
-            table[slot].copy_(value, non_blocking=True)
+            table[slot] = upload(value, self.device)
 
     def choose(self, logits: Tensor, rows: Tensor, position: Tensor, kind: Kind) -> Tensor:
         """The next tokens int64 [batch]: logits [batch, vocabulary] of the sequences in slots `rows` [batch].

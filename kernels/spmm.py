@@ -159,6 +159,8 @@ def _group(x: Tensor, prepared: Sequence[Prepared]) -> cpu.GroupBound | None:
     """
     if len(prepared) < 2 or x.dim() == 0 or x.shape[-1] != prepared[0].cols or x.dtype not in FLOATS:
         return None
+    if x.device.type != "cpu":  # one call each there, and nothing to ask about for every number of tokens
+        return None
     groups, tokens = prepared[0].groups, x.numel() // prepared[0].cols
     key = (x.dtype, tokens, *[one.number for one in prepared])
     if key not in groups:

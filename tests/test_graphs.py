@@ -203,3 +203,39 @@ def test_buckets_and_reaches_round_up() -> None:
     steps.prepare()
     reaches = (900, 512, 256)
     assert list(steps.recorded) == [(bucket, reach, GREEDY) for bucket in BUCKETS[::-1] for reach in reaches]
+
+
+def test_the_order_of_calls_to_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warm-ups run on a stream of their own, before the recording and not in it; replays give what was recorded."""
+    from contextlib import contextmanager
+    from types import SimpleNamespace
+
+    from alphaprune import graphs
+
+    said: list[str] = []
+
+    @contextmanager
+    def within(name: str, *_: object, **options: object):
+        said.append(f"{name} {options['pool']} {options['capture_error_mode']}" if options else name)
+        yield
+        said.append(f"end of {name}")
+
+    stream = SimpleNamespace(wait_stream=lambda other: said.append("wait"))
+    cuda = SimpleNamespace(
+        graph_pool_handle=lambda: "pool",
+        Stream=lambda device: stream,
+        current_stream=lambda: stream,
+        device=lambda device: within("device"),
+        stream=lambda which: within("stream"),
+        CUDAGraph=lambda: SimpleNamespace(replay=lambda: said.append("replay")),
+        graph=lambda graph, **options: within("graph", **options),
+    )
+    monkeypatch.setattr(graphs, "torch", SimpleNamespace(cuda=cuda))
+    replay = graphs.Graphs(torch.device("cuda:1")).record(lambda: said.append("call") or len(said))
+    assert said == [
+        *("device", "wait", "stream", "call", "call", "end of stream", "wait"),
+        *("graph pool thread_local", "call", "end of graph", "end of device"),
+    ]
+    recorded = 9
+    said.clear()
+    assert replay() == replay() == recorded and said == ["device", "replay", "end of device"] * 2

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alphaprune import ragged
+from alphaprune import memory, ragged
 from alphaprune.decoder import Decoder, why_not
 from alphaprune.files import first_line
 from alphaprune.graphs import BUCKETS, Recorder, Steps, fetch
@@ -210,8 +210,8 @@ class Ours:
         logits = self.ragged.prefill(parts)
         if ready:
             jobs, device = [job for _, job in ready], logits.device
-            rows = torch.tensor([place for place, _ in ready]).to(device, non_blocking=True)
-            slots = torch.tensor([job.slot for job in jobs]).to(device, non_blocking=True)
+            rows = memory.upload(torch.tensor([place for place, _ in ready]), device)
+            slots = memory.upload(torch.tensor([job.slot for job in jobs]), device)
             kind = Kind.of(job.sampling for job in jobs)
             new = self.steps.sampler.choose(logits[rows], slots, self.ragged.lengths[slots] - 1, kind)
             self.ragged.tokens.index_copy_(0, slots, new)
