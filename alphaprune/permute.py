@@ -19,13 +19,15 @@ from torch import Tensor, nn
 
 from alphaprune import scores
 from alphaprune.calibrate import InputStat
+from alphaprune.families import FAMILIES, GATED
 from alphaprune.gram import Gram
 from alphaprune.model import Block
 from alphaprune.pattern import NM
 from alphaprune.planning import LayerPlan
-from alphaprune.shapes import LAYOUTS
 
-# The blocks of LAYOUTS have these layers and nothing between them that tells one channel of v or the MLP from another.
+# By model_type. Their blocks have the layers below and nothing between them that tells one channel of v or the MLP from
+# another.
+LAYOUTS = tuple(name for name, family in FAMILIES.items() if family.prunable == GATED and family.experts is None)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 

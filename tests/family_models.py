@@ -110,3 +110,20 @@ def assert_twins(packed: nn.Module, dense: nn.Module) -> None:
     assert truth.std() > 0.1 and (found.double() - truth).abs().max() <= allowed
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(packed.generate(PROMPT, **settings), dense.generate(PROMPT, **settings))
+
+
+# Why `alphaprune serve` does not run a family, in the words of its refusal; the others are served.
+NOT_SERVED = {
+    "gemma2": "it leaves the cap on attention scores out",
+    "opt": "no attribute 'get_seq_length'",
+    "falcon": "no attribute 'get_seq_length'",
+    "mpt": "'NoneType' object has no attribute 'to'",
+}
+# Which methods are run for every kind, with which pattern.
+METHODS = {
+    "wanda": "unstructured",
+    "magnitude": "unstructured",
+    "ria": "unstructured",
+    "alps": "unstructured",
+    "sparsegpt": "2:4",
+}

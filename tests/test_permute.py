@@ -33,6 +33,8 @@ KINDS = {
     "mistral": ("mistral", {}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
+    "gemma2": ("gemma2", {}),
+    "gemma3": ("gemma3_text", {}),
 }
 
 
@@ -290,6 +292,6 @@ def test_refusals() -> None:
     model.config.num_key_value_heads = 4
     with pytest.raises(ValueError, match="v_proj has 48 channels where --channel-permute wants 96"):
         permute.block(block, {}, plan.layers, model.config)
-    model.config.model_type = "gemma"
-    with pytest.raises(ValueError, match="knows the blocks of llama, mistral, qwen2, qwen3, not of 'gemma'"):
+    model.config.model_type = "mixtral"
+    with pytest.raises(ValueError, match=r"knows the blocks of llama, mistral, qwen2, qwen3, gemma.* not of 'mixtral'"):
         permute.check(model.config, "a model", plan.layers)

@@ -45,11 +45,13 @@ class Theirs:
     def start(self) -> None:
         """Starts the thread and generates a token; ValueError if it cannot."""
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # it prints tracebacks; we report
-        alone = GenerationConfig(do_sample=False, eos_token_id=-1)
+        alone, config = GenerationConfig(do_sample=False, eos_token_id=-1), self.model.config.get_text_config()
+        if getattr(config, "attn_logit_softcapping", None) is not None:
+            raise ValueError(self._refusal("it leaves the cap on attention scores out, attn_logit_softcapping"))
         with torch.inference_mode():
             self._cb = self.model.init_continuous_batching(alone, self._batching)
             self._cb.logit_processor = Sampler()
-            if set(group_layers_by_attn_type(self.model.config.get_text_config())) == {"full_attention"}:
+            if set(group_layers_by_attn_type(config)) == {"full_attention"}:
                 AttentionInterface.register(attention.NAME, attention.Paged())
                 self.model.set_attn_implementation(attention.NAME)
             self._cb.start()
@@ -60,8 +62,14 @@ class Theirs:
         if done is None or done.error:
             cause = done.error if done else self._cb.background_thread_status.fatal_error or "no token in time"
             self.stop()
-            raise ValueError(f"the model does not run under transformers' continuous batching: {cause}")
+            raise ValueError(self._refusal(str(cause).splitlines()[0]))
         self._cb.output_router.output_queue = _Nowhere()
+
+    def _refusal(self, cause: str) -> str:
+        return (
+            f"models of type {self.model.config.model_type!r} do not run under transformers' continuous batching: "
+            f"{cause}; `alphaprune generate` runs them, one text at a time"
+        )
 
     def stop(self) -> None:
         if self._cb is not None:

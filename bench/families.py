@@ -1,0 +1,83 @@
+"""Writes docs/families.md from the table of families and from what the tests run for each of them.
+
+python bench/families.py
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from family_models import KINDS, METHODS, NOT_SERVED  # noqa: E402
+
+from alphaprune import decoder, permute  # noqa: E402
+from alphaprune.families import FAMILIES, Family  # noqa: E402
+
+PAGE = ROOT / "docs" / "families.md"
+NAMES = {
+    **{"llama": "LLaMA 1, 2, 3", "mistral": "Mistral", "qwen2": "Qwen 2, 2.5", "qwen3": "Qwen 3", "gemma": "Gemma"},
+    **{"gemma2": "Gemma 2", "gemma3_text": "Gemma 3, text", "gemma3": "Gemma 3, with images", "phi3": "Phi-3, Phi-4"},
+    **{"opt": "OPT", "falcon": "Falcon", "mpt": "MPT", "mixtral": "Mixtral", "qwen2_moe": "Qwen 2 MoE"},
+    "qwen3_moe": "Qwen 3 MoE",
+}
+HEAD = """# Families of models
+
+This page is made by `python bench/families.py` from the table in `alphaprune/families.py`; a test compares them.
+
+A model belongs to a family by the `model_type` in its config.json, and to none by its name. `alphaprune` refuses the
+others, with the modules that it finds in them and the line that is missing. Only linear layers are pruned: a layer of
+another kind, such as the Conv1D of GPT-2, is named in the refusal.
+"""
+EXPERTS = """
+## Experts
+
+Mixtral and the Qwen MoE models route each token to some of their experts. Every matrix of every expert is a layer of
+its own here: it has a spectrum, a place in the plan, a mask and a packed weight, whether the files hold one tensor for
+each (as published) or one for all (as `save_pretrained(save_original_format=False)` of transformers writes them). Files
+that are written have the names of the family's checkpoints. Routers stay dense.
+
+An expert is calibrated on the tokens that are routed to it. One that gets none is calibrated on all tokens of its
+block, as though they had been, and a warning names it: more calibration text is the remedy.
+
+Packed experts are loaded by transformers 5.8 and newer, and not shared by ranks (`tp_plan`).
+
+## What is run for each of them
+
+For every model in the table a small random one of two blocks, in float32, goes through analysis, an alpha plan, Wanda,
+packing, `alphaprune.load` and generation, and through {methods} with uniform plans. Logits must be as near to those in
+float64 as twice the error of the dense model of transformers that has the same zeros, and greedy tokens the same:
+`pytest tests/test_families.py tests/test_experts.py tests/test_families_run.py`, with `-m slow` for the rest. Variants:
+{variants}.
+
+No published checkpoint of these families was pruned for this page.
+"""
+
+
+def row(name: str, family: Family) -> list[str]:
+    layers = "; ".join(", ".join(f"`{layer}`" for layer in group) for group in family.groups())
+    where = "its own" if name in decoder.FAMILIES else "that of transformers"
+    served = "no" if name in NOT_SERVED else "yes"
+    permuted = "yes" if name in permute.LAYOUTS else "no"
+    dense = ", ".join(f"`{layer}`" for layer in family.dense) or "–"
+    return [f"{NAMES[name]} (`{name}`)", f"`{family.blocks}`", layers, dense, where, served, permuted]
+
+
+def page() -> str:
+    """The text of docs/families.md."""
+    head = ["family (`model_type`)", "blocks", "pruned; layers with a comma between them share their input"]
+    head += ["stays dense", "decoder", "`serve`", "`--channel-permute`"]
+    rows = [head, ["---"] * len(head), *(row(name, family) for name, family in FAMILIES.items())]
+    table = "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+    methods = [f"{m} ({pattern})" if pattern != "unstructured" else m for m, pattern in METHODS.items() if m != "wanda"]
+    kinds = ", ".join(f"`{kind}`" for kind in KINDS)
+    reasons = "".join(f"- `{name}`: {why}\n" for name, why in NOT_SERVED.items())
+    text = EXPERTS.format(methods=", ".join(methods), variants=kinds)
+    return (
+        f"{HEAD}\n{table}\n`serve` refuses these, with what stops transformers' continuous batching:\n\n{reasons}{text}"
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE.relative_to(ROOT))
