@@ -109,7 +109,8 @@ class Steps:
         """
         bucket, longest = self.bucket(len(slots)), self._reserve(slots)
         if self.exact:
-            new, logits = self._run(torch.tensor(slots), longest, self._chooser(kind))
+            lengths = [self.ragged.held[slot] + 1 for slot in slots]
+            new, logits = self._run(torch.tensor(slots), longest, self._chooser(kind), lengths)
             self._count(slots)
             return new, logits
         reach = self.reach(longest)

@@ -10,6 +10,7 @@ Everything a step reads lies at addresses that stay: lengths, tokens and pages o
 and a step gets numbers of slots. So one CUDA graph serves whatever sequences are in the batch.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
@@ -144,17 +145,21 @@ class Ragged:
             self.held[slot] = end
         return logits
 
-    def step(self, slots: Tensor, reach: int, choose: Choose) -> tuple[Tensor, Tensor]:
+    def step(
+        self, slots: Tensor, reach: int, choose: Choose, lengths: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """One token more for the sequences in `slots` [M] int64: new tokens [M] int64, and logits [M, vocabulary].
 
         Nothing in it depends on data but through tensors that stay where they are, so a CUDA graph can hold it. reach:
-        no sequence has more positions afterwards. Whoever calls it keeps `held`, and reserves.
+        no sequence has more positions afterwards. Whoever calls it keeps `held`, and reserves. lengths: the positions
+        of each afterwards, where they may decide how the work is done, which a graph could not repeat.
         """
         positions = self.lengths[slots]
         table = self.table[slots, : -(-reach // self.page)]
         rows = table.gather(1, positions[:, None] // self.page)[:, 0] * self.page + positions % self.page
-        steps = _Single(table, positions + 1, self.page, reach)
-        logits = self.decoder.logits(self._blocks(self.tokens[slots], positions, rows, steps))
+        keys = neighbours.Keys(table, positions + 1, self.page, reach, lengths)
+        attention = functools.partial(_attend, keys)
+        logits = self.decoder.logits(self._blocks(self.tokens[slots], positions, rows, attention))
         new = choose(logits, slots, positions)
         self.tokens.index_copy_(0, slots, new)
         self.lengths.index_copy_(0, slots, positions + 1)
@@ -190,14 +195,8 @@ class Ragged:
         return memory.upload(torch.tensor(numbers, dtype=torch.int64), self.decoder.device)
 
 
-class _Single:
-    """Attention of a step: one query for each sequence."""
-
-    def __init__(self, table: Tensor, lengths: Tensor, page: int, reach: int) -> None:
-        self.table, self.lengths, self.page, self.reach = table, lengths, page, reach
-
-    def __call__(self, q: Tensor, cache: Tensor, window: int | None) -> Tensor:
-        return neighbours.attend(q, cache, self.table, self.lengths, self.page, self.reach, window)
+def _attend(keys: neighbours.Keys, q: Tensor, cache: Tensor, window: int | None) -> Tensor:
+    return neighbours.attend(q, cache, keys, window)
 
 
 class _Prompts:

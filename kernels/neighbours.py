@@ -5,6 +5,7 @@ millisecond, and four more launches beside each of them would take as long as th
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -76,32 +77,79 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
-def attend(
-    q: Tensor, cache: Tensor, table: Tensor, lengths: Tensor, page: int, reach: int, window: int | None = None
-) -> Tensor:
+PADDING = 2  # sequences go together while padding to the longest costs no more than this factor
+
+
+class Keys:
+    """Where the keys and values of sequences lie, for steps of one query each.
+
+    table: [M, pages of a sequence] int64, the page that holds its positions from i · page on. lengths: [M] int64, keys
+    of each sequence, from 1 to `reach`. known: the lengths, where the host knows them and may let them decide: then a
+    long sequence does not make short ones pay.
+    """
+
+    def __init__(
+        self, table: Tensor, lengths: Tensor, page: int, reach: int, known: Sequence[int] | None = None
+    ) -> None:
+        self.table, self.lengths, self.page, self.reach = table, lengths, page, reach
+        self._rows: dict[int | None, tuple[Tensor, Tensor]] = {}
+        self.groups: list[tuple[Tensor, Keys]] = []
+        found = [] if known is None else together(known)
+        if len(found) > 1:
+            for places in found:
+                index = torch.tensor(places, device=table.device)
+                most = max(known[place] for place in places)
+                part = table[index, : -(-most // page)]
+                self.groups.append((index, Keys(part, lengths[index], page, most)))
+
+    def rows(self, window: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Rows of the cache [M · span] that the sequences read, and the mask [M, 1, 1, span], 0 or −inf."""
+        if window not in self._rows:
+            first = 0 if window is None else (self.lengths - window).clamp_min(0)[:, None]
+            span = self.reach if window is None else min(self.reach, window)
+            position = first + torch.arange(span, device=self.table.device)  # [M, span]
+            outside = position >= self.lengths[:, None]
+            # Past the end a sequence reads its own first key: another's could hold NaN, which a mask does not stop.
+            position = torch.where(outside, first, position)
+            rows = self.table.gather(1, position // self.page) * self.page + position % self.page
+            mask = torch.zeros(outside.shape, dtype=dtype, device=rows.device).masked_fill(outside, -torch.inf)
+            self._rows[window] = rows.flatten(), mask[:, None, None]
+        return self._rows[window]
+
+
+def together(lengths: Sequence[int]) -> list[list[int]]:
+    """Places of sequences that share one padded product, the longest first."""
+    found: list[list[int]] = []
+    longest = total = 0
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        if found and longest * (len(found[-1]) + 1) <= PADDING * (total + lengths[place]):
+            found[-1].append(place)
+            total += lengths[place]
+        else:
+            found.append([place])
+            longest = total = lengths[place]
+    return found
+
+
+def attend(q: Tensor, cache: Tensor, keys: Keys, window: int | None = None) -> Tensor:
     """Attention [M, heads · dim] of one query per sequence, q [M, heads, dim], over its keys and values in pages.
 
-    cache: [2, pages · page, key heads, dim]. table: [M, pages of a sequence] int64, the page that holds its positions
-    from i · page on. lengths: [M] int64, keys of each sequence, from 1 to `reach`. window: only the last so many keys.
+    cache: [2, pages · page, key heads, dim]. window: only the last so many keys.
     Softmax of q·k / √dim (Vaswani et al., 2017); queries share keys as heads / key heads (Ainslie et al., 2023).
     """
     if fused(q):
         from alphaprune.kernels import triton_attention
 
-        return triton_attention.attend(q, cache, table, lengths, page, reach, window)
+        return triton_attention.attend(q, cache, keys.table, keys.lengths, keys.page, keys.reach, window)
     sequences, heads, dim = q.shape
-    first = 0 if window is None else (lengths - window).clamp_min(0)[:, None]
-    span = reach if window is None else min(reach, window)
-    position = first + torch.arange(span, device=q.device)  # [M, span]
-    outside = position >= lengths[:, None]
-    # Past the end a sequence reads its own first key: another's could hold NaN, which a mask does not stop.
-    position = position.masked_fill(outside, 0) if window is None else torch.where(outside, first, position)
-    rows = table.gather(1, position // page) * page + position % page
-    keys, values = (
-        part.index_select(0, rows.flatten()).view(sequences, span, -1, dim).transpose(1, 2) for part in cache.unbind(0)
+    if keys.groups:
+        out = q.new_empty(sequences, heads * dim)
+        for index, part in keys.groups:
+            out[index] = attend(q[index], cache, part, window)
+        return out
+    rows, mask = keys.rows(window, q.dtype)
+    k, v = (
+        part.index_select(0, rows).view(sequences, -1, cache.shape[2], dim).transpose(1, 2) for part in cache.unbind(0)
     )
-    mask = torch.zeros(outside.shape, dtype=q.dtype, device=q.device).masked_fill(outside, -torch.inf)[:, None, None]
     grouped = q.view(sequences, cache.shape[2], -1, dim)  # queries that share a key head are rows of one product
-    return functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(
-        sequences, heads * dim
-    )
+    return functional.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(sequences, heads * dim)

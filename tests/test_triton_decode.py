@@ -1,6 +1,7 @@
 """The Triton kernels between products and of attention, against float64; test_triton.py has the interpreter."""
 
 import importlib
+import itertools
 
 import pytest
 import torch
@@ -138,7 +139,9 @@ def check_attention(where: str, lengths, heads, dim, page, window, dtype, seed) 
     given = [part.to(where) for part in (q, cache, table, torch.tensor(lengths))]
     found = module("triton_attention").attend(*given, page, reach, window)
     close(found, truth, 8)
-    close(neighbours.attend(q, cache, table, torch.tensor(lengths), page, reach, window), truth, 8)
+    for known in (None, lengths):
+        keys = neighbours.Keys(table, torch.tensor(lengths), page, reach, known)
+        close(neighbours.attend(q, cache, keys, window), truth, 8)
 
 
 @runs
@@ -164,6 +167,18 @@ def test_faults_in_attention_are_seen(device: str, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(triton_attention, "attend", shifted(change))
         with pytest.raises(AssertionError, match="times what is allowed"):
             check_attention(device, *case)
+
+
+@apart
+@given(lengths=st.lists(st.integers(1, 1000), min_size=1, max_size=40))
+def test_sequences_go_together_while_padding_is_cheap(lengths: list[int]) -> None:
+    found = neighbours.together(lengths)
+    assert sorted(place for group in found for place in group) == list(range(len(lengths)))
+    for group in found:
+        assert lengths[group[0]] * len(group) <= neighbours.PADDING * sum(lengths[place] for place in group)
+    for group, after in itertools.pairwise(found):
+        joined = [*group, after[0]]
+        assert lengths[group[0]] * len(joined) > neighbours.PADDING * sum(lengths[place] for place in joined)
 
 
 @apart

@@ -8,6 +8,8 @@ from typing import Any
 from alphaprune import model as models
 from alphaprune.console import size
 
+BACKLOG = 2048  # connections that wait to be accepted; uvicorn's own number
+
 
 def run(model: str, **options: Any) -> None:
     _check(options)
@@ -33,6 +35,7 @@ def run(model: str, **options: Any) -> None:
         loaded = hf.load(folder, options["dtype"], options["device"], tokens)
         service = _service(loaded, tokenizer, options["name"] or folder.resolve().name, options)
         try:
+            sock.listen(BACKLOG)  # whoever reads the address may connect at once
             host, port = sock.getsockname()[:2]
             print(_summary(service), f"http://{f'[{host}]' if ':' in host else host}:{port}", sep="\n", flush=True)
             server.run(service, sock, options["drain"])
