@@ -12,7 +12,7 @@ from alphaprune import model as models
 from alphaprune.console import size
 from alphaprune.experts import named_shards
 from alphaprune.formats import PACKED_SUFFIXES, Packed
-from alphaprune.kernels import base, cuda, spmm, table
+from alphaprune.kernels import base, cuda, predicted, spmm, table
 from alphaprune.kernels.table import DENSE
 from alphaprune.shards import Shards
 from alphaprune.tuning import general, percent
@@ -119,7 +119,9 @@ def _source(device: str) -> str:
     if times is None:
         option = "" if device == "cpu" else f" --device {device}"
         return f"built-in default (predicted, not measured); `alphaprune bench --tune{option}` measures them"
-    return f"{times.path} (measured on {times.place}, alphaprune {times.versions.get('alphaprune')})"
+    off = predicted.verdict(times)
+    measured = f"{times.path} (measured on {times.place}, alphaprune {times.versions.get('alphaprune')})"
+    return measured if off is None else f"{measured}; {off}"
 
 
 def devices() -> dict[str, str]:
@@ -166,8 +168,9 @@ def model_summary(found: dict[str, Any]) -> str:
 def describe_machine(bandwidth: bool = False) -> dict[str, Any]:
     """Which kernels work here and why the others do not; processor, memory, GPUs, threads and versions.
 
-    times: per device what kernels are chosen by (see _source). bandwidth: whether to measure the bytes/s that memory is
-    read with, which takes some seconds and 2 GiB; otherwise those of the time table, None without one.
+    times: per device what kernels are chosen by (see _source). predicted: what int8 would gain on each GPU.
+    bandwidth: whether to measure the bytes/s that memory is read with, which takes some seconds and 2 GiB; otherwise
+    those of the time table, None without one.
     """
     import transformers
 
@@ -188,16 +191,31 @@ def describe_machine(bandwidth: bool = False) -> dict[str, Any]:
         "kernels": {name: reason or "works" for name, reason in spmm.back_ends()},
         "cuda": f"{'; '.join(gpus) or 'torch sees no GPU'} (compiled kernels: {cuda.missing() or 'work'})",
         "times": {device: _source(device) for device in found},
+        "predicted": {device: text for device in found if (text := _of_int8(device))},
         "break_even": {key: known for device in found for key, known in _break_even(device).items()},
     }
 
 
+def _of_int8(device: str) -> str | None:
+    return None if device == "cpu" else predicted.of_int8(table.Gpu.at(torch.device(device).index))
+
+
 def _break_even(device: str) -> dict[str, dict[str, float]]:
-    """By values and shape, by tokens: the sparsity from which on packed is faster than dense; empty without a table."""
-    times, found = table.current(device), {}
-    if times is None:
-        return {}
-    names, where = general(times.kernels), "" if device == "cpu" else f"{device} "
+    """By values and shape, by tokens: the sparsity from which on packed is faster than dense.
+
+    Measured, where there is a table; of a GPU that the model knows what it predicts besides.
+    """
+    times, where = table.current(device), "" if device == "cpu" else f"{device} "
+    found = {} if times is None else _break_even_of(times, where)
+    if device == "cpu":
+        return found
+    gpu = table.Gpu.at(torch.device(device).index)
+    guessed = predicted.table_of(gpu, [name for name in predicted.MOST if name != "nm_mma_sp"])
+    return found if guessed is None else found | _break_even_of(guessed, f"predicted, {where}")
+
+
+def _break_even_of(times: table.Table, where: str) -> dict[str, dict[str, float]]:
+    names, found = general(times.kernels), {}
     for values, shape in itertools.product(dict.fromkeys(c.weight for c in times.curves if c.kernel != DENSE), TYPICAL):
         x = next(c.x for c in times.curves if c.weight == values)
         kinds = getattr(torch, values), getattr(torch, x)
@@ -213,6 +231,7 @@ def machine_rows(found: dict[str, Any]) -> list[list[str]]:
     rows[5:5] = _hardware_rows(found)
     rows += [[f"kernel {name}", state] for name, state in found["kernels"].items()]
     rows += [[f"times {device}", source] for device, source in found["times"].items()]
+    rows += [[f"predicted {device}", text] for device, text in found["predicted"].items()]
     for what, known in found["break_even"].items():
         text = ", ".join(f"{t}: {percent(value)}" for t, value in known.items())
         rows.append([f"break-even {what}", f"sparsity by tokens: {text}"])

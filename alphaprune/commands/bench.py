@@ -107,6 +107,7 @@ def _places(threads: int) -> list[list[int]]:
 def _tune(problem: str | None, quick: bool, output: str | None, device: str, json: bool) -> None:
     from alphaprune import timing, tuning
     from alphaprune.commands.shared import check_file, dump
+    from alphaprune.kernels import predicted
 
     if problem:
         raise ValueError(f"{problem}: --tune measures a table for all models; name neither MODEL nor --shape")
@@ -114,12 +115,19 @@ def _tune(problem: str | None, quick: bool, output: str | None, device: str, jso
         check_file(output)
     clock = timing.clock(device)
     made = tuning.tune(tuning.grid_for(clock.device, quick), bar, clock)
-    path, rows = tuning.write(made, output), tuning.rows(made)
+    path, rows, off = tuning.write(made, output), tuning.rows(made), predicted.verdict(made)
+    guessed = predicted.like(made)
+    beside = [] if guessed is None else tuning.rows(guessed)
     if json:
-        print(dump({"path": str(path), "machine": str(made.machine), "threads": made.threads, "rows": rows}))
+        found = {"path": str(path), "machine": str(made.machine), "threads": made.threads, "rows": rows}
+        print(dump(found | ({"predicted": beside, "verdict": off} if off else {})))
         return
     does = "reads" if made.threads else "copies"
     print(f"{made.place}, {does} {made.bandwidth / 1e9:.1f} GB/s; dense torch = 1.00×")
     table(*tuning.cells(rows))
+    if off:
+        print(f"beside it what was predicted, not measured: {off}" if beside else off)
+    if beside:
+        table(*tuning.cells(beside))
     where = f"where torch has {made.threads} threads" if made.threads else "for every GPU of this name"
     print(path if output else f"{path}: used from now on {where}")

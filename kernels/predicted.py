@@ -1,0 +1,211 @@
+"""What a GPU is expected to take, from bytes and counted instructions: predictions, not measurements.
+
+A product takes as long as the slowest of its parts, which overlap: memory, instructions, shared memory, tensor cores;
+and a launch. Counts per 1024 weights are those of the machine code (bench/cubins.py). Which shares of the data sheets'
+rates are reached are assumptions; `alphaprune bench --tune` tells how far off all of it is.
+"""
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from alphaprune.kernels.table import DENSE, Curve, Gpu, Table
+
+UNIT = 1024
+MEMORY, ISSUE, TENSOR, CACHE = 0.88, 0.8, 0.75, 2.5  # shares of the peaks; second-level cache over memory bandwidth
+LAUNCH = 3e-6  # seconds that a kernel takes whatever it does
+ISSUED = 4  # instructions per clock and multiprocessor
+TYPICAL_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
+TYPICAL_SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.9)
+SHAPES = ((4096, 4096), (28672, 4096))
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of the data sheet: multiprocessors, clock in Hz, memory in bytes/s, 16-bit FMAs per clock and multiprocessor."""
+
+    multiprocessors: int
+    clock: float
+    memory: float
+    fmas: int
+    arch: str
+
+    @property
+    def clocks(self) -> float:
+        """Clocks of all multiprocessors in a second."""
+        return self.multiprocessors * self.clock
+
+
+# By what is in the device's name, the first that fits.
+RATES = {
+    "H200": Rates(132, 1.755e9, 4.8e12, 2048, "sm_90a"),
+    "H100 PCIe": Rates(114, 1.755e9, 2.0e12, 2048, "sm_90a"),
+    "H100": Rates(132, 1.755e9, 3.35e12, 2048, "sm_90a"),
+    "A100 80GB": Rates(108, 1.41e9, 1.935e12, 1024, "sm_80"),
+    "A100-SXM4-80GB": Rates(108, 1.41e9, 2.039e12, 1024, "sm_80"),
+    "A100": Rates(108, 1.41e9, 1.555e12, 1024, "sm_80"),
+}
+# (kernel, tokens of one call): what a warp issues per 1024 weights (delta_spmv: kept ones), and its wavefronts of
+# shared memory, simulated for sbt_mma and one for each load or store elsewhere. A test holds them to the counted rows.
+COUNTS: dict[str, dict[tuple[str, int], tuple[float, float]]] = {
+    "sm_80": {
+        ("delta_spmv", 1): (188.0, 40.0),
+        ("delta_spmv", 2): (286.0, 40.0),
+        ("delta_spmv", 4): (416.0, 40.0),
+        ("nm_mma_sp", 8): (15.5, 5.0),
+        ("nm_mma_sp", 16): (22.5, 7.0),
+        ("nm_mma_sp", 32): (36.75, 11.0),
+        ("nm_mma_sp", 64): (64.25, 19.75),
+        ("sbt_mma", 8): (220.0, 64.77),
+        ("sbt_mma", 16): (229.5, 64.77),
+        ("sbt_mma", 32): (238.0, 65.34),
+        ("sbt_mma", 64): (289.25, 65.34),
+    },
+    "sm_90a": {
+        ("delta_spmv", 1): (191.0, 40.0),
+        ("delta_spmv", 2): (287.0, 40.0),
+        ("delta_spmv", 4): (420.0, 40.0),
+        ("nm_mma_sp", 8): (15.25, 5.25),
+        ("nm_mma_sp", 16): (22.0, 7.0),
+        ("nm_mma_sp", 32): (36.25, 11.0),
+        ("nm_mma_sp", 64): (64.0, 20.0),
+        ("sbt_mma", 8): (218.5, 64.77),
+        ("sbt_mma", 16): (229.0, 64.77),
+        ("sbt_mma", 32): (242.25, 65.34),
+        ("sbt_mma", 64): (294.12, 65.34),
+        ("sbt_wgmma", 32): (200.5, 40.0),
+        ("sbt_wgmma", 64): (198.5, 40.0),
+        ("sbt_wgmma", 128): (198.5, 40.0),
+        ("sbt_wgmma", 256): (202.5, 40.5),
+    },
+}
+MOST = {"delta_spmv": 4, "nm_mma_sp": 64, "sbt_mma": 64, "sbt_wgmma": 256}  # tokens of one call
+EXPANDED = ("sbt_expand", "triton_expand")
+
+
+def rates_of(gpu: Gpu) -> Rates | None:
+    """What is known of a GPU; None of those that are not in RATES."""
+    return next((found for name, found in RATES.items() if name in gpu.gpu), None)
+
+
+def seconds(
+    kernel: str, gpu: Gpu, shape: tuple[int, int], density: float, tokens: int, itemsize: int = 2
+) -> float | None:
+    """Of one call with so many tokens on W [N, K] = shape of which `density` is kept, values of `itemsize` bytes.
+
+    DENSE is torch's own product. None for a kernel or a GPU of which nothing is known.
+    """
+    rates, weights = rates_of(gpu), shape[0] * shape[1]
+    if rates is None:
+        return None
+    passing = 2 * tokens * (shape[0] + shape[1])  # bytes of x and y
+    memory = lambda nbytes: nbytes / (MEMORY * rates.memory)  # noqa: E731
+    multiplied = weights * tokens / (TENSOR * rates.fmas * rates.clocks)
+    packed = weights * (itemsize * density + 1 / 8 + 20 / UNIT)
+    if kernel == DENSE:
+        return LAUNCH + max(memory(2 * weights + passing), multiplied)
+    if kernel == "nm_cusparselt":
+        return LAUNCH + max(memory(9 / 8 * weights + passing), multiplied / 2)
+    if kernel in EXPANDED:  # what is written is read again from the cache
+        return 2 * LAUNCH + memory(packed + 4 * weights / CACHE) + max(memory(passing), multiplied)
+    most, counts = MOST.get(kernel), COUNTS[rates.arch]
+    sizes = sorted(m for name, m in counts if name == kernel)
+    if most is None or not sizes:
+        return None
+    calls, last = divmod(tokens, most)
+    parts = [most] * calls + ([last] if last else [])
+    return sum(_call(kernel, rates, weights, density, packed, part, sizes, counts) for part in parts)
+
+
+def _call(
+    kernel: str,
+    rates: Rates,
+    weights: int,
+    density: float,
+    packed: float,
+    tokens: int,
+    sizes: list[int],
+    counts: dict[tuple[str, int], tuple[float, float]],
+) -> float:
+    size = next(m for m in sizes if m >= tokens)
+    issued, wavefronts = counts[kernel, size]
+    units = weights / UNIT * (density if kernel == "delta_spmv" else 1)
+    if kernel == "delta_spmv":
+        packed = weights * 2.5 * density
+    elif kernel == "nm_mma_sp":
+        packed = weights * 9 / 8
+    per_clock = 0 if kernel == "delta_spmv" else rates.fmas * (2 if kernel == "nm_mma_sp" else 1)
+    parts = (
+        packed / (MEMORY * rates.memory),
+        issued * units / (ISSUE * ISSUED * rates.clocks),
+        wavefronts * units / rates.clocks,
+        weights * size / (TENSOR * per_clock * rates.clocks) if per_clock else 0.0,
+    )
+    return LAUNCH + max(parts)
+
+
+def like(measured: Table) -> Table | None:
+    """The predicted table of the same GPU, at the points that were measured; None if nothing is known of it.
+
+    Of int8 values the compiled kernels say nothing, and of Triton's.
+    """
+    if not isinstance(measured.machine, Gpu) or rates_of(measured.machine) is None:
+        return None
+    curves = [found for curve in measured.curves if (found := _curve(measured.machine, curve))]
+    return replace(measured, curves=tuple(curves), versions={}, path="") if curves else None
+
+
+def _curve(gpu: Gpu, curve: Curve) -> Curve | None:
+    if curve.weight not in ("bfloat16", "float16"):
+        return None
+    found = [seconds(curve.kernel, gpu, curve.shape, 1 - curve.sparsity, tokens) for tokens in curve.tokens]
+    return None if None in found else replace(curve, seconds=tuple(float(f"{value:.4g}") for value in found))
+
+
+def table_of(gpu: Gpu, kernels: Iterable[str]) -> Table | None:
+    """The predicted table of a GPU for typical layers in bfloat16; None if nothing is known of it."""
+    half, curves, blank = "bfloat16", [], (1.0,) * len(TYPICAL_TOKENS)
+    for shape, kernel in itertools.product(SHAPES, (*kernels, DENSE)):
+        shares = (0.0,) if kernel == DENSE else (0.5,) if kernel.startswith("nm_") else TYPICAL_SPARSITIES
+        curves += [Curve(kernel, half, half, shape, share, TYPICAL_TOKENS, blank) for share in shares]
+    return like(Table(gpu, 0, tuple(curves)))
+
+
+def verdict(measured: Table) -> str | None:
+    """One line that says how far the prediction of a measured table was off; None where there is none."""
+    found = like(measured)
+    if found is None:
+        return None
+    known = {(c.kernel, c.weight, c.shape, c.sparsity): c for c in found.curves}
+    off: dict[str, list[float]] = {}
+    for curve in measured.curves:
+        if other := known.get((curve.kernel, curve.weight, curve.shape, curve.sparsity)):
+            off.setdefault(curve.kernel, []).extend(a / b for a, b in zip(curve.seconds, other.seconds, strict=True))
+    every = [ratio for ratios in off.values() for ratio in ratios]
+    factor = math.exp(statistics.median(abs(math.log(ratio)) for ratio in every))
+    each = ", ".join(f"{name} {statistics.median(ratios):.2f}" for name, ratios in sorted(off.items()))
+    return (
+        f"the prediction for {measured.machine.gpu} was off by a factor of {factor:.2f} (median of {len(every)} "
+        f"times); measured over predicted: {each}"
+    )
+
+
+def of_int8(gpu: Gpu, density: float = 0.5) -> str | None:
+    """What int8 values would gain over 16-bit ones on a GPU, in one sentence; None if nothing is known of it.
+
+    Bytes halve, instructions do not: where these bind already, int8 gains memory and no time.
+    """
+    rates, shape, parts = rates_of(gpu), SHAPES[-1], []
+    if rates is None:
+        return None
+    kernel = "sbt_wgmma" if rates.arch == "sm_90a" else "sbt_mma"
+    size = min(m for name, m in COUNTS[rates.arch] if name == kernel)
+    for tokens in (1, 64):
+        half, quarter = (seconds(kernel, gpu, shape, density, tokens, itemsize) for itemsize in (2, 1))
+        parts.append(f"{half / quarter:.2f}× at {tokens}")
+    return (
+        f"int8 values at {1 - density:.0%} would gain {' and '.join(parts)} tokens over 16-bit ones at most: "
+        f"decoding issues {COUNTS[rates.arch][kernel, size][0]:g} instructions per {UNIT} weights whatever their size"
+    )
