@@ -93,12 +93,16 @@ def attach(
 
     stored: of each layer the dtype that its weight will be stored in. Nothing but the adapters trains.
     """
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(masks), lora_dropout=0.0)
+    # Inside another module PEFT does not see a model of transformers, whose experts it would look for fused.
+    inside = nn.Module()
+    inside.model = model
+    names = [f"model.{name}" for name in masks]
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0)
     config._register_custom_module({nn.Linear: MaskedLora})
     model.requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, model, ADAPTER)
+        inject_adapter_in_model(config, inside, ADAPTER)
     found = {name: model.get_submodule(name) for name in masks}
     for name, layer in found.items():
         layer.restrict(masks[name], stored[name])
@@ -109,4 +113,3 @@ def detach(model: nn.Module, layers: dict[str, MaskedLora]) -> None:
     """Takes the adapters off, in place; what was not merged is gone."""
     for name, layer in layers.items():
         model.set_submodule(name, layer.base_layer)
-    vars(model).pop("peft_config", None)

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import family_models
 import pytest
 import torch
 from conftest import make_model, write_tokenizer
@@ -168,6 +169,21 @@ def test_a_loss_that_is_none_leaves_the_model_as_it_was(tokens: torch.Tensor) ->
         alphaprune.recover(model, None, tokens, **FAST)
     model.lm_head.weight.data = nan
     assert torch.equal(logits(model), wanted) and sparse_layers(model)
+
+
+@pytest.mark.parametrize("kind", ["opt", "gemma2", "phi3", "falcon", "mixtral"])
+def test_other_families(kind: str) -> None:
+    """Biases, windows, fused projections, experts: packed layers come back with their zeros, and better."""
+    model = family_models.make(kind)
+    masks = alphaprune.prune(model, family_models.plan_of(model), "magnitude")
+    alphaprune.sparsify(model, masks, tokens=None)
+    before = {name: layer.packed for name, layer in sparse_layers(model).items()}
+    losses = alphaprune.recover(model, None, family_models.TOKENS, rank=4, steps=12, batch=5, learning_rate=0.02)
+    after = sparse_layers(model)
+    assert losses[-1] < losses[0] and after.keys() == before.keys() == masks.keys()
+    for name, layer in after.items():
+        assert torch.equal(layer.packed.mask, before[name].mask)
+        assert not torch.equal(layer.packed.weight, before[name].weight), name
 
 
 BAD = {
