@@ -141,3 +141,29 @@ def compared_on(model: str, found: list[dict]) -> str:
         f"([rows](RESULTS/compare.jsonl))."
     )
     return f"{table(['allocator', *(f'{s:.0%}' for s in sparsities)], cells)}\n\n{note}"
+
+
+def recovered() -> str:
+    """What LoRA recovery wins back on the embedded model, by sparsity."""
+    found = sorted(rows("recover.jsonl"), key=lambda row: row["sparsity"])
+    cells = [
+        [
+            f"{r['sparsity']:.0%}",
+            *(f"{r[name]:.3f}" for name in ("dense", "pruned", "recovered")),
+            f"{r['won_back']:.0%}",
+            f"{r['seconds'] / 60:.1f}",
+        ]
+        for r in found
+    ]
+    first = found[0]
+    tokens = first["steps"] * first["batch"] * first["length"]
+    note = (
+        f"Held-out loss of the embedded model in nats per token, pruned by {first['method']} with a refit and the "
+        f"{first['allocator']} allocation, then {first['steps']} steps of {first['batch']} windows of "
+        f"{first['length']} tokens ({tokens:,} in all), rank {first['rank']}, "
+        f"{'taught by the dense model' if first['distil'] else 'on the text alone'}; "
+        f"`python bench/recover.py`, {first['machine']}, {first['threads']} thread{'s' * (first['threads'] > 1)}, "
+        f"beside other work ([rows](RESULTS/recover.jsonl))."
+    )
+    columns = ["sparsity", "dense", "pruned", "recovered", "won back", "minutes"]
+    return f"{table(columns, cells)}\n\n{note}"

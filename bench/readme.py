@@ -8,13 +8,13 @@ import re
 import sys
 
 from figures import ROOT
-from quality_figures import analyze, compared, demo, model, quality, quality_stories
+from quality_figures import analyze, compared, demo, model, quality, quality_stories, recovered
 from speed_figures import cubins, decode, linear, linears, load, peers, serve
 
 PAGES = {
     "README.md": (demo, quality, linear, cubins, model),
     "docs/speed.md": (linears, peers, decode),
-    "docs/quality.md": (quality_stories, compared, analyze),
+    "docs/quality.md": (quality_stories, compared, recovered, analyze),
     "docs/serving.md": (load, serve),
 }
 

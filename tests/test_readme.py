@@ -73,6 +73,9 @@ def test_the_guide_as_written(directory: Path, text_file: Path, use_table, monke
     for line in timed:
         number = line.split()[-1]
         assert "predicted" in shell([line.removesuffix(number) + "1000"], tmp_path)
+    if importlib.util.find_spec("peft"):
+        recover = code("bash", 2, GUIDE).strip() + " --steps 2 --batch 2 --rank 2"
+        assert "won back" in shell([recover], tmp_path) and (tmp_path / "recovered" / "config.json").exists()
 
 
 TASK = """
