@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LAYOUTS = ("llama", "mistral", "qwen2", "qwen3")  # by model_type: blocks with exactly the layers below
+# By model_type: blocks with exactly the layers below.
+LAYOUTS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 QUERY, KEY, VALUE, OUT = (f"self_attn.{part}_proj" for part in "qkvo")
 GATE, UP, DOWN = (f"mlp.{part}_proj" for part in ("gate", "up", "down"))
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import family_models
 import pytest
 import torch
 from compressed import BUDGETS, logits, planned, tokens, with_alphas
@@ -15,7 +16,7 @@ from torch import nn
 import alphaprune
 from alphaprune import compressions, evaluate, gram, hf, shapes
 from alphaprune import model as models
-from alphaprune.compressions import layers, parts
+from alphaprune.compressions import Recipe, layers, parts
 from alphaprune.compressions.plans import CompressionPlan
 from alphaprune.counts import share_choices
 from alphaprune.formats import quantize
@@ -207,6 +208,36 @@ def test_a_live_model_and_its_directory_are_one(analysis, method: str, calibrate
     assert (SparseLinear in kinds) == (method == "bits") and (shapes.LowRankLinear in kinds) == (method == "rank")
     before, after = (evaluate.window_losses(m, tokens(8, 3)).mean() for m in (dense, loaded))
     assert torch.isfinite(after) and abs(after - before) < 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [(kind, method) for kind in ("phi3", "opt:350m", "mixtral") for method in ("bits", "rank")]
+    + [(kind, "structured") for kind in ("qwen2", "qwen3", "gemma2", "gemma3_text")],
+)
+def test_other_families(kind: str, method: str, tmp_path: Path, one_thread) -> None:
+    """Fused layers, biases, experts; heads with norms and windows: a directory is what the live model is."""
+    family_models.make(kind).save_pretrained(tmp_path / "model")
+    source = models.open_source(tmp_path / "model")
+    plan = compressions.plan(source, alphaprune.analyze(source), method, BUDGETS[method], multiple=1)
+    text = family_models.TOKENS
+    live = alphaprune.compress(alphaprune.load(tmp_path / "model"), plan, text)
+    zeros = alphaprune.compress(alphaprune.load(tmp_path / "model"), plan, text, packed=False)
+    written = compressions.write(source, tmp_path / "out", plan, Recipe(calibrated=True), {}, {}, text)
+    loaded = alphaprune.load(tmp_path / "out")
+    wanted = family_models.logits(live)
+    torch.testing.assert_close(family_models.logits(loaded), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(family_models.logits(zeros), wanted, rtol=2e-3, atol=2e-3)
+    share = written.stored_bytes / written.dense_bytes
+    assert 0.3 < share < {"bits": 0.4, "rank": 0.61, "structured": 0.71}[method]
+
+
+@pytest.mark.parametrize("kind", ["phi3", "opt", "mixtral"])
+def test_families_whose_channels_are_not_known(kind: str, one_thread) -> None:
+    source = models.open_source(family_models.make(kind))
+    stats = alphaprune.analyze(source)
+    with pytest.raises(ValueError, match="heads and channels can be removed from llama"):
+        compressions.plan(source, stats, "structured", 0.3)
 
 
 @pytest.fixture(scope="module")

@@ -196,11 +196,8 @@ def _summary(writer: Writer, before: Description) -> Written:
     """Bytes of the prunable layers before and after; layers that are packed or factored."""
     sizes = {name: size for tensors in writer.done.values() for name, size in tensors.items()}
     dense = sum(n * k for n, k in before.shapes.values()) * getattr(torch, before.dtype).itemsize
-    inside = [
-        name
-        for name in sizes
-        if name.rpartition(".")[0].removesuffix(".first").removesuffix(".second") in before.shapes
-    ]
+    layers = {writer.stored_name(name) for name in before.shapes}
+    inside = [n for n in sizes if n.rpartition(".")[0].removesuffix(".first").removesuffix(".second") in layers]
     stored = sum(sizes[name] for name in inside if not name.endswith(".bias"))
     changed = sum(name.endswith((".weight_mask", ".first.weight")) for name in inside)
     return Written(writer.out, dense, stored, changed, len(before.shapes), writer.errors)
