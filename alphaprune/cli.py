@@ -162,7 +162,9 @@ def _compress_command(sub) -> None:
     command.add_argument("--per", choices=("block", "matrix"), default="block", help="what gets an amount of its own")
     command.add_argument("--choices", help="with --bits: those that there are, such as 4,8 (default 2,3,4,5,6,7,8)")
     command.add_argument("--scales", choices=("128", "row"), help="with --bits: columns that share one (default 128)")
-    command.add_argument("--parts", choices=("both", "heads", "channels"), help="with --structured: what is removed")
+    command.add_argument(
+        "--parts", choices=("both", "heads", "channels"), help="with --structured: what goes (default channels)"
+    )
     command.add_argument("--multiple", type=int, help="with --structured: channels are kept by so many (default 8)")
     command.add_argument("--score", choices=("wanda", "magnitude"), help="of channels (default: wanda with text)")
     command.add_argument("--refit", action="store_true", help="of channels: solve for the layers behind them anew")

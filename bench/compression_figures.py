@@ -39,10 +39,11 @@ def compressions() -> str:
 
 
 def _allocations(name: str, found: list[dict]) -> str:
-    dense, usual = found[0], _usual(found)
+    dense, usual = next(r for r in found if r["method"] == "dense"), _usual(found)
+    found = [r for method in METHODS for r in found if r["method"] == method]
     cells, wins, losses = [], [], []
-    for goal in dict.fromkeys(_goal(r) for r in found[1:]):
-        line = {_key(r): r for r in found[1:] if _goal(r) == goal and r["way"] == usual[r["method"]]}
+    for goal in dict.fromkeys(map(_goal, found)):
+        line = {_key(r): r for r in found if _goal(r) == goal and r["way"] == usual[r["method"]]}
         best = min(r["perplexity"] for r in line.values())
         shown = [f"{line[key]['perplexity']:.4g}" for key in ALLOCATIONS]
         shown = [f"**{s}**" if line[k]["perplexity"] == best else s for s, k in zip(shown, ALLOCATIONS, strict=True)]
@@ -54,7 +55,7 @@ def _allocations(name: str, found: list[dict]) -> str:
     verdict = " and ".join(
         f"{word} than uniform at {', '.join(goals)}" for word, goals in (("better", wins), ("worse", losses)) if goals
     )
-    spread = next(r["spread"] for r in found[1:] if r["epsilon"] == "auto")
+    spread = next(r["spread"] for r in found if r["epsilon"] == "auto")
     note = (
         f"{name}: perplexity (dense: {dense['perplexity']:.4g}, its loss ± {dense['stderr']:.3f} nats; "
         f"{dense['linears_bytes'] / 1e6:.1f} MB of linears), {dense['windows']} windows of {dense['length']} tokens. "
@@ -68,9 +69,9 @@ def _allocations(name: str, found: list[dict]) -> str:
 def compression_ways() -> str:
     """What text and refits are worth, on uniform plans of the first model and text."""
     name, found = next(iter(_models().items()))
-    cells = []
-    for method, way in dict.fromkeys((r["method"], r["way"]) for r in found[1:]):
-        line = [r for r in found[1:] if (r["method"], r["way"], r["allocator"]) == (method, way, "uniform")]
+    found, cells = [r for method in METHODS for r in found if r["method"] == method], []
+    for method, way in dict.fromkeys((r["method"], r["way"]) for r in found):
+        line = [r for r in found if (r["method"], r["way"], r["allocator"]) == (method, way, "uniform")]
         shown = " / ".join(f"{r['perplexity']:.4g}" for r in line)
         cells.append([f"{method}: {way}", " / ".join(_goal(r).replace(" removed", "") for r in line), shown])
     note = f"{name}, uniform plans: `python bench/compressions.py` ([rows](RESULTS/compressions.jsonl))."

@@ -31,26 +31,27 @@ WAYS: dict[str, dict[str, tuple[bool, dict[str, Any]]]] = {
     "bits": {"scales by outputs": (True, {}), "scales by weights": (False, {})},
     "rank": {"whitened": (True, {}), "plain": (False, {})},
     "structured": {
-        "wanda, refit": (True, {"refit": True}),
-        "wanda": (True, {}),
-        "magnitude": (False, {}),
-        "wanda, refit, channels only": (True, {"refit": True, "which": "channels"}),
-        "wanda, refit, heads only": (True, {"refit": True, "which": "heads"}),
+        "channels by wanda, refit": (True, {"refit": True}),
+        "channels by wanda": (True, {}),
+        "channels by magnitude": (False, {}),
+        "channels and heads by wanda, refit": (True, {"refit": True, "which": "both"}),
     },
 }
 
 
-def cases() -> list[dict[str, Any]]:
+def cases(methods: list[str]) -> list[dict[str, Any]]:
     """Every plan and how it is carried out."""
     found = []
     for method, budgets in BUDGETS.items():
+        if method not in methods:
+            continue
         usual = next(iter(WAYS[method]))
         for budget in budgets:
             one = {"method": method, "budget": budget, "way": usual}
             found += [one | {"allocator": "uniform", "epsilon": 0.0, "reverse": False}]
             found += [one | {"allocator": "alpha", "epsilon": e, "reverse": False} for e in ("auto", WIDE)]
             found += [one | {"allocator": "alpha", "epsilon": WIDE, "reverse": True}]
-            others = [way for way in WAYS[method] if way != usual and (budget <= 0.1 or "heads" not in way)]
+            others = [way for way in WAYS[method] if way != usual]
             found += [found[-4] | {"way": way} for way in others]
     return found
 
@@ -90,9 +91,12 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--calibration")
     parser.add_argument("--text")
+    parser.add_argument("--methods", default=",".join(BUDGETS))
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--out", type=Path, help="a file of rows; those of this model and text are replaced")
+    parser.add_argument(
+        "--out", type=Path, help="a file of rows; those of these methods, this model and text are replaced"
+    )
     options = parser.parse_args()
     folder = MODEL if options.model == "demo" else options.model
     if (options.calibration is None) != (options.text is None) or (options.model != "demo" and options.text is None):
@@ -104,13 +108,14 @@ def main() -> None:
     name = f"{Path(options.model).name} on {Path(options.text).parent.name if options.text else 'its corpus'}"
     common = {"on": name, "machine": timing.machine(), "tokens": tokens.numel(), "data_sha256": text.sha256}
     dense = quality(evaluate.evaluate(model, text, LENGTH)) | {"linears_bytes": linears_bytes(model)}
-    rows, known = [common | {"method": "dense", **dense}], {}
+    rows, known = [common | {"method": "dense", "part": f"dense, {name}", **dense}], {}
     stats = alphaprune.analyze(model)
-    for case in tqdm(cases(), desc=name, unit="model", disable=None):
-        rows.append(common | row(model, case, stats, tokens, text, known))
+    for case in tqdm(cases(options.methods.split(",")), desc=name, unit="model", disable=None):
+        about = common | {"part": f"{case['method']}, {name}"}
+        rows.append(about | row(model, case, stats, tokens, text, known))
         print(json.dumps(rows[-1]), flush=True)
     if options.out:
-        replace(options.out, rows, "on")
+        replace(options.out, rows, "part")
 
 
 def demo_texts() -> list[str]:

@@ -7,7 +7,6 @@ import argparse
 import re
 import sys
 
-from compression_figures import compression_ways, compressions
 from figures import ROOT
 from quality_figures import analyze, compared, demo, model, quality, quality_stories, recovered
 from speed_figures import cubins, decode, linear, linears, load, peers, serve
@@ -17,7 +16,6 @@ PAGES = {
     "docs/speed.md": (linears, peers, decode),
     "docs/quality.md": (quality_stories, compared, recovered, analyze),
     "docs/serving.md": (load, serve),
-    "docs/compressions.md": (compressions, compression_ways),
 }
 
 

@@ -30,4 +30,5 @@ def with_alphas(found: alphaprune.Analysis, alphas: tuple[float, ...] = (2.0, 3.
 
 def planned(analysis: alphaprune.Analysis, method: str, budget: float | None = None, **options) -> CompressionPlan:
     source = models.open_source(make_model(1))
+    options = {"which": "both"} | options if method == "structured" else options
     return compressions.plan(source, analysis, method, budget or BUDGETS[method], **options)

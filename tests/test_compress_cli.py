@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,9 @@ from conftest import make_model
 
 import alphaprune
 from alphaprune.compressions import export
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "compressions.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +112,23 @@ def test_packed_input_is_refused(run, directory: Path) -> None:
     assert run("compress", directory, "--bits", 4, "-o", "packed")[0] == 0
     status, _, err = run("compress", "packed", "--bits", 4, "-o", "x")
     assert status == 2 and "is packed already" in err
+
+
+def test_the_page_as_written(run, directory: Path, text_file: Path, tmp_path: Path) -> None:
+    """Every command of docs/compressions.md, on a small model; then its Python."""
+    (tmp_path / "MODEL").symlink_to(directory)
+    for name in ("text.txt", "held-out.txt"):
+        (tmp_path / name).write_bytes(text_file.read_bytes())
+    lines = [
+        line.partition(" #")[0] for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.splitlines()
+    ]
+    assert len(lines) == 7
+    for line in lines:
+        words = shlex.split(line.replace("--calibration", "--samples 3 --length 32 --calibration"))
+        if words[3:5] == ["-o", "small"]:
+            shutil.rmtree("small", ignore_errors=True)
+        assert words[0] == "alphaprune" and run(*words[1:])[0] == 0, line
+    exec(re.findall(r"```python\n(.*?)```", PAGE, re.S)[0], {})
+    assert alphaprune.load("by-hand").config.quantization_config.format == "dense"
+    for link in re.findall(r"\]\(([^)#:]+)\)", PAGE):
+        assert (ROOT / "docs" / link).exists(), link

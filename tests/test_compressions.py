@@ -92,6 +92,16 @@ def test_bits_per_block_are_one_number_in_each(analysis) -> None:
     assert planned(analysis, "bits", 8).realized == 8
 
 
+def test_heads_stay_unless_asked_for(analysis) -> None:
+    source = models.open_source(make_model(1))
+    for which, stays in (("channels", "self_attn"), ("heads", "mlp")):
+        options = {} if which == "channels" else {"which": which}
+        plan = compressions.plan(source, analysis, "structured", 0.15, **options)
+        whole = {name.rpartition(".")[2] for name, kept in plan.parts.items() if kept.amount == kept.of}
+        assert stays in whole and all(k.amount == k.of for n, k in plan.parts.items() if n.endswith(stays))
+        assert plan.realized == pytest.approx(0.15, abs=0.06) and plan.realized >= 0.15
+
+
 def test_a_plan_survives_its_file_and_is_refused_for_another_model(analysis, tmp_path: Path) -> None:
     for method in BUDGETS:
         plan = planned(analysis, method)
@@ -219,7 +229,7 @@ def test_other_families(kind: str, method: str, tmp_path: Path, one_thread) -> N
     """Fused layers, biases, experts; heads with norms and windows: a directory is what the live model is."""
     family_models.make(kind).save_pretrained(tmp_path / "model")
     source = models.open_source(tmp_path / "model")
-    plan = compressions.plan(source, alphaprune.analyze(source), method, BUDGETS[method], multiple=1)
+    plan = compressions.plan(source, alphaprune.analyze(source), method, BUDGETS[method], multiple=1, which="both")
     text = family_models.TOKENS
     live = alphaprune.compress(alphaprune.load(tmp_path / "model"), plan, text)
     zeros = alphaprune.compress(alphaprune.load(tmp_path / "model"), plan, text, packed=False)

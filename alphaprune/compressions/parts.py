@@ -28,7 +28,7 @@ def plan(
     epsilon: "float | Literal['auto']" = "auto",
     granularity: Granularity = "block",
     choices: Sequence[int] = BITS,
-    which: Which = "both",
+    which: Which = "channels",
     multiple: int = 8,
     reverse: bool | None = None,
 ) -> CompressionPlan:
