@@ -17,7 +17,10 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 
 from alphaprune import formats, timing
 from alphaprune.decoder import Decoder, why_not
+from alphaprune.generate import in_graphs
+from alphaprune.graphs import Steps
 from alphaprune.layer import SparseLinear
+from alphaprune.ragged import Ragged
 
 PERCENTILES = (50, 90, 99)
 DENSE_KERNEL = "torch"
@@ -116,6 +119,8 @@ def _turn(model: nn.Module, decoder: str, load: Load) -> Turn:
 
 def _ours(model: nn.Module, tokens: Tensor, load: Load) -> Turn:
     decoder = Decoder(model)
+    if in_graphs(decoder, load.prompt + load.new):
+        return _in_graphs(decoder, tokens, load)
     state = decoder.state(load.batch, load.prompt + load.new)
 
     def run() -> tuple[float, list[float]]:
@@ -126,6 +131,29 @@ def _ours(model: nn.Module, tokens: Tensor, load: Load) -> Turn:
             new.tolist()  # waits for a GPU
             times.append(time.perf_counter())
             new = decoder.step(state, new).argmax(-1)
+        new.tolist()
+        return _differences([*times, time.perf_counter()])
+
+    return run
+
+
+def _in_graphs(decoder: Decoder, tokens: Tensor, load: Load) -> Turn:
+    """The same on a GPU, as it generates there; the memory of the batch is taken once."""
+    batch = Ragged(decoder, load.batch, load.prompt + load.new)
+    steps, slots = Steps(batch, buckets=(load.batch,)), [batch.open() for _ in range(load.batch)]
+    parts = list(zip(slots, tokens.tolist(), strict=True))
+
+    def run() -> tuple[float, list[float]]:
+        for slot in slots:
+            batch.trim(slot, 0)
+        times = [time.perf_counter()]
+        new = batch.prefill(parts).argmax(-1)
+        for slot, token in zip(slots, new, strict=True):
+            batch.begin(slot, token)
+        for _ in range(load.new):
+            new.tolist()  # waits for the GPU
+            times.append(time.perf_counter())
+            new, _ = steps(slots)
         new.tolist()
         return _differences([*times, time.perf_counter()])
 

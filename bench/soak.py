@@ -40,7 +40,7 @@ class Soak:
     """The clients of one server, and what they found."""
 
     def __init__(self, server: Served, seconds: float) -> None:
-        self.server, self.ends = server, monotonic() + seconds
+        self.server, self.seconds, self.ends = server, seconds, 0.0
         self.alone: dict[tuple[str, bool], Reply] = {}
         self.counts = dict.fromkeys(("requests", "tokens", "errors", "differing", "left", "refused"), 0)
         self.said: set[str] = set()
@@ -51,6 +51,7 @@ class Soak:
         for prompt in PROMPTS:
             for sampled in (False, True):
                 self.alone[prompt, sampled] = await self._ask(prompt, sampled, LONGEST)
+        self.ends = monotonic() + self.seconds  # what every prompt gives alone is known now, however long it took
         watch = asyncio.create_task(self._watch())
         await asyncio.gather(*(self._client(random.Random(number)) for number in range(clients)))
         watch.cancel()

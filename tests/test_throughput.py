@@ -200,3 +200,17 @@ def test_pinned_threads(packed_folder: Path) -> None:
     )
     found = json.loads(done.stdout)
     assert len(found["pinned"]) >= 2 and found["threads"] == 2 and f"{CPUS} cores" in found["machine"]
+
+
+def test_a_turn_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In graphs the load is the same: so many steps after a prompt, as often as one asks."""
+    monkeypatch.setattr(throughput, "in_graphs", lambda decoder, capacity: True)
+    model, load, seen = make_model().eval(), Load(prompt=5, new=3, batch=2), []
+    original = throughput.Steps.__call__
+    monkeypatch.setattr(throughput.Steps, "__call__", lambda self, slots: seen.append(slots) or original(self, slots))
+    turn = throughput._turn(model, "alphaprune", load)
+    with torch.inference_mode():
+        for _ in range(2):
+            prompt, steps = turn()
+            assert prompt > 0 and len(steps) == 3 and len(seen) == 3 and len(seen.pop(0)) == 2
+            seen.clear()
