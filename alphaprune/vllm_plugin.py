@@ -22,6 +22,7 @@ from alphaprune.kernels.base import log
 from alphaprune.layer import PACKED_SUFFIXES
 
 TRIED = "0.29 to 0.32"
+EXPERTS = ("FusedMoE", "RoutedExperts")  # vLLM's layers of them
 ORDER = {"q": 0, "k": 1, "v": 2, None: 0}  # of the parts of a layer; other parts are numbers
 
 
@@ -86,6 +87,8 @@ class AlphaPruneVllmConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> "AlphaPruneLinearMethod | None":
         check_ranks(self.sizes, get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank())
+        if type(layer).__name__ in EXPERTS:
+            raise ValueError(f"{prefix}: packed experts of mixtures do not run in vLLM; use `alphaprune serve`")
         return AlphaPruneLinearMethod(prefix, self.rounded) if isinstance(layer, LinearBase) else None
 
 

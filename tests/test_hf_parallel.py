@@ -1,6 +1,7 @@
 """Packed directories shared by ranks: slices and gloo by hand, and transformers under torchrun."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -184,6 +185,20 @@ def test_one_rank_under_torchrun_is_the_whole_model(folders: dict[str, Path], tm
     own = found[str(folders["float"])]
     assert not own["held"]
     assert_same_model(own["logits"], folders["float"], own["tokens"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(Version(transformers.__version__) < Version(hf_parallel.OLDEST), reason="transformers is older")
+def test_the_guide_as_written(folders: dict[str, Path], tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "many_machines.md").read_text()
+    (script,) = re.findall(r"```python\n# shared.py\n(.*?)```", page, re.S)
+    (command,) = re.findall(r"^torchrun --standalone (.*)$", page, re.M)
+    (tmp_path / "shared.py").write_text(script)
+    (tmp_path / "pruned").symlink_to(folders["float"])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", *command.split()]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(torchrun, cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.startswith("def read"), done.stderr[-4000:]
 
 
 def test_older_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

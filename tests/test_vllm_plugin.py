@@ -164,6 +164,8 @@ def test_what_is_known_and_what_is_refused(plugin: types.ModuleType, monkeypatch
         config(plugin, format_version=99)
     with pytest.raises(ValueError, match="blocks have sizes of their own, which vLLM does not know"):
         config(plugin, channels=[3, 4])
+    with pytest.raises(ValueError, match=r"model.layers.0.mlp: packed experts of mixtures do not run in vLLM"):
+        made.get_quant_method(type("FusedMoE", (nn.Module,), {})(), "model.layers.0.mlp")
     text = types.SimpleNamespace(num_attention_heads=8, num_key_value_heads=2, intermediate_size=1376)
     made.maybe_update_config("name", hf_config=text, revision=None)
     for ranks, sentence in (

@@ -48,6 +48,8 @@ PATIENCE = 600  # seconds for one run
 def environment(folder: Path, package: str, version: str) -> Path:
     """The Python of an environment with this vLLM; ValueError with pip's reason if not."""
     python = folder / "bin" / "python"
+    if (folder / "ready").exists():
+        return python
     if not python.exists():
         venv.create(folder, symlinks=True)
         own = next(folder.glob("lib/*/site-packages"))
@@ -59,6 +61,7 @@ def environment(folder: Path, package: str, version: str) -> Path:
     wanted = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
     names = [line for line in wanted if "extra ==" not in line and not line.startswith((*LEFT_OUT, "torch=="))]
     run([*pip, "-c", str(folder / "constraints.txt"), *names])
+    (folder / "ready").touch()
     return python
 
 
@@ -68,9 +71,9 @@ def run(command: list[str]) -> None:
         raise ValueError("not installed: " + tail(done.stderr or done.stdout))
 
 
-def tokens(python: Path, folder: Path, ranks: int, compiled: bool) -> dict:
+def tokens(python: Path, folder: Path, ranks: int, compiled: bool, *more: str) -> dict:
     """What tests/vllm_tokens.py says; ValueError with all its output if it fails."""
-    command = [str(python), str(ROOT / "tests" / "vllm_tokens.py"), str(folder), "--ranks", str(ranks)]
+    command = [str(python), str(ROOT / "tests" / "vllm_tokens.py"), str(folder), "--ranks", str(ranks), *more]
     command += ["--compiled"] if compiled else []
     settings = {**os.environ, "PYTHONPATH": str(ROOT)}
     try:
@@ -79,7 +82,8 @@ def tokens(python: Path, folder: Path, ranks: int, compiled: bool) -> dict:
         raise ValueError(f"no answer in {PATIENCE} s") from error
     if done.returncode:
         raise ValueError(done.stdout + done.stderr)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    (said,) = [line for line in done.stdout.splitlines() if line.startswith('{"tokens"')]  # vLLM writes there, too
+    return json.loads(said)
 
 
 def tail(text: str, characters: int = 2000) -> str:

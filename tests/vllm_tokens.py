@@ -2,7 +2,7 @@
 
     python tests/vllm_tokens.py FOLDER [--ranks 2] [--compiled] [--dtype float32] [--clients 3] [--new 16] [--rounds 1]
 
-The last line is a JSON object: tokens of each client, tokens per second of each round, versions.
+One line is a JSON object: tokens of each client, tokens per second of each round, versions.
 """
 
 import argparse
