@@ -54,12 +54,12 @@ def build(layer: nn.Module, config: Any, head_dim: int, direct: bool = True, ran
     normed = hasattr(attention, "q_norm")
     return Block(
         norm=norm(layer.input_layernorm),
-        qkv=_group([attention.q_proj, attention.k_proj, attention.v_proj], direct),
+        qkv=_qkv(attention, config, head_dim, direct),
         head_norm=_head_norm(attention, config.num_key_value_heads // ranks, head_dim) if normed else None,
         head_norms=(norm(attention.q_norm), norm(attention.k_norm)) if normed else None,
         out=linear(attention.o_proj, direct),
         mlp_norm=norm(layer.post_attention_layernorm),
-        gate_up=_group([mlp.gate_proj, mlp.up_proj], direct),
+        gate_up=_gate_up(mlp, config, direct),
         act=neighbours.swiglu if config.hidden_act == "silu" else lambda gate, up: mlp.act_fn(gate).mul_(up),
         down=linear(mlp.down_proj, direct),
         window=_window(config, attention),
@@ -90,6 +90,26 @@ def _group(modules: Sequence[nn.Module], direct: bool) -> Group:
     return lambda x: [call(x) for call in calls]
 
 
+def _qkv(attention: nn.Module, config: Any, head_dim: int, direct: bool) -> Group:
+    if config.model_type != "phi3":
+        return _group([attention.q_proj, attention.k_proj, attention.v_proj], direct)
+    keys = config.num_key_value_heads * head_dim
+    return _parts(attention.qkv_proj, [config.num_attention_heads * head_dim, keys, keys], direct)
+
+
+def _gate_up(mlp: nn.Module, config: Any, direct: bool) -> Group:
+    if config.model_type == "phi3":
+        half = mlp.gate_up_proj.out_features // 2
+        return _parts(mlp.gate_up_proj, [half, half], direct)
+    return _group([mlp.gate_proj, mlp.up_proj], direct)
+
+
+def _parts(module: nn.Module, sizes: list[int], direct: bool) -> Group:
+    """One layer whose outputs are several, side by side."""
+    call = linear(module, direct)
+    return lambda x: [part.contiguous() for part in call(x).split(sizes, -1)]
+
+
 def _head_norm(attention: nn.Module, keys: int, head_dim: int) -> Callable[[Tensor], None]:
     """Qwen3's RMSNorm of each head of q and k, in place on [batch, tokens, heads, dim]: one call for both."""
     weights, epsilon = (attention.q_norm.weight, attention.k_norm.weight), attention.q_norm.variance_epsilon
@@ -105,7 +125,7 @@ def _head_norm(attention: nn.Module, keys: int, head_dim: int) -> Callable[[Tens
 
 
 def _window(config: Any, attention: nn.Module) -> int | None:
-    if config.model_type == "mistral":
+    if config.model_type in ("mistral", "phi3"):
         return config.sliding_window
     return getattr(attention, "sliding_window", None)
 

@@ -21,7 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from alphaprune import blocks, shapes
 from alphaprune.blocks import Block
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length
 GROWING_ROPE = ("dynamic", "longrope")
 CHUNK = 1024  # tokens per pass of a prefill: bounds the activations, and the mask where one is needed
@@ -35,6 +35,8 @@ def why_not(config: Any, model: nn.Module | None = None) -> str | None:
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") not in STATIC_ROPE + GROWING_ROPE:
         return f"rope type {rope.get('rope_type')} is none of {', '.join(STATIC_ROPE + GROWING_ROPE)}"
+    if kind == "phi3" and rope.get("rope_type", "default") in GROWING_ROPE:
+        return "Phi-3 computes all keys anew where its frequencies change"
     if (rope.get("partial_rotary_factor") or 1.0) != 1.0:
         return "only a part of each head is rotated (partial_rotary_factor)"
     others = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}

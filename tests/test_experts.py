@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_models import TOKENS, logits, make, plan_of, prune_folder
+from family_models import TOKENS, logits, make, plan_of, prune_folder, skip_older
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -128,6 +128,7 @@ def stored_experts(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_keep_the_names_of_the_family_and_the_round_trip(kind: str, tmp_path: Path) -> None:
+    skip_older(kind)
     make(kind).save_pretrained(tmp_path / "model")
     names = set(Shards(tmp_path / "model").names())
     assert any(n.endswith(".experts.1.w3.weight" if kind == "mixtral" else ".experts.1.up_proj.weight") for n in names)
@@ -154,6 +155,7 @@ def test_files_keep_the_names_of_the_family_and_the_round_trip(kind: str, tmp_pa
 
 def test_experts_in_one_tensor_are_read_one_by_one(tmp_path: Path) -> None:
     """As files hold them that were saved in transformers' own layout."""
+    skip_older("mixtral")
     make("mixtral").save_pretrained(tmp_path / "model")
     make("mixtral").save_pretrained(tmp_path / "fused", save_original_format=False)
     assert all(len(Shards(tmp_path / "fused").shape(n)) == 3 for n in stored_experts(tmp_path / "fused"))

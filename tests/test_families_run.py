@@ -10,7 +10,7 @@ from conftest import ROOT, write_tokenizer
 from family_models import KINDS, NOT_SERVED, PROMPT, TOKENS, make, plan_of
 
 import alphaprune
-from alphaprune import data, generate
+from alphaprune import data, decoder, generate
 from alphaprune.families import FAMILIES
 
 sys.path.insert(0, str(ROOT / "bench"))
@@ -53,8 +53,8 @@ def test_commands_on_a_model_with_experts(run, tmp_path: Path) -> None:
     assert status == 2 and not Path("no").exists()
 
 
-@pytest.mark.parametrize("kind", ["phi3", "opt"])
-def test_generation_says_why_transformers_does_it(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["phi3", "phi3:4k", "opt"])
+def test_generation_is_ours_or_says_why_transformers_does_it(kind: str, tmp_path: Path) -> None:
     model = packed(kind, tmp_path / "packed")
     reason = generate.why_not_ours(model)
     settings = model.generation_config
@@ -62,7 +62,15 @@ def test_generation_says_why_transformers_does_it(kind: str, tmp_path: Path) -> 
     with torch.no_grad():
         wanted = model.generate(PROMPT, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert tokens == wanted[0, PROMPT.shape[1] :].tolist()
-    assert reason is None or f"model type {kind} is none of" in reason
+    assert reason == (None if "phi3" in kind else f"model type {kind} is none of {', '.join(decoder.FAMILIES)}")
+    if reason is None:
+        steps = decoder.Decoder(model)
+        state = steps.state(2, 40)
+        found = [steps.prefill(state, TOKENS[:2, :30])]
+        found += [steps.step(state, TOKENS[:2, 30 + i]) for i in range(10)]
+        with torch.no_grad():
+            own = model(TOKENS[:2], use_cache=False).logits[:, 29:]
+        torch.testing.assert_close(torch.stack(found, 1), own, rtol=1e-4, atol=1e-4)
 
 
 def serve(kind: str, folder: Path) -> None:
