@@ -8,7 +8,24 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the names below, for those who read types
+    from alphaprune.analysis import Analysis as Analysis
+    from alphaprune.analysis import analyze as analyze
+    from alphaprune.checkpoint import save as save
+    from alphaprune.compressions import CompressionPlan as CompressionPlan
+    from alphaprune.compressions import compress as compress
+    from alphaprune.hf import AlphaPruneConfig as AlphaPruneConfig
+    from alphaprune.hf import load as load
+    from alphaprune.layer import SparseLinear as SparseLinear
+    from alphaprune.layer import sparsify as sparsify
+    from alphaprune.plan_file import Plan as Plan
+    from alphaprune.planning import plan as plan
+    from alphaprune.pruning import prune as prune
+    from alphaprune.recovery import recover as recover
+    from alphaprune.textgen import TextGeneration as TextGeneration
+    from alphaprune.trees import Tree as Tree
 
 __version__ = "0.1.0"
 
@@ -48,6 +65,8 @@ _FOLLOWERS = {"transformers.quantizers.auto": "hf", "peft.tuners.lora.model": "p
 
 class _ImportAfter(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Lets the import of a module run as usual, then imports ours that adds to it."""
+
+    _loader: Any  # that of the watched module
 
     def __init__(self, watched: str) -> None:
         self.watched = watched

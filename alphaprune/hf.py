@@ -133,7 +133,7 @@ class AlphaPruneQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, dtype: torch.dtype | None = None, **_: Any
     ) -> None:
-        entries: dict[str, dict] = {}
+        entries: dict[str, dict[str, Any]] = {}
         for file in checkpoint_files or ():
             if str(file).endswith(".safetensors"):
                 entries.update(read_header(Path(file)))
@@ -169,7 +169,7 @@ class AlphaPruneQuantizer(HfQuantizer):
                 model.set_submodule(name, sparse)
         check_shapes(model, entries)
 
-    def update_weight_conversions(self, weight_conversions: list, *model: nn.Module) -> list:
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> list[Any]:
         """What transformers does to tensors on their way; it would merge those of experts."""
         kept = [c for c in weight_conversions if not (self.separated and merges_experts(c))]
         return super().update_weight_conversions(kept, *model)
@@ -243,7 +243,7 @@ def decoder_of(model: nn.Module) -> str:
     return path if model.base_model is not model else path.removeprefix(f"{model.base_model_prefix}.")
 
 
-def as_named_in(model: nn.Module, entries: dict[str, dict]) -> dict[str, dict]:
+def as_named_in(model: nn.Module, entries: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The entries of a checkpoint under the names that the model has for them, with a head or without one."""
     prefix = f"{model.base_model_prefix}."
     inside = any(name.startswith(prefix) for name, _ in model.named_parameters())
@@ -260,7 +260,7 @@ def merges_experts(conversion: Any) -> bool:
     return isinstance(conversion, WeightConverter) and any(t.endswith(FUSED) for t in conversion.target_patterns)
 
 
-def check_separate(entries: dict[str, dict]) -> None:
+def check_separate(entries: dict[str, dict[str, Any]]) -> None:
     """ValueError if the experts of a checkpoint cannot be loaded one by one."""
     if not hasattr(HfQuantizer, "update_weight_conversions"):
         raise ValueError(
@@ -273,7 +273,9 @@ def check_separate(entries: dict[str, dict]) -> None:
         )
 
 
-def empty_layer(name: str, layer: nn.Linear, entries: dict[str, dict], dtype: torch.dtype | None) -> SparseLinear:
+def empty_layer(
+    name: str, layer: nn.Linear, entries: dict[str, dict[str, Any]], dtype: torch.dtype | None
+) -> SparseLinear:
     """The packed layer for the tensors of a checkpoint, without values.
 
     Floats are in `dtype` or, as not every version of transformers passes it on, in what it made the dense layer in.
@@ -292,7 +294,7 @@ def empty_layer(name: str, layer: nn.Linear, entries: dict[str, dict], dtype: to
     return sparse
 
 
-def check_shapes(model: nn.Module, entries: dict[str, dict]) -> None:
+def check_shapes(model: nn.Module, entries: dict[str, dict[str, Any]]) -> None:
     """ValueError naming the first tensor whose shape in the file is not the one that config.json describes.
 
     Some versions of transformers take it as it is once there is a quantizer. A head may be another one on purpose.

@@ -141,7 +141,7 @@ class SparseLinear(nn.Module):
             self.weight_scale = scale.to(self.weight_scale.device)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *arguments: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         # Another pruning of the same layer has another number of values, and may have integers where this one has
         # floats: take its size and kind, then its content.
         self._prepared = self.quantization_error = None
@@ -158,7 +158,7 @@ class SparseLinear(nn.Module):
                 self.weight_scale = own.new_empty(shape, dtype=torch.float32)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         # Addresses mean nothing in a copy or another process.
         return {**self.__dict__, "_prepared": None}
 

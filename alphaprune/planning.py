@@ -47,10 +47,11 @@ def plan(
     if latency is not None or max_loss is not None:
         _check_speed(analysis, sparsity, allocator, times)
         bounds = limits(None, bounds)
-        return speed_planning.fastest(analysis, times, latency, max_loss, pattern, *bounds)
+        return speed_planning.fastest(analysis, times or {}, latency, max_loss, pattern, *bounds)
     if fixed is not None and (sparsity is None or (is_number(sparsity) and abs(sparsity - fixed.sparsity) < 1e-9)):
         return _fixed(analysis, fixed, bounds, break_even or {})
-    need(sparsity is not None, f"pattern {text} implies no sparsity: give one, such as 0.7")
+    if sparsity is None:
+        raise ValueError(f"pattern {text} implies no sparsity: give one, such as 0.7")
     need(is_number(sparsity) and 0 <= sparsity < 1, f"sparsity {sparsity}: wanted 0 ≤ sparsity < 1")
     low, high = limits(sparsity, bounds)
     spread = _epsilon(epsilon, sparsity, high, analysis, allocator, granularity)
@@ -218,7 +219,8 @@ def _epsilon(
         check_series(analysis, chosen)
         found = (chosen.auto_epsilon or auto_epsilon)(sparsity, high)
         return min(found, chosen.auto_cap(analysis.layers, granularity)) if chosen.auto_cap else found
-    need(is_number(epsilon) and 0 <= epsilon < 1, f"epsilon {epsilon!r}: wanted a number from 0 to below 1, or 'auto'")
+    if not is_number(epsilon) or not 0 <= float(epsilon) < 1:
+        raise ValueError(f"epsilon {epsilon!r}: wanted a number from 0 to below 1, or 'auto'")
     return float(epsilon)
 
 

@@ -170,7 +170,7 @@ def statistics(
     return lambda block: observe(tree.skeleton, tree.parts[block.name][1], batches, need)
 
 
-def observe(module: nn.Module, layers: Mapping[str, Layer], batches: Iterable, need: Need) -> dict[str, InputStat]:
+def observe(module: nn.Module, layers: Mapping[str, Layer], batches: Iterable[Any], need: Need) -> dict[str, InputStat]:
     """For every layer what `need` asks of its inputs while batches go through the module.
 
     ‖X_j‖₂² = Σ over rows of x_j², averaged over samples, in float64; of convolutions the rows are unfolded patches.
@@ -204,7 +204,7 @@ class _Sums:
         self.gram = torch.zeros(columns, columns, device=device) if with_gram else None
         self.rows = 0
 
-    def see(self, _: nn.Module, arguments: tuple) -> None:
+    def see(self, _: nn.Module, arguments: tuple[Any, ...]) -> None:
         # One sample at a time of what is unfolded: patches overlap, and take kh·kw times the memory of the image.
         x = arguments[0].detach()
         if not isinstance(self.layer, nn.Conv2d):
@@ -242,7 +242,7 @@ def unfold(image: Tensor, layer: nn.Conv2d) -> Tensor:
     return columns.t().unflatten(1, (layer.groups, -1))
 
 
-def _batches(inputs: Any) -> Iterable:
+def _batches(inputs: Any) -> Iterable[Any]:
     """Batches that can be gone through several times."""
     if isinstance(inputs, Tensor):
         if inputs.ndim < 2 or len(inputs) == 0:

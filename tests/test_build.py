@@ -1,11 +1,14 @@
 """Installing: with a compiler, without one, editable, and from the source archive."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -120,6 +123,44 @@ def test_a_wheel_and_the_source_archive_hold_the_kernels(tree: Path, tmp_path: P
         assert len([name for name in files if name.startswith(f"alphaprune/{module}.")]) == 1
         assert f"alphaprune/{module}_reason.txt" not in files
     assert status_of(extract(files, tmp_path / "installed")).startswith("built: ")
+
+
+@pytest.mark.slow
+def test_the_source_archive_installs_as_pure_python_and_info_says_so(tree: Path, tmp_path: Path) -> None:
+    """In an environment of its own that sees the dependencies, but no compiler and no build of this checkout."""
+    made = subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=tree, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    place = tmp_path / "bare"
+    venv.create(place, with_pip=False)
+    python, (site,) = place / "bin" / "python", place.glob("lib/python*/site-packages")
+    (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    archive = str(next((tree / "dist").glob("*.tar.gz")))
+    done = pip("--python", str(python), "install", "--no-build-isolation", "--no-deps", "-I", archive, **NO_COMPILER)
+    assert done.returncode == 0, done.stderr
+    assert not list(site.glob("alphaprune/_native*.so")) and (site / "alphaprune" / "py.typed").exists()
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def say(*words: str) -> str:
+        command = [str(python), "-m", "alphaprune", *words]
+        return subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True, check=True).stdout
+
+    assert say("--version").split() == ["alphaprune", version_of(tree)]
+    found = json.loads(say("info", "--json"))
+    assert found["native"].startswith("not built: no C++ compiler was found; install g++ or clang++")
+    assert found["kernels"]["reference"] == "works" and found["alphaprune"] == version_of(tree)
+    metadata = next(site.glob("alphaprune-*.dist-info")) / "METADATA"
+    assert "License-Expression: Apache-2.0" in metadata.read_text()
+    assert list(metadata.parent.rglob("LICENSE"))
+
+
+def version_of(tree: Path) -> str:
+    return re.search(r'^__version__ = "(.*)"$', (tree / "alphaprune" / "__init__.py").read_text(), re.M)[1]
+
+
+def test_the_version_stands_in_one_place() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    assert 'version = {attr = "alphaprune.__version__"}' in project and not re.search(r"^version = \"", project, re.M)
+    assert "Apache License" in (ROOT / "LICENSE").read_text() and "Unreleased" in (ROOT / "CHANGELOG.md").read_text()
 
 
 @pytest.mark.slow
