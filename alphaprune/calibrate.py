@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -76,9 +77,8 @@ def first_inputs(source: Source, tokens: Tensor, room: Room | None = None) -> Ac
         raise ValueError(
             f"calibration tokens: wanted [samples, length] with a sample at least, got {tuple(tokens.shape)}"
         )
-    batch = max(1, TOKENS_AT_ONCE // tokens.shape[1])
     blocks = list(source.skeleton.get_submodule(source.prefix).children())
-    parts = tokens.split(batch)
+    parts = batches(tokens)
     own = [place for strand in ranks.strands(len(parts), STRANDS)[0] for place in strand]
     found = Activations(States(room), [], len(parts), len(tokens))
 
@@ -92,20 +92,51 @@ def first_inputs(source: Source, tokens: Tensor, room: Room | None = None) -> Ac
             raise _Captured
         return hidden_states if isinstance(hidden_states, tuple) else (hidden_states,)
 
+    with loaded(source), torch.no_grad(), _evaluating(source.skeleton), _replaced(blocks, pass_on):
+        # One sample to learn the keywords (their batch dimension is 1, so they serve every batch size),
+        # then the embeddings of all.
+        for part in (tokens[:1], *(parts[place] for place in own)):
+            with suppress(_Captured):
+                source.skeleton(input_ids=part.to(_device(source.skeleton)), use_cache=False)
+    return found
+
+
+def batches(tokens: Tensor) -> tuple[Tensor, ...]:
+    """Tokens [samples, length] in the parts that go through a block together, which hidden states are kept in."""
+    return tokens.split(max(1, TOKENS_AT_ONCE // tokens.shape[1]))
+
+
+def head_inputs(source: Source, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """What the head is given where `hidden` [batch, length, D] leaves the last block, for `tokens` [batch, length].
+
+    The embeddings, norm and head of the model must be there, see `loaded`.
+    """
+    blocks = list(source.skeleton.get_submodule(source.prefix).children())
+    for returned in (hidden, (hidden,)):  # models take what a block returns whole, or its first part
+        given = partial(_given, returned)
+        with torch.no_grad(), _evaluating(source.skeleton), _replaced(blocks, given):
+            tokens = tokens.to(_device(source.skeleton))
+            found = source.skeleton.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        if found.shape[:2] == hidden.shape[:2] and found.ndim == hidden.ndim:
+            return found
+    raise ValueError(f"{source.name}: what leaves its last block cannot be given to its head; evaluate it as a whole")
+
+
+def _given(returned: Any, *_: Any, **__: Any) -> Any:
+    return returned
+
+
+@contextmanager
+def loaded(source: Source) -> Iterator[None]:
+    """Has embeddings, norm and head of a source in memory."""
     lazy = isinstance(source, DirectorySource)
     if lazy:
         source.load_outside()
     try:
-        with torch.no_grad(), _evaluating(source.skeleton), _replaced(blocks, pass_on):
-            # One sample to learn the keywords (their batch dimension is 1, so they serve every batch size),
-            # then the embeddings of all.
-            for part in (tokens[:1], *(parts[place] for place in own)):
-                with suppress(_Captured):
-                    source.skeleton(input_ids=part.to(_device(source.skeleton)), use_cache=False)
+        yield
     finally:
         if lazy:
             source.unload_outside()
-    return found
 
 
 @contextmanager

@@ -14,11 +14,12 @@ from alphaprune import allocators, curves, curves_measure, observed, planning, p
 from alphaprune.analysis import Analysis, analyze, arguments_for, needs_text
 from alphaprune.calibrate import Need
 from alphaprune.data import Text, sample_windows
-from alphaprune.model import LiveSource
+from alphaprune.model import Source
 from alphaprune.observed import Observed, gather
 from alphaprune.pattern import parse
 from alphaprune.plan_file import Plan
 from alphaprune.pruning import Recipe
+from alphaprune.states import Room
 
 BASELINES = ("uniform", "ramp")  # what every other allocator is held against; first, so that ties go to them
 NEEDS: tuple[Need, ...] = ("nothing", "norms", "gram")
@@ -101,9 +102,11 @@ def label(sparsity: float) -> str:
 class Shared:
     """What candidates have in common, each made when it is first asked for."""
 
-    def __init__(self, source: LiveSource, settings: Settings, calibration: Text, folder: Path, bar: Bar) -> None:
-        """source: the dense model in memory.   folder: exists.   bar: see console.bar."""
-        self.source, self.settings, self.calibration = source, settings, calibration
+    def __init__(
+        self, source: Source, settings: Settings, calibration: Text, folder: Path, bar: Bar, room: Room | None = None
+    ) -> None:
+        """source: the dense model.   folder: exists.   bar: see console.bar.   room: of hidden states."""
+        self.source, self.settings, self.calibration, self.room = source, settings, calibration, room
         self.folder, self.bar, self.statistics = folder, bar, folder / "statistics"
         members = [allocators.get(name) for name in settings.allocators]
         read = {entry for member in members for entry in (*member.columns, *member.series)}
@@ -124,7 +127,7 @@ class Shared:
             return Observed({block.index: {} for block in self.source.blocks()}, None)
         tokens = sample_windows(self.calibration, use.samples, use.length, use.seed)
         with self.bar(self.source.block_count(), "calibrate", "block") as tick:
-            return gather(self.source, tokens, need, self.statistics, tick)
+            return gather(self.source, tokens, need, self.statistics, tick, room=self.room)
 
     @cached_property
     def analysis(self) -> Analysis:
@@ -140,7 +143,7 @@ class Shared:
             with self.bar(self.source.block_count(), "analyze", "block") as tick:
                 found = analyze(
                     self.source,
-                    device=next(self.source.skeleton.parameters()).device.type,
+                    device=self.source.device.type,
                     progress=tick,
                     calibration=text if active else None,
                     statistics=statistics,
@@ -161,7 +164,7 @@ class Shared:
         data |= {"seed": use.seed + 1, "refit": use.refit}
         statistics, recipe = self.observed, use.recipes()[0]
         with self.bar(self.source.block_count() * len(levels), "curves", "cut") as tick:
-            made = curves_measure.measure(self.source, recipe, statistics, tokens, levels, part, data, tick)
+            made = curves_measure.measure(self.source, recipe, statistics, tokens, levels, part, data, tick, self.room)
         made.save(file)
         part.unlink()
         return made

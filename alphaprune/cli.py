@@ -193,7 +193,7 @@ def _compare_command(sub) -> None:
     _calibration_options(compare)
     _memory_options(compare)
     compare.add_argument("--windows", type=int, help="only the first so many of a held-out text")
-    compare.add_argument("--device", default="auto", help="auto, cpu or cuda; the model is there as a whole")
+    compare.add_argument("--device", default="auto", help="auto, cpu or cuda: where blocks are run and pruned")
     compare.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     compare.add_argument("--json", action="store_true")
 

@@ -6,8 +6,7 @@ in results.json, which never depends on how often the run was interrupted.
 
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from alphaprune.candidates import BASELINES, Bar, Candidate, Settings, Shared, l
 from alphaprune.data import Text, sample_windows
 from alphaprune.evaluate import Judged, Reference
 from alphaprune.files import atomic_write_text, explained
-from alphaprune.model import LiveSource
+from alphaprune.model import LiveSource, Source
 from alphaprune.pruning import prune_blocks
+from alphaprune.states import Room
 
 VERSION = 1
 RESULTS = "results.json"
@@ -33,12 +33,20 @@ class Comparison:
     """One comparison in its folder. `run` chooses, `test` reports on another text."""
 
     def __init__(
-        self, source: LiveSource, settings: Settings, calibration: Text, text: Text, folder: "str | Path", bar: Bar
+        self,
+        source: Source,
+        settings: Settings,
+        calibration: Text,
+        text: Text,
+        folder: "str | Path",
+        bar: Bar,
+        room: Room | None = None,
     ) -> None:
         """Opens or continues the comparison in `folder`; nothing is computed yet.
 
-        source: the dense model, which is dense again whenever a method returns.   text: what candidates are chosen by.
-        bar: see console.bar.   Raises ValueError for settings that cannot be, a text that is too short or the same as
+        source: the dense model, had block by block; a live one is dense again whenever a method returns.
+        text: what candidates are chosen by.   bar: see console.bar.   room: of hidden states, see states.py.
+        Raises ValueError for settings that cannot be, a text that is too short or the same as
         the other, a folder with something else in it, or one with another comparison.
         """
         settings.check()
@@ -54,13 +62,14 @@ class Comparison:
             "calibration": calibration.sha256,
             "text": text.sha256,
             **asdict(settings),
-            "device": next(source.skeleton.parameters()).device.type,
+            "device": source.device.type,
             "version": alphaprune.__version__,
         }
         self.file = Path(folder) / RESULTS
         self.results = _open(Path(folder), self.identity)
-        self.shared = Shared(source, settings, calibration, Path(folder), bar)
-        self.dense = {name: weight.cpu() for name, weight in self._weights().items()}  # no copy where it is there
+        self.shared = Shared(source, settings, calibration, Path(folder), bar, room)
+        self.room, live = room, isinstance(source, LiveSource)
+        self.dense = {name: weight.cpu() for name, weight in self._weights().items()} if live else {}
 
     def run(self) -> dict[str, Any]:
         """Judges every candidate that has not been, and writes the plan of the best for each sparsity beside
@@ -108,7 +117,7 @@ class Comparison:
         scored = evaluate.scored_bytes(text, *reversed(tokens.shape))
         work = sum(c.twin is None for c in left) * (len(tokens) + self.source.block_count())
         with self.bar(len(tokens) + work, split, "step") as tick:
-            dense = evaluate.reference(self.source.skeleton, tokens, tick)
+            dense = evaluate.reference(self.source, tokens, tick, self.room)
             part["dense"] = figures(Judged(dense.losses, torch.zeros_like(dense.losses)), tokens.shape[1], scored)
             for candidate in left:
                 if candidate.twin is None:
@@ -120,21 +129,14 @@ class Comparison:
                 self._remember()
 
     def _measure(self, candidate: Candidate, dense: Reference, tick: Callable[[str], None]) -> Judged:
-        """What a candidate makes of the windows of the dense model."""
-        with self._pruned(candidate, tick):
-            return evaluate.against(self.source.skeleton, dense, tick)
-
-    @contextmanager
-    def _pruned(self, candidate: Candidate, tick: Callable[[str], None]) -> Iterator[None]:
-        """Has the model pruned, and afterwards dense."""
-        statistics, device = self.shared.observed, next(self.source.skeleton.parameters()).device
+        """What a candidate makes of the windows of the dense model; each block is pruned when its turn comes."""
+        plan, recipe, statistics = candidate.plan, candidate.recipe, self.shared.observed
         try:
-            for _ in prune_blocks(self.source, candidate.plan, candidate.recipe, progress=tick, statistics=statistics):
-                pass
-            yield
+            pruned = prune_blocks(self.source, plan, recipe, progress=tick, statistics=statistics)
+            return evaluate.against(self.source, dense, (one.block for one in pruned), tick, self.room)
         finally:
             for name in self.dense:
-                self.source.skeleton.get_submodule(name).weight.data = self.dense[name].to(device)
+                self.source.skeleton.get_submodule(name).weight.data = self.dense[name].to(self.source.device)
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return {name: layer.weight.data for block in self.source.blocks() for name, layer in block.linears.items()}
@@ -233,7 +235,7 @@ def _about(candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def _check_plans(source: LiveSource, settings: Settings) -> None:
+def _check_plans(source: Source, settings: Settings) -> None:
     """ValueError if no plan can have such a sparsity or pattern, found out by the one that needs no measurement."""
     bare = analyze(source, fit=None)
     for sparsity in settings.sparsities:

@@ -1,7 +1,7 @@
 """Perplexity and bits per byte of a model on a text, and how far it is from the dense model there."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any
@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alphaprune import calibrate
 from alphaprune.data import Text
+from alphaprune.model import Block, Source
+from alphaprune.states import Room, States
 
 TOKENS_AT_ONCE = 4096
 LOGITS_AT_ONCE = 512  # tokens whose logits are in memory together where two models are compared
@@ -48,11 +51,11 @@ class Judged:
 
 @dataclass(frozen=True)
 class Reference:
-    """The dense model on windows: `tokens` [windows, length] int64, `states` [windows, length, D], the inputs of its
-    head in its own dtype, from which its logits are made again window by window; `losses` [windows] float64."""
+    """The dense model on windows: `tokens` [windows, length] int64; `states`, parts [batch, length, D] of the inputs of
+    its head in its own dtype, from which its logits are made again window by window; `losses` [windows] float64."""
 
     tokens: Tensor
-    states: Tensor
+    states: States
     losses: Tensor
 
 
@@ -138,30 +141,49 @@ def window_losses(model: nn.Module, tokens: Tensor, progress: Callable[[str], No
     return torch.cat([_losses(model, part, progress) for part in _parts(tokens)])
 
 
-def reference(model: nn.Module, tokens: Tensor, progress: Callable[[str], None] | None = None) -> Reference:
-    """The dense model on windows, tokens [windows, length]; its logits are not kept, the inputs of its head are."""
-    states, losses = [], []
-    for part in _parts(tokens):
-        found = final_states(model, part)
-        losses.append(judge(model, part, found).losses)
+def reference(
+    source: Source, tokens: Tensor, progress: Callable[[str], None] | None = None, room: Room | None = None
+) -> Reference:
+    """The dense model on windows, tokens [windows, length]; its logits are not kept, the inputs of its head are.
+
+    One block is in memory at a time.   room: where hidden states may lie, see states.py.
+    """
+    states, losses = States(room), []
+    for part, found in _judged(source, source.blocks(), tokens, room):
+        losses.append(judge(source.skeleton, part, found).losses)
         states.append(found.cpu())
         _tick(progress, len(part))
-    return Reference(tokens, torch.cat(states), torch.cat(losses))
+    return Reference(tokens, states, torch.cat(losses))
 
 
-def against(model: nn.Module, dense: Reference, progress: Callable[[str], None] | None = None) -> Judged:
-    """Losses of a pruned model and its divergence from the dense one, whose head (never pruned) it must share."""
-    found = []
-    for tokens, states in zip(_parts(dense.tokens), _parts(dense.states), strict=True):
-        found.append(judge(model, tokens, final_states(model, tokens), states))
+def against(
+    source: Source,
+    dense: Reference,
+    blocks: Iterable[Block] | None = None,
+    progress: Callable[[str], None] | None = None,
+    room: Room | None = None,
+) -> Judged:
+    """Losses of a pruned model and its divergence from the dense one, whose head (never pruned) it must share.
+
+    blocks: those of the model, each pruned by the time that it comes; by default as the source has them.
+    """
+    found, parts = [], _judged(source, source.blocks() if blocks is None else blocks, dense.tokens, room)
+    for (tokens, inputs), states in zip(parts, dense.states, strict=True):
+        found.append(judge(source.skeleton, tokens, inputs, states))
         _tick(progress, len(tokens))
     return Judged(torch.cat([f.losses for f in found]), torch.cat([f.divergences for f in found]))
 
 
-def final_states(model: nn.Module, tokens: Tensor) -> Tensor:
-    """The inputs of the head, [windows, length, D], for tokens [windows, length]."""
-    with torch.inference_mode():
-        return model.base_model(input_ids=tokens.to(_device(model)), use_cache=False).last_hidden_state
+def _judged(
+    source: Source, blocks: Iterable[Block], tokens: Tensor, room: Room | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens and the inputs of the head [windows, length, D], part by part, of a model that is had block by block."""
+    activations = calibrate.first_inputs(source, tokens, room)
+    for block in blocks:
+        calibrate.run(block, activations)
+    with calibrate.loaded(source):
+        for part, hidden in zip(calibrate.batches(tokens), activations.hidden, strict=True):
+            yield part, calibrate.head_inputs(source, part, hidden)
 
 
 def judge(model: nn.Module, tokens: Tensor, states: Tensor, dense: Tensor | None = None) -> Judged:

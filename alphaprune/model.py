@@ -50,6 +50,7 @@ class Source(ABC):
 
     name: str
     config: Any
+    device: torch.device  # that weights are had on
     skeleton: nn.Module  # the model; without weights where it is read from a directory
 
     def blocks(self, wanted: Container[int] | None = None) -> Iterator[Block]:
@@ -142,6 +143,11 @@ class LiveSource(Source):
         self.skeleton, self.config = model, model.config
         self.name = getattr(model.config, "name_or_path", "") or type(model).__name__
         separate(model, self.family)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.skeleton.parameters()).device
 
     def outside_tensors(self) -> Iterator[tuple[str, Tensor]]:
         inside = self.prefix + "."

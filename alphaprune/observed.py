@@ -14,6 +14,7 @@ from alphaprune import calibrate, shards
 from alphaprune.calibrate import InputStat, Need
 from alphaprune.gram import Gram
 from alphaprune.model import Block, Source
+from alphaprune.states import Room
 
 IN_MEMORY = 2**30  # bytes of statistics of all blocks together, above which they go to files
 
@@ -41,6 +42,7 @@ def gather(
     folder: Path,
     progress: Callable[[str], None] | None = None,
     in_memory: int = IN_MEMORY,
+    room: Room | None = None,
 ) -> Observed:
     """The statistics of all blocks behind dense blocks; tokens: [samples, length] int64.
 
@@ -48,7 +50,7 @@ def gather(
     again, so it must be a folder for this model, these tokens and this need. Raises what calibrate.statistics does.
     """
     kept: dict[int, dict[str, InputStat]] = {}
-    activations, on_disk = calibrate.first_inputs(source, tokens), folder.is_dir()
+    activations, on_disk = calibrate.first_inputs(source, tokens, room), folder.is_dir()
     for block in source.blocks():
         if not (on_disk and _file(folder, block.index).is_file()):
             found = calibrate.statistics(block, activations, need)

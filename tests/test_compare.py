@@ -17,8 +17,9 @@ from alphaprune import compare, data, evaluate, picture, pruning
 from alphaprune.candidates import Settings
 from alphaprune.compare import Comparison
 from alphaprune.evaluate import Judged
-from alphaprune.model import LiveSource
+from alphaprune.model import DirectorySource, LiveSource
 from alphaprune.plan_file import Plan
+from alphaprune.states import Room
 
 SETTINGS = Settings((0.5, 0.7), ("uniform", "ramp", "alpha"), ("magnitude", "wanda"), samples=4, length=32, windows=6)
 
@@ -168,7 +169,7 @@ def test_interrupted_anywhere_the_results_are_the_same(finished, tmp_path: Path,
     gather = candidates.gather
     for in_memory in (0, 2**30):
         out = tmp_path / str(in_memory)
-        monkeypatch.setattr(candidates, "gather", lambda *a, most=in_memory: gather(*a, most))
+        monkeypatch.setattr(candidates, "gather", lambda *a, most=in_memory, **more: gather(*a, most, **more))
         runs, stop_at = 0, 2
         while True:
             made = comparison(out, Bars(stop_at=stop_at))
@@ -321,3 +322,19 @@ def test_windows_are_the_first_of_the_text(tmp_path: Path) -> None:
         assert row["window_losses"] == pytest.approx(every["validation"]["rows"][name]["window_losses"][:2], rel=1e-6)
     assert len(every["validation"]["dense"]["window_losses"]) == 300 // 32
     assert evaluate.window_count(text(1), 32, 2) == 2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_directory_is_compared_as_the_model_in_memory_is(tmp_path: Path, tied: bool) -> None:
+    """Block by block, hidden states in a file: the same figures, and no weight is left in memory."""
+    make_model(1, tie_word_embeddings=tied).save_pretrained(tmp_path / "model")
+    known = comparison(tmp_path / "live", model=make_model(1, tie_word_embeddings=tied)).run()
+    source = DirectorySource(tmp_path / "model")
+    found = comparison(tmp_path / "lazy", source=source, room=Room(0, tmp_path)).run()
+    assert found["recommended"][0]["id"] == known["recommended"][0]["id"]
+    for name, row in known["validation"]["rows"].items():
+        other = found["validation"]["rows"][name]
+        assert other["loss"] == pytest.approx(row["loss"], rel=1e-6) and other["kl"] == pytest.approx(
+            row["kl"], rel=1e-4
+        )
+    assert all(parameter.is_meta for parameter in source.skeleton.parameters())

@@ -10,7 +10,8 @@ from conftest import make_model, shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alphaprune import data, evaluate, hf
+from alphaprune import calibrate, data, evaluate, hf
+from alphaprune.model import open_source
 
 
 def own_perplexity(model, tokens: torch.Tensor, length: int) -> float:
@@ -181,7 +182,7 @@ def direct(dense, pruned, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 @pytest.mark.parametrize(("windows", "length"), [(1, 2), (5, 33), (7, 64)])
 def test_losses_and_divergences_equal_the_definition(windows: int, length: int, monkeypatch) -> None:
     """However windows and tokens are cut into parts."""
-    monkeypatch.setattr(evaluate, "TOKENS_AT_ONCE", 100)
+    monkeypatch.setattr(calibrate, "TOKENS_AT_ONCE", 100)
     monkeypatch.setattr(evaluate, "LOGITS_AT_ONCE", 13)
     dense, pruned = make_model(1), make_model(1)
     with torch.no_grad():
@@ -189,8 +190,8 @@ def test_losses_and_divergences_equal_the_definition(windows: int, length: int, 
             parameter.mul_(torch.rand_like(parameter) > 0.3)
     tokens = torch.randint(0, 257, (windows, length), generator=torch.Generator().manual_seed(windows))
     ticks = []
-    reference = evaluate.reference(dense, tokens, ticks.append)
-    found = evaluate.against(pruned, reference, ticks.append)
+    reference = evaluate.reference(open_source(dense), tokens, ticks.append)
+    found = evaluate.against(open_source(pruned), reference, progress=ticks.append)
     losses, divergences = direct(dense, pruned, tokens)
     assert len(ticks) == 2 * windows
     assert found.losses.dtype == found.divergences.dtype == reference.losses.dtype == torch.float64
@@ -204,8 +205,9 @@ def test_losses_and_divergences_equal_the_definition(windows: int, length: int, 
 def test_the_dense_model_does_not_differ_from_itself() -> None:
     model = make_model(1)
     tokens = torch.randint(0, 257, (3, 40), generator=torch.Generator().manual_seed(0))
-    reference = evaluate.reference(model, tokens)
-    found = evaluate.against(model, reference)
+    source = open_source(model)
+    reference = evaluate.reference(source, tokens)
+    found = evaluate.against(source, reference)
     assert torch.equal(found.losses, reference.losses) and found.divergences.abs().max() < 1e-12
 
 

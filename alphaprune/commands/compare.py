@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from alphaprune import model as models
-from alphaprune.commands.shared import dump, window
+from alphaprune.commands.shared import dump, room_for, window
 from alphaprune.console import bar, table
 from alphaprune.files import first_line
 
@@ -58,7 +58,8 @@ def run(
         return data.encode(tokenizer, data.read_text(file), file)
 
     calibrating, validating = read(calibration), read(text)
-    made = compare.Comparison(_load(folder, device, dtype), settings, calibrating, validating, Path(output), bar)
+    place = Path(output), bar, room_for(memory, spill, output)
+    made = compare.Comparison(_load(folder, device, dtype), settings, calibrating, validating, *place)
     results = made.run()
     if test is not None:
         results = made.test(lambda: read(test))
@@ -68,10 +69,7 @@ def run(
         row = found["validation"]["rows"][chosen["id"]]
         chosen["command"] = _command(model, output, calibration, settings, chosen, row)
     found["picture"] = picture.draw(results, Path(output) / "compare.png")
-    if json:
-        print(dump(found))
-    else:
-        _show(found, output)
+    print(dump(found)) if json else _show(found, output)
 
 
 def _names(text: str, option: str) -> list[str]:
@@ -99,21 +97,16 @@ def _sparsities(text: str | None, pattern: str) -> tuple[float | None, ...]:
     return (None,)
 
 
-def _load(folder: Path, device: str, dtype: str) -> Any:
-    """The dense model of a folder, whole and on its device, as a source of blocks."""
+def _load(folder: Path, device: str, dtype: str) -> models.Source:
+    """The dense model of a folder, block by block, in a dtype and on a device."""
     import torch
 
-    from alphaprune import hf
-
-    model = hf.load(folder, dtype, tokens=None)
-    source = models.LiveSource(model.dequantize() if models.is_packed(folder) else model)
-    source.name = str(folder)
     try:
         where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        source.skeleton.to(where)
+        torch.zeros(1, device=where)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device}: {first_line(error)}") from error
-    return source
+    return models.DirectorySource(folder, None if dtype == "auto" else getattr(torch, dtype), where)
 
 
 def _command(
