@@ -24,7 +24,7 @@ from alphaprune.demo import corpus
 from alphaprune.demo.run import MODEL, spread
 from alphaprune.model import open_source
 
-BUDGETS = {"bits": (2.5, 3.0, 4.0), "rank": (0.9, 0.7, 0.5), "structured": (0.1, 0.2, 0.3)}
+BUDGETS = {"bits": (2.5, 3.0, 4.0), "rank": (0.9, 0.7, 0.5), "structured": (0.1, 0.2)}
 WIDE = 0.2  # ε
 # How a uniform plan is carried out: whether with text, and with what else; the first is the one that allocations meet.
 WAYS: dict[str, dict[str, tuple[bool, dict[str, Any]]]] = {

@@ -7,11 +7,13 @@ import argparse
 import re
 import sys
 
+from compression_figures import compression_ways, compressions
 from figures import ROOT
 from quality_figures import analyze, compared, demo, model, quality, quality_stories, recovered
 from speed_figures import cubins, decode, linear, linears, load, peers, serve
 
 PAGES = {
+    "docs/compressions.md": (compressions, compression_ways),
     "README.md": (demo, quality, linear, cubins, model),
     "docs/speed.md": (linears, peers, decode),
     "docs/quality.md": (quality_stories, compared, recovered, analyze),
