@@ -1,8 +1,8 @@
 """Tensor parallelism of transformers with packed layers: each rank gets its slice of SBT, cut from the mapped file.
 
 transformers' own plan says which layers are cut by rows and which by columns, and its own hooks add the ranks' results;
-dense layers go the way that they always go. Tried with transformers 5.16 to 5.24 (tests/compat.py); in older ones
-the hooks take parameters of the dense shape only.
+dense layers go the way that they always go. Tried with transformers 5.24; the hooks that it needs, for layers whose
+tensors are plain ones, are there from 5.16 on.
 """
 
 import re

@@ -21,7 +21,7 @@ from alphaprune.kernels import spmm
 from alphaprune.kernels.base import log
 from alphaprune.layer import PACKED_SUFFIXES
 
-TRIED = "0.29 to 0.32"
+TRIED = "0.32"  # tests/vllm_check.py
 EXPERTS = ("FusedMoE", "RoutedExperts")  # vLLM's layers of them
 ORDER = {"q": 0, "k": 1, "v": 2, None: 0}  # of the parts of a layer; other parts are numbers
 
