@@ -17,7 +17,7 @@ from alphaprune.families import FAMILIES, Family  # noqa: E402
 PAGE = ROOT / "docs" / "families.md"
 NAMES = {
     **{"llama": "LLaMA 1, 2, 3", "mistral": "Mistral", "qwen2": "Qwen 2, 2.5", "qwen3": "Qwen 3", "gemma": "Gemma"},
-    **{"gemma2": "Gemma 2", "gemma3_text": "Gemma 3, text", "gemma3": "Gemma 3, with images", "phi3": "Phi-3, Phi-4"},
+    **{"gemma2": "Gemma 2", "gemma3_text": "Gemma 3, text", "phi3": "Phi-3, Phi-4"},
     **{"opt": "OPT", "falcon": "Falcon", "mpt": "MPT", "mixtral": "Mixtral", "qwen2_moe": "Qwen 2 MoE"},
     "qwen3_moe": "Qwen 3 MoE",
 }
