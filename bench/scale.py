@@ -37,7 +37,7 @@ LLAMA2_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_he
 TARGET_RSS = 8 << 30
 TARGET_SECONDS = {"analyze-robust": 9 * 60, "analyze-reference": 12 * 60}
 RATIO = 1.8
-RANK_BLOCKS = 4  # of the checkpoint that one process and two are timed on
+RANK_BLOCKS = 6  # of the checkpoint that one process and two are timed on
 SAMPLES, LENGTH = 8, 512
 WORDS = "the of a heavy tail and layer that keeps what it needs when most of its weights are gone "
 
