@@ -95,8 +95,8 @@ def check_divisible(name: str, shape: Sequence[int], of: int) -> None:
 
 
 def _layer_plan(where: str, entry: dict[str, Any]) -> LayerPlan:
-    shape, zeros = read_shape(where, entry), entry.get("zeros", -1)
-    need(is_count(zeros), f"{where}: zeros: wanted a count, got {zeros!r}")
+    need(is_count(entry.get("zeros")), f"{where}: zeros: wanted a count, got {entry.get('zeros')!r}")
+    shape, zeros = read_shape(where, entry), entry["zeros"]
     need(zeros <= shape[0] * shape[1], f"{where}: zeros: {zeros} is more than the shape {shape} has weights")
     need(isinstance(entry.get("pattern"), str), f"{where}: pattern: wanted a text, got {entry.get('pattern')!r}")
     try:

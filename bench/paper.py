@@ -244,7 +244,7 @@ def describe_cell(cell: str, protocol: Protocol, fingerprint: str) -> dict[str, 
         "model": protocol.source.name,
         "fingerprint": fingerprint,
         "dtype": str(protocol.source.dtype or "as stored").removeprefix("torch."),
-        "device": protocol.source.device,
+        "device": str(protocol.source.device),
         "versions": {"alphaprune": alphaprune.__version__, "torch": torch.__version__},
     }
 
@@ -261,7 +261,7 @@ def analysis_of(protocol: Protocol, cells: list[str], compared: bool, file: Path
         if same and fit in (None, found.fit):
             return found
     with bar(source.block_count(), "analyze", "block") as tick:
-        found = analyze(source, fit, source.device, progress=tick, tokens=tokens, calibration=seen)
+        found = analyze(source, fit, str(source.device), progress=tick, tokens=tokens, calibration=seen)
     if fit or seen:
         found.save(file)
     return found

@@ -58,7 +58,7 @@ class Kernel:
     most_tokens: int | None = None
     most_density: float = 1.0
     fits: Callable[[Packed], str | None] | None = None
-    least_tokens: int = 1
+    least_tokens: int = 0
 
 
 def kernels() -> dict[str, Kernel]:
