@@ -323,6 +323,22 @@ def test_baselines_meet_the_budget_of_the_plan(files: list[Path], tmp_path: Path
         assert total == pytest.approx(0.7, abs=1e-3)
     assert max(by_block.series[1].y) - min(by_block.series[1].y) < 1e-3
     assert by_block.series[2].y[0] < by_block.series[2].y[-1]
+    (table,) = section.tables
+    assert table.columns[:4] == ("block", "all", "uniform", "ramp")
+    for column, series in enumerate(by_block.series, 1):
+        assert [float(row[column]) for row in table.rows] == pytest.approx(list(series.y), abs=1e-4)
+
+
+def test_the_table_behind_the_spectra_has_their_quantiles() -> None:
+    values = torch.randn(3000, generator=torch.Generator().manual_seed(2), dtype=torch.float64).exp().sort().values
+    fit = {"alpha": 3.0, "stderr": 0.1, "unstable": 0.0, "xmin": 2.0, "tail": 700.0, "ks": 0.05}
+    series = {sketches.SPECTRUM: sketches.eigenvalues(values)}
+    stats = replace(made_up(), layers={"model.layers.0.x": LayerStat(0, (3000, 4096), fit, series)})
+    (row,) = spectra._quantiles(stats).rows
+    assert row[:2] == ("model.layers.0.x", "3000") and len(row) == len(spectra._quantiles(stats).columns)
+    for share, cell in zip(spectra.SHARES[:-1], row[2:-1], strict=True):
+        assert float(cell) == pytest.approx(float(values.quantile(1 - share)), rel=0.02)
+    assert float(row[-1]) == pytest.approx(float(values[0]), rel=0.01)
 
 
 def test_ticks_are_round_and_inside() -> None:

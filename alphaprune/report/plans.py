@@ -122,14 +122,16 @@ def _within_blocks(file: str, plan: Plan, blocks: dict[str, int]) -> list[Chart]
 
 
 def _table(file: str, plan: Plan, blocks: dict[str, int]) -> Table:
-    """Blocks downwards, kinds of layers across; experts of one kind together."""
+    """Blocks downwards; the plan, what is drawn beside it and kinds of layers across; experts of one kind together."""
     kinds = list(dict.fromkeys(map(kind_of, plan.layers)))
     cells: dict[int, dict[str, list[float]]] = {}
     for name, entry in plan.layers.items():
         cells.setdefault(blocks[name], {}).setdefault(kind_of(name), []).append(entry.sparsity)
-    of_block = blockwise(plan, blocks)
+    beside = {name: _baseline(plan, name, blocks) for name in BASELINES if name != plan.allocator}
+    whole = {"all": plan} | {name: made for name, made in beside.items() if made is not None}
+    of_block = [blockwise(made, blocks) for made in whole.values()]
     rows = []
     for block, found in sorted(cells.items()):
         line = (f"{sum(found[k]) / len(found[k]):.4f}" if k in found else "" for k in kinds)
-        rows.append((str(block), f"{of_block[block]:.4f}", *line))
-    return Table(f"{file}: sparsity of every layer", ("block", "all", *kinds), tuple(rows))
+        rows.append((str(block), *(f"{made[block]:.4f}" for made in of_block), *line))
+    return Table(f"{file}: sparsity of every layer", ("block", *whole, *kinds), tuple(rows))

@@ -14,6 +14,7 @@ from alphaprune.sketches import SPECTRUM, ranks
 BINS = (10, 36)  # of a histogram, at least and at most
 SEEN = 0.985  # share of the eigenvalues, from the largest, that a picture shows: round-off lies below
 DECADES = 7  # at most
+SHARES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)  # of the eigenvalues, from the largest, in the table
 BULK, TAIL, LAW = 7, 0, 0  # places of colours
 
 
@@ -162,7 +163,18 @@ def spectra(one: Input) -> list[Section]:
         high = max(_visible(stat)[1] for stat in layers.values())
         drawn = tuple(_spectrum(name, stat, (low, high)) for name, stat in layers.items())
         groups.append((kind, drawn))
-    return [Section(title, words, groups=tuple(groups))]
+    return [Section(title, words, tables=(_quantiles(stats),), groups=tuple(groups))]
+
+
+def _quantiles(stats: Analysis) -> Table:
+    """The numbers behind the histograms: of every layer the eigenvalues that so many shares of all lie above."""
+    rows = []
+    for name, stat in stats.layers.items():
+        count, values = min(stat.shape), stat.series[SPECTRUM]
+        at = np.interp([share * (count - 1) for share in SHARES], ranks(count)[: len(values)], values)
+        rows.append((name, str(count), *(f"{value:.3g}" for value in at)))
+    shares = ("largest λ", *(f"{share:.0%} above" for share in SHARES[1:-1]), "smallest")
+    return Table(f"Spectra of all {len(rows)} layers", ("layer", "eigenvalues", *shares), tuple(rows))
 
 
 def _visible(stat: LayerStat) -> tuple[float, float]:
