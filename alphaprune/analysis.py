@@ -1,5 +1,6 @@
 """Model → Analysis: one LayerStat per prunable layer, from its weights alone, and its JSON file."""
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -113,6 +114,8 @@ def analyze(
     versions = {"alphaprune": alphaprune.__version__, "torch": torch.__version__}
     identity = {"fingerprint": known.fingerprint, "dtype": known.dtype, **versions, "threads": torch.get_num_threads()}
     identity |= {"work": repr(work), "calibration": calibration, "active": active}
+    if tokens is not None:
+        identity["tokens"] = hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()
     done = Journal(journal, identity)
     try:
         if work.reads:

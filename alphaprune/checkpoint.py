@@ -106,10 +106,12 @@ class Writer:
             atomic_write_text(self.work / shards.INDEX, json.dumps(index, indent=2) + "\n")
             atomic_write_text(self.work / "config.json", json.dumps(config, indent=2) + "\n")
             atomic_write_text(self.work / RECIPE, json.dumps(recipe, indent=2) + "\n")
-            for leftover in self.work.glob("*.part"):  # of a run that was killed while writing
+            # Of a run that was killed while writing, and what runs keep here until they are through.
+            for leftover in (*self.work.glob("*.part"), *self.work.glob("*.started-*")):
                 leftover.unlink()
             for file in self.work.iterdir():
-                _fsync(file)
+                if file.name not in (*self.done, JOURNAL):  # these were flushed when they were written
+                    _fsync(file)
             check_free(self.out)
             os.replace(self.work / JOURNAL, self.beside)
             fsync_folder(self.work)

@@ -366,9 +366,10 @@ def _open(folder: "str | Path", device: str, values: str | None) -> tuple[nn.Mod
             f"{folder}: {rounded[0]} has int8 values, which do not train; recover the model before it is rounded, or "
             f"give --values int8 to train them as {shards.dtype_name(model.dtype)} and round the result again"
         )
-    masks = masks_of(model)
-    if any(isinstance(module, SparseLinear) for module in model.modules()):
-        model = model.dequantize()
+    masks, dtype = masks_of(model), model.dtype
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, SparseLinear):  # alone: model.dequantize() would multiply factors, too
+            model.set_submodule(name, layer.to_linear(dtype))
     fingerprint = models.describe(model).fingerprint
     return model.to(device), {name: mask.to(device) for name, mask in masks.items()}, fingerprint
 

@@ -65,6 +65,12 @@ class Tree(Source):
                 f"{self.name}: no nn.Linear or nn.Conv2d {where} that could be pruned; say where its blocks are with "
                 f"alphaprune.Tree(module, blocks=…)"
             )
+        owners: dict[int, str] = {}  # of weights, which would be pruned once for every layer that has them
+        for _, name, layer in self._layers():
+            if (first := owners.setdefault(id(layer.weight), name)) != name:
+                raise ValueError(
+                    f"{name}: has the weight of {first}; leave it out: alphaprune.Tree(module, skip=[{name!r}])"
+                )
 
     def blocks(self, wanted: Container[int] | None = None) -> Iterator[Block]:
         """As Source has it; a convolution takes what its matrix was changed to when the next block is asked for."""

@@ -106,7 +106,10 @@ def main() -> int:
                 status = child(command, None, 0)
                 break
         done, rounds = done + len(killed), rounds + 1
-        if status or content(goal) != wanted:
+        same = goal.exists() and content(goal) == wanted
+        if killed and status == 2 and same:
+            status = 0  # the run had ended but for its exit status: the next one is told that its result is there
+        if status or not same:
             print(f"after kills at calls {killed} of {total}: status {status}, other bytes")
             return 1
         left = [file.name for file in goal.parent.iterdir() if file.name.startswith(f"{goal.name}.")]

@@ -164,3 +164,38 @@ def test_norms_are_those_of_the_inputs(directory: Path) -> None:
     assert all(p.is_meta for p in source.skeleton.parameters())  # embeddings were dropped again
     found = calibrate.statistics(next(source.blocks()), activations)
     torch.testing.assert_close(found["model.layers.0.mlp.down_proj"].norms.double(), wanted, rtol=1e-5, atol=0)
+
+
+def test_prune_keeps_what_its_analysis_found(
+    run, directory: Path, text_file: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Of an interrupted run with the same text; another text is read again."""
+    from alphaprune import activity, analysis, pruning
+
+    def stopped(*_, **__):
+        raise ValueError("stopped here")
+
+    def command(out: str, seed: int) -> tuple:
+        text = ("--calibration", text_file, "--samples", 2, "--length", 16, "--seed", seed)
+        return run("prune", directory, "-o", out, "--sparsity", 0.5, "--allocator", "owl", *text)
+
+    assert command("whole", 1)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(pruning, "prune_blocks", stopped)
+        assert command("new/out", 1)[0] == 2
+    kept = tmp_path / "new" / "out.part" / "analysis.started-0"
+    assert len(kept.read_text().splitlines()) > 1
+    with monkeypatch.context() as patch:
+        patch.setattr(activity, "columns", stopped)
+        patch.setattr(analysis, "_spectral", stopped)
+        status, _, err = command("new/out", 2)
+        assert status == 2 and "stopped here" in err
+    with monkeypatch.context() as patch:
+        patch.setattr(pruning, "prune_blocks", stopped)
+        command("new/out", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(activity, "columns", stopped)
+        assert command("new/out", 1)[0] == 0
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["out"]
+    wanted = {f.name: f.read_bytes() for f in (tmp_path / "whole").iterdir()}
+    assert {f.name: f.read_bytes() for f in (tmp_path / "new" / "out").iterdir()} == wanted

@@ -292,6 +292,20 @@ def test_int8_models_are_refused_unless_they_may_be_rounded_again(run, folders: 
     assert isinstance(again.get_submodule(name), SparseLinear) and found["loss"]["after"] < found["loss"]["before"]
 
 
+def test_factors_stay_factors(run, folders: dict[str, Path]) -> None:
+    assert run("compress", folders["whole"], "-o", "low", "--rank-ratio", 0.6, "--allocator", "uniform")[0] == 0
+    options = ("--sparsity", 0.5, "--method", "magnitude", "--allocator", "uniform")
+    assert run("prune", "low", "-o", "pruned", *options)[0] == 0
+    status, out, err = run(*command({**folders, "low": "pruned"}, "low", "o", "--json"))
+    assert status == 0, err
+    before, after = (recovery.masks_of(hf.load(name, tokens=None)) for name in ("pruned", "o"))
+    assert before.keys() == after.keys() and any(name.endswith(".first") for name in before)
+    for name, mask in after.items():
+        assert torch.equal(mask, before[name])
+    found = json.loads(out)
+    assert found["loss"]["after"] < found["loss"]["before"]
+
+
 LINE = {
     "no zeros": ("whole", (), "nothing to recover"),
     "short": ("packed", ("--calibration", "short.txt"), "short.txt: 5 tokens, shorter than one window"),

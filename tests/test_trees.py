@@ -243,6 +243,16 @@ def test_odd_trees() -> None:
     assert [type(m).__name__ for m in alphaprune.sparsify(plain)] == ["SparseLinear", "ReLU", "SparseLinear"]
 
 
+def test_a_weight_of_two_layers_is_pruned_once_or_refused() -> None:
+    shared = nn.Linear(32, 32)
+    model = nn.ModuleList(nn.Sequential(nn.Linear(32, 32), shared) for _ in range(2))
+    with pytest.raises(ValueError, match=r"^1\.1: has the weight of 0\.1; .*skip=\['1\.1'\]"):
+        alphaprune.analyze(model)
+    tree = Tree(model, skip=["1.1"])
+    masks = alphaprune.prune(tree, alphaprune.plan(alphaprune.analyze(tree, fit=None), 0.5, "uniform"), "magnitude")
+    assert sorted(masks) == ["0.0", "0.1", "1.0"] and torch.equal(shared.weight != 0, masks["0.1"])
+
+
 def test_bad_input() -> None:
     x, model = images(), made("convnext")
     tree = Tree(model)

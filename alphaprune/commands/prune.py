@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from alphaprune.commands.shared import (
     written_as_dict,
 )
 from alphaprune.console import bar, size
+
+ANALYSIS = "analysis"  # beside it lies what is finished of it, in the folder of an unfinished run
 
 
 def run(json: bool, **options: Any) -> None:
@@ -77,13 +80,15 @@ def _prune(
     if calibration is not None:
         tokens, read = calibration_windows(source, calibration, samples, window(length, source.config), seed)
         identity |= read
-    started = Path(output).with_name(f"{Path(output).name}.analysis")
-    chosen = _chosen_plan(source, plan, analysis, options, tokens, device, started, room)
+    chosen = _chosen_plan(source, plan, analysis, options, tokens, device, Path(output), room)
     if channel_permute:
         permute.check(source.config, source.name, chosen.layers)
     identity |= {"model": fingerprint, "plan": hashlib.sha256(chosen.to_json().encode()).hexdigest()}
     written = _write(source, output, identity, chosen, recipe, tokens, room, values, group)
-    journal.delete(started)
+    if not ranks.world().leads:  # on a machine of its own, perhaps, where nobody else tidies up
+        journal.delete(checkpoint.unfinished(output) / ANALYSIS)
+        with suppress(OSError):
+            checkpoint.unfinished(output).rmdir()
     return written, chosen.realized
 
 
@@ -145,24 +150,31 @@ def _chosen_plan(
     options: dict[str, Any],
     tokens: Any,
     device: str | None,
-    started: Path,
+    out: Path,
     room: Any,
 ) -> Any:
-    """The plan of a file, or one made from an analysis, whose finished part lies beside `started`."""
-    from alphaprune import planning
+    """The plan of a file, or one made from an analysis, of which what is finished lies where OUT is being made."""
+    from alphaprune import checkpoint, planning, ranks
 
     if plan is not None:
         if is_compression(plan):
             raise ValueError(f"{plan}: is a plan of bits, ranks or channels, not of zeros; give it to compress --plan")
         chosen = planning.Plan.load(plan)
     else:
-        chosen = make_plan(analyzed(source, analysis, options["allocator"], tokens, device), **options)
+        kept: dict[str, Any] = {"room": room}
+        if not ranks.share(checkpoint.journal_beside(out).exists()):  # nothing is missing but its name
+            with checkpoint.explained(out):
+                checkpoint.unfinished(out).mkdir(parents=True, exist_ok=True)
+            kept |= {"journal": checkpoint.unfinished(out) / ANALYSIS, "keep_journal": True}
+        chosen = make_plan(analyzed(source, analysis, options["allocator"], tokens, device, **kept), **options)
     chosen.check(source.description())
     return chosen
 
 
-def analyzed(source: models.Source, file: str | None, allocator: str, tokens: Any, device: str | None) -> Any:
-    """The analysis in a file, or else one made now with what the allocator reads."""
+def analyzed(
+    source: models.Source, file: str | None, allocator: str, tokens: Any, device: str | None, **options: Any
+) -> Any:
+    """The analysis in a file, or else one made now with what the allocator reads; options: others of `analyze`."""
     from alphaprune import allocators
     from alphaprune.analysis import Analysis, arguments_for, needs_text
     from alphaprune.analysis import analyze as run_analysis
@@ -186,4 +198,5 @@ def analyzed(source: models.Source, file: str | None, allocator: str, tokens: An
             progress=tick,
             tokens=tokens if needs_text(reads) else None,
             **arguments_for(reads),
+            **options,
         )
