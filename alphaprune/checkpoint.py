@@ -156,12 +156,14 @@ def write_pruned(
     packed: bool = True,
     values: str | None = None,
     group: int | None = None,
+    again: bool = False,
 ) -> Written:
     """Writes the directory OUT from the blocks that `prune` yields; continues an interrupted run of the same identity.
 
     prune: given `restore` and `finish` (see pruning.prune_blocks), yields finished blocks.
     packed: SBT where it is smaller than dense; otherwise everything dense, with its zeros.
     values, group: as SparseLinear.from_linear has them; what each layer loses is remembered in the recipe.
+    again: `prune` adds to the recipe, so it is asked even where all its blocks are there and only the name is missing.
     Of several processes (ranks.py) the first one reads and writes OUT, and the others need not see it.
     """
     leads = ranks.world().leads
@@ -187,7 +189,8 @@ def write_pruned(
                     errors[name] = error
                     put_back(layer, made[name])
 
-    for pruned in prune(restore, finish) if stage == "blocks" else ():
+    asked = stage == "blocks" or (again and stage == "finishing")
+    for pruned in prune(restore, finish) if asked else ():
         if leads and not pruned.restored:
             writer.write(pruned.block.index, block_tensors(pruned.block, made), errors)
     if not leads:

@@ -13,6 +13,7 @@ from compressed import planned, with_alphas
 from conftest import make_model
 
 import alphaprune
+from alphaprune import checkpoint
 from alphaprune.compressions import export
 
 ROOT = Path(__file__).parent.parent
@@ -132,3 +133,23 @@ def test_the_page_as_written(run, directory: Path, text_file: Path, tmp_path: Pa
     assert alphaprune.load("by-hand").config.quantization_config.format == "dense"
     for link in re.findall(r"\]\(([^)#:]+)\)", PAGE):
         assert (ROOT / "docs" / link).exists(), link
+
+
+def test_cut_off_after_the_folder_has_its_name(run, directory: Path, tmp_path: Path, monkeypatch) -> None:
+    command = ("compress", directory, "-o", "out", "--bits", 4, "--allocator", "uniform", "--json")
+    wanted = run(*command)
+    content = {file.name: file.read_bytes() for file in Path("out").iterdir()}
+    shutil.rmtree("out")
+    replace_file = checkpoint.os.replace
+
+    def cut_off(source, target) -> None:
+        replace_file(source, target)
+        if Path(target) == Path("out"):
+            raise ValueError("cut off")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", cut_off)
+        assert run(*command)[0] == 2
+    assert run(*command) == wanted
+    assert {file.name: file.read_bytes() for file in Path("out").iterdir()} == content
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]

@@ -16,7 +16,7 @@ from packed import DENSE, logits, sparse_layers, zeros_model
 from torch import nn
 
 import alphaprune
-from alphaprune import SparseLinear, hf, recovery
+from alphaprune import SparseLinear, checkpoint, hf, recovery
 
 pytest.importorskip("peft", reason="PEFT is not installed: pip install 'alphaprune[peft]'")
 from alphaprune import masked_lora
@@ -304,6 +304,27 @@ def test_factors_stay_factors(run, folders: dict[str, Path]) -> None:
         assert torch.equal(mask, before[name])
     found = json.loads(out)
     assert found["loss"]["after"] < found["loss"]["before"]
+
+
+@pytest.mark.parametrize("last", ["config.json", "out"])
+def test_cut_off_when_only_the_name_is_missing(run, folders: dict[str, Path], last: str, monkeypatch) -> None:
+    status, out, err = run(*command(folders, "zeros", "whole", "--json"))
+    assert status == 0, err
+    replace_file = checkpoint.os.replace
+
+    def cut_off(source, target) -> None:
+        replace_file(source, target)
+        if Path(target).name == last:
+            raise ValueError("cut off")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", cut_off)
+        assert run(*command(folders, "zeros", "out"))[0] == 2
+    status, again, err = run(*command(folders, "zeros", "out", "--json"))
+    assert status == 0, err
+    assert json.loads(again)["loss"] == pytest.approx(json.loads(out)["loss"], rel=1e-6)
+    content = {file.name: file.read_bytes() for file in Path("out").iterdir()}
+    assert content == {file.name: file.read_bytes() for file in Path("whole").iterdir()}
 
 
 LINE = {

@@ -113,7 +113,8 @@ def write(
     """
     writer = Writer(out, identity, source.block_count(), source.family.stored_name)
     description = source.description()
-    for done in blocks(source, plan, recipe, tokens, progress, writer.has):
+    left = blocks(source, plan, recipe, tokens, progress, writer.has) if writer.stage == "blocks" else ()
+    for done in left:
         if not done.skipped and not writer.has(done.block.index):
             writer.write(done.block.index, block_tensors(done.block, done.packed), done.errors)
     if not writer.has(source.block_count()):
@@ -121,7 +122,8 @@ def write(
     rounded = plan.method == "bits" and recipe.packed
     config = output_config(source, rounded, "int8" if rounded else None)
     written = _summary(writer, description)
-    writer.finish(config, made | writer.losses(), lambda folder: copy_companions(source, folder))
+    if writer.stage != "finished":
+        writer.finish(config, made | writer.losses(), lambda folder: copy_companions(source, folder))
     return written
 
 
