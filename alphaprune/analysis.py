@@ -113,9 +113,8 @@ def analyze(
     active = tokens is not None or statistics is not None
     versions = {"alphaprune": alphaprune.__version__, "torch": torch.__version__}
     identity = {"fingerprint": known.fingerprint, "dtype": known.dtype, **versions, "threads": torch.get_num_threads()}
-    identity |= {"work": repr(work), "calibration": calibration, "active": active}
-    if tokens is not None:
-        identity["tokens"] = hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()
+    read = None if tokens is None else hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()
+    identity |= {"work": repr(work), "calibration": calibration, "active": active, "tokens": read}
     done = Journal(journal, identity)
     try:
         if work.reads:
