@@ -126,7 +126,11 @@ def recover(
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:
     """{prunable layer: [N, K] bool, True = keep}: what packed layers say, and what is not 0 in dense ones."""
-    found = {n: sbt.unpack(m.packed)[1] for n, m in model.named_modules() if isinstance(m, SparseLinear)}
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, SparseLinear):
+            sbt.validate(layer.packed, name)
+            found[name] = sbt.unpack(layer.packed)[1]
     for block in models.open_source(model).blocks():
         found |= {name: layer.weight.detach() != 0 for name, layer in block.linears.items()}
     return found
@@ -332,6 +336,8 @@ def write(
     model, masks, fingerprint = _open(folder, device, values)
     check_masks(model, masks, settings.rank)
     source = models.open_source(model)
+    for block in source.blocks():
+        models.check_finite(block, "no loss means anything")
     source.name = str(folder)
     identity = {**identity, "model": fingerprint, **asdict(settings), "dtype": shards.dtype_name(dtype or model.dtype)}
     identity |= {"teacher": None if teacher is None else models.describe(teacher).fingerprint}
@@ -361,6 +367,7 @@ def write(
 
 def _open(folder: "str | Path", device: str, values: str | None) -> tuple[nn.Module, dict[str, Tensor], str]:
     """The dense model of a folder, the masks of its prunable layers, and its fingerprint."""
+    models.open_source(folder)  # refuses what transformers would read as something else, such as single layers in fp8
     model = hf.load(folder, tokens=None)
     rounded = [n for n, m in model.named_modules() if isinstance(m, SparseLinear) and m.weight_scale is not None]
     if rounded and values is None:

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from compressed import planned, with_alphas
 from conftest import make_model
 
 import alphaprune
-from alphaprune import checkpoint
+from alphaprune import checkpoint, hf, recovery
 from alphaprune.compressions import export
 
 ROOT = Path(__file__).parent.parent
@@ -153,3 +154,17 @@ def test_cut_off_after_the_folder_has_its_name(run, directory: Path, tmp_path: P
     assert run(*command) == wanted
     assert {file.name: file.read_bytes() for file in Path("out").iterdir()} == content
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_factors_are_recovered_as_factors(run, directory: Path, text_file: Path) -> None:
+    pytest.importorskip("peft")
+    assert run("compress", directory, "-o", "low", "--rank-ratio", 0.6, "--allocator", "uniform")[0] == 0
+    options = ("--sparsity", 0.5, "--method", "magnitude", "--allocator", "uniform")
+    assert run("prune", "low", "-o", "pruned", *options)[0] == 0
+    few = ("--steps", 4, "--batch", 4, "--rank", 2, "--length", 32, "--windows", 8)
+    status, out, err = run("recover", "pruned", "-o", "o", "--calibration", text_file, *few, "--json")
+    assert status == 0, err
+    before, after = (recovery.masks_of(hf.load(name, tokens=None)) for name in ("pruned", "o"))
+    assert before.keys() == after.keys() and any(name.endswith(".first") for name in before)
+    assert all(torch.equal(mask, before[name]) for name, mask in after.items())
+    assert json.loads(out)["loss"]["after"] < json.loads(out)["loss"]["before"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import make_model, write_tokenizer
 from packed import DENSE, logits, sparse_layers, zeros_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import alphaprune
@@ -292,18 +294,22 @@ def test_int8_models_are_refused_unless_they_may_be_rounded_again(run, folders: 
     assert isinstance(again.get_submodule(name), SparseLinear) and found["loss"]["after"] < found["loss"]["before"]
 
 
-def test_factors_stay_factors(run, folders: dict[str, Path]) -> None:
-    assert run("compress", folders["whole"], "-o", "low", "--rank-ratio", 0.6, "--allocator", "uniform")[0] == 0
-    options = ("--sparsity", 0.5, "--method", "magnitude", "--allocator", "uniform")
-    assert run("prune", "low", "-o", "pruned", *options)[0] == 0
-    status, out, err = run(*command({**folders, "low": "pruned"}, "low", "o", "--json"))
-    assert status == 0, err
-    before, after = (recovery.masks_of(hf.load(name, tokens=None)) for name in ("pruned", "o"))
-    assert before.keys() == after.keys() and any(name.endswith(".first") for name in before)
-    for name, mask in after.items():
-        assert torch.equal(mask, before[name])
-    found = json.loads(out)
-    assert found["loss"]["after"] < found["loss"]["before"]
+@pytest.mark.parametrize(
+    ("model", "part", "damaged", "sentence"),
+    [
+        ("packed", "weight", lambda t: t.fill_(torch.nan), "NaN or infinity"),
+        ("packed", "weight_offsets", lambda t: t + 5, "offsets"),
+        ("zeros", "weight", lambda t: t.to(torch.float8_e4m3fn), "its weights are F8_E4M3"),
+    ],
+)
+def test_damaged_layers_are_named(run, folders: dict[str, Path], model: str, part: str, damaged, sentence: str) -> None:
+    name, bad = "model.layers.0.self_attn.q_proj", Path(shutil.copytree(folders[model], "bad"))
+    file = next(f for f in bad.glob("*.safetensors") if f"{name}.{part}" in load_file(f))
+    tensors = {n: t.clone() for n, t in load_file(file).items()}
+    tensors[f"{name}.{part}"] = damaged(tensors[f"{name}.{part}"])
+    save_file(tensors, file, {"format": "pt"})
+    status, _, err = run(*command({**folders, "bad": bad}, "bad", "o"))
+    assert status == 2 and name in err and sentence in err and not Path("o").exists()
 
 
 @pytest.mark.parametrize("last", ["config.json", "out"])
@@ -323,8 +329,8 @@ def test_cut_off_when_only_the_name_is_missing(run, folders: dict[str, Path], la
     status, again, err = run(*command(folders, "zeros", "out", "--json"))
     assert status == 0, err
     assert json.loads(again)["loss"] == pytest.approx(json.loads(out)["loss"], rel=1e-6)
-    content = {file.name: file.read_bytes() for file in Path("out").iterdir()}
-    assert content == {file.name: file.read_bytes() for file in Path("whole").iterdir()}
+    found, wanted = ({f.name: f.read_bytes() for f in Path(name).iterdir()} for name in ("out", "whole"))
+    assert found == wanted
 
 
 LINE = {

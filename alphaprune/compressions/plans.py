@@ -136,7 +136,10 @@ def fill(
     sizes = [part.costs[-1] for part in free.values()]
     removed = max(0.0, 1 - budget / sum(sizes))
     high = min(MOST, max(1 - part.costs[0] / part.costs[-1] for part in free.values()))
-    need(removed <= high, f"{method}: a share of {removed:.3f} would have to go, and no more than {high:.3f} can")
+    need(
+        removed <= high,
+        f"{method}: of what can keep less a share of {removed:.3f} would have to go, and no more than {high:.3f} can",
+    )
     spread = _epsilon(analysis, allocator, epsilon, granularity, removed, high)
     ratios = planning.ratios(analysis, removed, allocator, spread, granularity, (0.0, high))
     if reverse:
