@@ -81,6 +81,18 @@ def content(path: Path) -> dict[str, bytes]:
     return {"" if file == path else file.name: file.read_bytes() for file in files}
 
 
+def differing(goal: Path, wanted: dict[str, bytes]) -> str:
+    """What files differ, and where the first one does."""
+    found = content(goal) if goal.exists() else {}
+    names = sorted(name for name in {**found, **wanted} if found.get(name) != wanted.get(name))
+    if not names:
+        return "no file"
+    one, other = (files.get(names[0], b"") for files in (wanted, found))
+    at = next((i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), len(one))
+    begin = max(0, at - 60)
+    return f"{names}, in the first of {len(one)} and {len(other)} bytes: {one[begin:at + 60]} {other[begin:at + 60]}"
+
+
 def main() -> int:
     seed, kills = int(sys.argv[1]), int(sys.argv[2])
     goal, whole, command = Path(sys.argv[3]), Path(sys.argv[4]), sys.argv[5:]
@@ -110,7 +122,7 @@ def main() -> int:
         if killed and status == 2 and same:
             status = 0  # the run had ended but for its exit status: the next one is told that its result is there
         if status or not same:
-            print(f"after kills at calls {killed} of {total}: status {status}, other bytes")
+            print(f"after kills at calls {killed} of {total}: status {status}, other bytes in {differing(goal, wanted)}")
             return 1
         left = [file.name for file in goal.parent.iterdir() if file.name.startswith(f"{goal.name}.")]
         if left:
