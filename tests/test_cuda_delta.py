@@ -207,7 +207,7 @@ PLANTED = {
         "for (int step = lanes / 2; step; step /= 2) sum[t] +=",
         "for (int step = lanes / 4; step; step /= 2) sum[t] +=",
     ),
-    "no bias": ("sum += static_cast<const float*>(out.bias)[row];", ""),
+    "no bias": ("if (out.bias) sum += bias_of(out, row);", ""),
     "no residual": ("if (out.residual) sum += Value::widen(out.residual[to]);", ""),
     "no zeros past the columns": ("col < p.block_cols + kDeltaSlack; col", "col < p.block_cols; col"),
     "x not checked": ("poison += poison_of(low[t]) + poison_of(high[t]);", ""),

@@ -196,7 +196,7 @@ PLANTED = {
     "rows past the last": ("if (row >= p.out.rows) continue;", ""),
     "x not probed": ("mma_sparse<0, Value>(probe, b[t], b[t], words.x);", ""),
     "a pruned infinity forgotten": ("if (is_nan(any) &&", "if (!is_nan(any) &&"),
-    "no bias": ("sum += static_cast<const float*>(out.bias)[row];", ""),
+    "no bias": ("if (out.bias) sum += bias_of(out, row);", ""),
 }
 
 
