@@ -173,7 +173,7 @@ ALPHAPRUNE_KERNEL __launch_bounds__(kMostWarps* kWarp) sbt_mma(const MmaProblem 
     constexpr int kSpan = kTight ? 1 : kChunkSteps;  // no activations of a step further on
     uint4 words = mine.words(stage, 0);
     ALPHAPRUNE_NO_UNROLL
-    for (int span = 0; span < kChunkSteps; span += kSpan) {
+    for (int span = 0; span < kChunkSteps; span += kSpan) {  // cubins: trips 8: kChunkSteps, where it is tight
       ALPHAPRUNE_UNROLL
       for (int in_span = 0; in_span < kSpan; ++in_span) {
         const int step = span + in_span;
