@@ -90,7 +90,9 @@ def differing(goal: Path, wanted: dict[str, bytes]) -> str:
     one, other = (files.get(names[0], b"") for files in (wanted, found))
     at = next((i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), len(one))
     begin = max(0, at - 60)
-    return f"{names}, in the first of {len(one)} and {len(other)} bytes: {one[begin:at + 60]} {other[begin:at + 60]}"
+    return (
+        f"{names}, in the first of {len(one)} and {len(other)} bytes: {one[begin : at + 60]} {other[begin : at + 60]}"
+    )
 
 
 def main() -> int:
@@ -122,7 +124,8 @@ def main() -> int:
         if killed and status == 2 and same:
             status = 0  # the run had ended but for its exit status: the next one is told that its result is there
         if status or not same:
-            print(f"after kills at calls {killed} of {total}: status {status}, other bytes in {differing(goal, wanted)}")
+            what = differing(goal, wanted)
+            print(f"after kills at calls {killed} of {total}: status {status}, other bytes in {what}")
             return 1
         left = [file.name for file in goal.parent.iterdir() if file.name.startswith(f"{goal.name}.")]
         if left:
