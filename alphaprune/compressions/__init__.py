@@ -1,7 +1,6 @@
 """Bits, ranks, heads and channels from the heavy tails of the layers: plan, and carry the plan out block by block."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,7 +160,7 @@ def _blocks(
             done = Done(block, {}, {}, skipped=True)
         else:
             check_finite(block, "they cannot be rounded, factored or compared")
-            with _on(block, recipe.device):
+            with calibrate.on(block, recipe.device):
                 inputs = calibrate.statistics(block, activations, needs) if activations else {}
                 done = _block(block, source.config, plan, recipe, inputs)
                 if activations and block.index + 1 < source.block_count():
@@ -203,16 +202,3 @@ def _summary(writer: Writer, before: Description) -> Written:
     stored = sum(sizes[name] for name in inside if not name.endswith(".bias"))
     changed = sum(name.endswith((".weight_mask", ".first.weight")) for name in inside)
     return Written(writer.out, dense, stored, changed, len(before.shapes), writer.errors)
-
-
-@contextmanager
-def _on(block: Block, device: str | None) -> Iterator[None]:
-    """Has a block on a device, and afterwards where it was."""
-    before = next(block.module.parameters()).device
-    if device is not None:
-        block.module.to(device)
-    try:
-        yield
-    finally:
-        if device is not None:
-            block.module.to(before)
