@@ -16,7 +16,7 @@ FLOW = """
     tuning inspection throughput benchmark report serving demo commands cli vllm_plugin
 """.split()  # noqa: SIM905
 SOURCES = sorted((ROOT / "alphaprune").rglob("*.py")) + sorted((ROOT / "kernels").glob("*.py"))
-SOURCES = [s for s in SOURCES if "alphaprune/kernels" not in s.as_posix()]
+SOURCES = [s for s in SOURCES if not s.is_relative_to(ROOT / "alphaprune/kernels")]
 
 
 def room(path: Path) -> str:
