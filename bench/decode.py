@@ -33,6 +33,8 @@ import subprocess
 import sys
 from typing import Any
 
+from rows import append
+
 PROMPT = 16
 COLUMNS = ("model", "sparsity", "values", "decoder", "tokens/s", "step s", "over kernels", "weights GB", "GB/s")
 
@@ -162,8 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     def show(row: dict[str, Any]) -> None:
         print(json.dumps(row) if options.json else line(row), flush=True)
         if options.out:
-            with open(options.out, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            append(options.out, row)
 
     if not options.json:
         print("  ".join(f"{name:>12}" for name in COLUMNS))

@@ -29,6 +29,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rows import append
+
 COLUMNS = ("model", "weights", "load", "decoder", "tokens/s", "step s", "over kernels", "ratio", "GB")
 MODELS = "llama2-7b,llama3-8b,mistral-7b"
 GPU_SPARSITY = "0.7,0.5,2:4,0.8"
@@ -183,8 +185,7 @@ def main(options: argparse.Namespace) -> int:
     def write(row: dict[str, Any]) -> None:
         print(json.dumps(row) if options.json else line(row), flush=True)
         if options.out:
-            with open(options.out, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            append(options.out, row)
 
     if not options.json:
         print("  ".join(f"{name:>12}" for name in COLUMNS))

@@ -11,3 +11,9 @@ def replace(file: Path, made: list[dict[str, Any]], key: str) -> None:
     before = file.read_text().splitlines() if file.exists() else []
     kept = [line for line in before if json.loads(line)[key] not in news]
     file.write_text("\n".join([*kept, *(json.dumps(row) for row in made)]) + "\n")
+
+
+def append(file: "str | Path", row: dict[str, Any]) -> None:
+    """Puts one row at the end of a file."""
+    with open(file, "a") as handle:
+        handle.write(json.dumps(row) + "\n")

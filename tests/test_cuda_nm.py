@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerance import assert_product
+from tolerance import assert_outputs, assert_product
 from torch import Tensor
 
 from alphaprune.formats import sbt
@@ -45,11 +45,7 @@ def check(kernel, n: int, k: int, pattern: tuple[int, int], tokens: int, dtype: 
     x = torch.randn(tokens, k).to(dtype)
     problem, y = multiply(kernel, nm_layout.build(sbt.pack(weight, mask)), x, **options)
     assert not problem
-    bias, residual = options.get("bias"), options.get("residual")
-    if residual is None:
-        assert_product(y, x, weight, bias)
-    for token in range(0 if residual is None else tokens):  # of one token they are one vector that is added
-        assert_product(y[token], x[token], weight, residual[token].float() + (0 if bias is None else bias.float()))
+    assert_outputs(y, x, weight, options.get("bias"), options.get("residual"))
 
 
 @pytest.mark.parametrize("dtype", HALVES)

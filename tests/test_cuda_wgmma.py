@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import problem
-from tolerance import assert_product
+from tolerance import assert_outputs, assert_product
 from torch import Tensor
 from torch.nn import functional
 
@@ -50,11 +50,7 @@ def check(kernel, n, k, tokens, density, splits, shared, dtype=torch.bfloat16, *
     dense, packed, x = problem(n, k, tokens, density, dtype, dtype)
     text, y = multiply(kernel, packed, x, splits, shared, **options)
     assert not text
-    bias, residual = options.get("bias"), options.get("residual")
-    if residual is None:
-        assert_product(y, x, dense, bias)
-    for token in range(0 if residual is None else tokens):  # of one token they are one vector that is added
-        assert_product(y[token], x[token], dense, residual[token].float() + (0 if bias is None else bias.float()))
+    assert_outputs(y, x, dense, options.get("bias"), options.get("residual"))
 
 
 @pytest.mark.parametrize("order", cuda_face.ORDERS)

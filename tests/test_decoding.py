@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +15,7 @@ from alphaprune.model import prunable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SCRIPT = Path(__file__).parent.parent / "bench" / "decode.py"
+sys.path.insert(0, str(SCRIPT.parent))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +107,6 @@ def test_the_script_says_what_it_cannot_measure(script: ModuleType, capsys) -> N
 def test_the_script_for_gpus_goes_through_everything_on_the_cpu(
     script: ModuleType, tmp_path: Path, capsys, monkeypatch
 ):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     out = tmp_path / "rows.jsonl"
     small = ["--dry-run", "--new", "3", "--sequences", "1,3", "--prefill", "20", "--sparsity", "0.7,2:4"]
     assert script.main([*small, "--json", "--out", str(out)]) == 0
@@ -131,7 +132,6 @@ def test_the_script_for_gpus_goes_through_everything_on_the_cpu(
 
 
 def test_the_script_for_gpus_says_what_memory_a_load_lacked(script: ModuleType, capsys, monkeypatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     monkeypatch.setattr(memory, "free", lambda device: 10**6)
     monkeypatch.setattr(decoding, "memory", lambda device: None)
     assert script.main(["--dry-run", "--new", "2", "--sparsity", "0.5", "--prefill", "20000"]) == 0

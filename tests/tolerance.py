@@ -62,3 +62,12 @@ def assert_product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = N
     if finite.any():
         excess = ((y.double() - truth).abs() / bound(x, weight, bias, rounded))[finite].max().item()
         assert excess <= 1, f"error is {excess:.3g} times the bound"
+
+
+def assert_outputs(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    """As `assert_product` for y [M, N], with a residual [M, N] or without."""
+    if residual is None:
+        assert_product(y, x, weight, bias)
+        return
+    for token in range(len(x)):  # of one token they are one vector that is added
+        assert_product(y[token], x[token], weight, residual[token].float() + (0 if bias is None else bias.float()))
