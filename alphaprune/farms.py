@@ -12,7 +12,6 @@ times and not `count`² times, and a strip's Gram matrix is all that is in memor
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -94,9 +93,10 @@ def _eigenvalues(grams: Iterable[Tensor], device: torch.device) -> Iterator[Tens
         for blocks in grams:
             yield from cusolver.eigvalsh(blocks).double().clamp_min(0).cpu()
         return
-    with _threads() as (pool, count):
+    ahead = 2 * torch.get_num_threads()
+    with spectrum.threads() as pool:
         matrices = (block for blocks in grams for block in blocks)
-        yield from _ahead(pool, lambda block: cusolver.eigvalsh(block[None])[0], matrices, 2 * count)
+        yield from _ahead(pool, lambda block: cusolver.eigvalsh(block[None])[0], matrices, ahead)
 
 
 def _ahead(
@@ -110,14 +110,3 @@ def _ahead(
             yield waiting.popleft().result().double().clamp_min(0)
     while waiting:
         yield waiting.popleft().result().double().clamp_min(0)
-
-
-@contextmanager
-def _threads() -> Iterator[tuple[ThreadPoolExecutor, int]]:
-    """As many threads as torch has, with a torch of one thread in each; and how many. The caller's torch keeps all."""
-    before = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(before, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool, before
-    finally:
-        torch.set_num_threads(before)

@@ -1,11 +1,14 @@
 """Weight → eigenvalues of WᵀW, in the cheapest way that is exact enough for what reads them.
 
-λ = σ(W)² are had from the Gram matrix of the smaller side or from singular values. A float32 Gram matrix has an
-absolute error of some 1e-7·λ_max: nothing to a fit of the upper tail, everything to one that reads the logarithm of
-the smallest eigenvalue of a square matrix, where λ_min/λ_max is about 1/n².
+λ = σ(W)² are had from the Gram matrix of the smaller side. One in float32 has an absolute error of some 1e-7·λ_max:
+nothing to a fit of the upper tail, everything to one that reads the logarithm of the smallest eigenvalue of a square
+matrix, where λ_min/λ_max is about 1/n². One in float64 keeps that one, too, with more digits than the float32 singular
+values of the published estimator, and costs a fifth of them where a library has no fast way to singular values.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +23,8 @@ Need = Literal["tail", "all"]  # what must be exact: the eigenvalues around and 
 SOLVERS = ("auto", "float64")
 # CUDA devices whose float64 units are half as many as their float32 ones: P100, V100, A100, H100/H200, B200.
 CHEAP_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
-BATCHED_UP_TO = 256  # smaller side, on a CPU; above, one call per matrix is as fast and needs the memory of one
+BATCHED_UP_TO = 256  # smaller side, on a CPU; above, one call per matrix is as fast
+GRAM_BYTES = 1 << 30  # of the Gram matrices that wait on a CPU for their eigenvalues
 BYTES_PER_WEIGHT = 16  # on a GPU, at most: as it came, scaled in float32, and in float64
 STRIP = 256  # rows of a Gram matrix at once, at least: narrower ones do not fill the machine
 WORST_RATIO = 1e-3  # median λ / λ_max below which a float32 Gram matrix is not exact enough for a tail
@@ -28,34 +32,24 @@ WORST_RATIO = 1e-3  # median λ / λ_max below which a float32 Gram matrix is no
 
 @dataclass(frozen=True)
 class Solver:
-    """How eigenvalues are had: from the "gram" matrix or by "svd", in which precision."""
+    """How eigenvalues are had: from the Gram matrix, in which precision."""
 
-    route: Literal["gram", "svd"]
     dtype: torch.dtype
 
     def __str__(self) -> str:
-        return f"{self.route} {str(self.dtype).removeprefix('torch.')}"
+        return f"gram {str(self.dtype).removeprefix('torch.')}"
 
     @property
     def noise(self) -> float:
-        """λ/λ_max below which an eigenvalue is round-off: 16 ε of a Gram matrix, the square of that of σ."""
-        error = 16 * torch.finfo(self.dtype).eps
-        return error if self.route == "gram" else error**2
+        """λ/λ_max below which an eigenvalue is round-off: 16 ε."""
+        return 16 * torch.finfo(self.dtype).eps
 
 
-def choose(shape: tuple[int, int], need: Need, device: torch.device, solver: str = "auto") -> Solver:
-    """The cheapest solver that is exact enough for `need`.
-
-    Where only the tail counts, a float32 Gram matrix. Where the smallest eigenvalue counts, float32 singular values of
-    square matrices (what the published estimator has) and the float64 Gram matrix of the others, which is exact for
-    them and faster. On devices where float64 is cheap, and on request, always the float64 Gram matrix.
-    """
+def choose(need: Need, device: torch.device, solver: str = "auto") -> Solver:
+    """The cheapest solver that is exact enough for `need`: float32 where only the tail counts, else float64. On devices
+    where float64 is cheap, and on request, always float64."""
     cheap = device.type == "cuda" and torch.cuda.get_device_capability(device) in CHEAP_FLOAT64
-    if solver == "float64" or cheap:
-        return Solver("gram", torch.float64)
-    if need == "tail":
-        return Solver("gram", torch.float32)
-    return Solver("svd", torch.float32) if shape[0] == shape[1] else Solver("gram", torch.float64)
+    return Solver(torch.float64 if need == "all" or solver == "float64" or cheap else torch.float32)
 
 
 def eigenvalues(
@@ -81,27 +75,29 @@ def solve(
     if len(shapes) != 1 or any(len(s) != 2 or 0 in s for s in shapes):
         raise ValueError(f"weights: wanted matrices of one shape [N, K], got {sorted(shapes)}")
     shape = shapes.pop()
-    chosen = choose(shape, need, target, solver)
+    chosen = choose(need, target, solver)
     step = together(shape, len(weights), cusolver.free_bytes(target) if target.type == "cuda" else None)
     found: list[tuple[Tensor, Solver]] = []
     for start in range(0, len(weights), step):
-        part = torch.stack([weight.detach().to(target) for weight in weights[start : start + step]])  # [b, N, K]
-        part, scale = scaled(part)
-        for row, values in enumerate(_solve(part, chosen)):
+        part = weights[start : start + step]
+        for weight, values in zip(part, _solve(part, chosen, target), strict=True):
             used = chosen
-            if need == "tail" and chosen == Solver("gram", torch.float32) and too_steep(values):
-                used = Solver("gram", torch.float64)
-                values = _solve(part[row : row + 1], used)[0]
-            found.append((values * scale[row] ** 2, used))
+            if need == "tail" and chosen.dtype == torch.float32 and too_steep(values):
+                used = Solver(torch.float64)
+                values = _solve([weight], used, target)[0]
+            found.append((values, used))
     return found
 
 
 def together(shape: tuple[int, int], count: int, free: int | None) -> int:
-    """How many of `count` matrices [N, K] are solved at once: on a CPU those that are small, on a GPU (free: its bytes)
-    what half of the memory holds with their Gram matrices; the other half is for the solver's copy and workspace."""
+    """How many of `count` matrices [N, K] are solved at once. On a CPU (free: None) all if they are small, else one per
+    thread; on a GPU (free: its bytes) what half of the memory holds with their Gram matrices: the other half is for the
+    solver's copy and workspace."""
+    small = min(shape)
     if free is None:
-        return count if min(shape) <= BATCHED_UP_TO else 1
-    each = BYTES_PER_WEIGHT * shape[0] * shape[1] + 8 * min(shape) ** 2
+        waiting = min(torch.get_num_threads(), GRAM_BYTES // (8 * small**2))
+        return count if small <= BATCHED_UP_TO else max(1, min(count, waiting))
+    each = BYTES_PER_WEIGHT * shape[0] * shape[1] + 8 * small**2
     return max(1, min(count, free // 2 // each))
 
 
@@ -137,13 +133,37 @@ def scaled(weights: Tensor) -> tuple[Tensor, Tensor]:
     return weights * torch.exp2(-power).to(weights.dtype)[:, None, None], torch.exp2(power).cpu()
 
 
-def _solve(weights: Tensor, solver: Solver) -> Tensor:
-    """[b, min(N, K)] float64 ascending, on the CPU, of weights [b, N, K]."""
-    weights = weights.to(solver.dtype)
-    if solver.route == "svd":
-        return torch.linalg.svdvals(weights).double().square().flip(-1).cpu()
-    side = weights if weights.shape[1] <= weights.shape[2] else weights.mT  # [b, small, large]
-    return cusolver.eigvalsh(lower_gram(side)).double().clamp_min(0).cpu()
+def _solve(weights: Sequence[Tensor], solver: Solver, device: torch.device) -> Tensor:
+    """[b, min(N, K)] float64 ascending, on the CPU, of b weights [N, K]."""
+    alone = device.type == "cpu" and min(weights[0].shape) > BATCHED_UP_TO  # such weights are copied one at a time
+    made = [_gram(part, solver, device) for part in ([[weight] for weight in weights] if alone else [weights])]
+    grams, scales = zip(*made, strict=True)
+    if len(grams) == 1:
+        values = cusolver.eigvalsh(grams[0])
+    else:  # half of the work waits for the memory: two solvers of one thread are faster than one of two
+        with threads(len(grams)) as pool:
+            values = torch.cat(list(pool.map(cusolver.eigvalsh, grams)))
+    return values.double().clamp_min(0).cpu() * torch.cat(scales)[:, None] ** 2
+
+
+def _gram(weights: Sequence[Tensor], solver: Solver, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Lower triangles of the Gram matrices [b, small, small] of scaled weights [N, K]; their scales [b]."""
+    part, scale = scaled(torch.stack([weight.detach().to(device) for weight in weights]))  # [b, N, K]
+    part = part.to(solver.dtype)
+    return lower_gram(part if part.shape[1] <= part.shape[2] else part.mT), scale
+
+
+@contextmanager
+def threads(most: int | None = None) -> Iterator[ThreadPoolExecutor]:
+    """As many threads as torch has, or `most`, which share torch's: each has a torch of its own with its part of them.
+    The caller's torch keeps all."""
+    before = torch.get_num_threads()
+    count = min(before, most or before)
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(before // count,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
 
 
 def lower_gram(side: Tensor) -> Tensor:

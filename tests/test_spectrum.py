@@ -30,8 +30,8 @@ def test_every_route_gives_the_squared_singular_values(shape, need, solver) -> N
     wanted = truth(weight)
     assert found.dtype == torch.float64 and found.shape == (min(shape),)
     assert (found.diff() >= 0).all() and (found >= 0).all()
-    used = spectrum.choose(shape, need, CPU, solver)
-    absolute = {"gram float32": 2e-6, "svd float32": 1e-6, "gram float64": 1e-14}[str(used)] * wanted[-1]
+    used = spectrum.choose(need, CPU, solver)
+    absolute = {"gram float32": 2e-6, "gram float64": 1e-14}[str(used)] * wanted[-1]
     assert ((found - wanted).abs() <= absolute).all()
 
 
@@ -42,7 +42,7 @@ def test_what_needs_the_smallest_gets_the_smallest() -> None:
         weight = gaussian(256, 256, seed)
         smallest = truth(weight)[0]
         kept = spectrum.eigenvalues(weight, device="cpu", need="all")[0]
-        lost = spectrum._solve(weight[None], Solver("gram", torch.float32))[0, 0]
+        lost = spectrum._solve([weight], Solver(torch.float32), CPU)[0, 0]
         errors = {
             k: max(e, float(abs(v / smallest - 1))) for (k, e), v in zip(errors.items(), (kept, lost), strict=True)
         }
@@ -89,12 +89,41 @@ def test_steep_spectra_are_solved_in_float64() -> None:
 
 
 def test_policy() -> None:
-    def chosen(shape, need, solver="auto"):
-        return str(spectrum.choose(shape, need, CPU, solver))
+    def chosen(need, solver="auto"):
+        return str(spectrum.choose(need, CPU, solver))
 
-    assert chosen((64, 64), "tail") == chosen((64, 96), "tail") == "gram float32"
-    assert chosen((64, 64), "all") == "svd float32" and chosen((96, 64), "all") == "gram float64"
-    assert chosen((64, 64), "tail", "float64") == chosen((64, 64), "all", "float64") == "gram float64"
+    assert chosen("tail") == "gram float32" and chosen("all") == "gram float64"
+    assert chosen("tail", "float64") == chosen("all", "float64") == "gram float64"
+
+
+def test_large_matrices_share_the_threads_and_agree_with_themselves_alone() -> None:
+    """With the steep one among them, which is solved again; the caller's torch keeps its threads."""
+    weights = [gaussian(270, 300, seed) for seed in range(4)] + [gaussian(270, 300, 5) + 10.0 / 270]
+    alone = [spectrum.solve([weight], device="cpu")[0] for weight in weights]
+    torch.set_num_threads(3)
+    together = spectrum.solve(weights, device="cpu")
+    assert torch.get_num_threads() == 3
+    assert [str(used) for _, used in together] == ["gram float32"] * 4 + ["gram float64"]
+    for (values, _), (wanted, _) in zip(together, alone, strict=True):
+        assert ((values - wanted).abs() <= 2e-6 * wanted[-1]).all()
+
+
+@pytest.mark.parametrize("torch_has, most, wanted", [(1, 4, 1), (3, None, 1), (5, 2, 2), (2, 2, 1)])
+def test_a_pool_shares_what_torch_has(torch_has, most, wanted) -> None:
+    torch.set_num_threads(torch_has)
+    with spectrum.threads(most) as pool:
+        assert set(pool.map(lambda _: torch.get_num_threads(), range(8))) == {wanted}
+    assert torch.get_num_threads() == torch_has
+
+
+def test_how_many_are_solved_at_once() -> None:
+    torch.set_num_threads(6)
+    assert spectrum.together((64, 200), 40, None) == 40  # small ones all, in one call
+    assert spectrum.together((4096, 11008), 40, None) == 6  # one per thread
+    assert spectrum.together((4096, 4096), 4, None) == 4
+    assert spectrum.together((28672, 8192), 40, None) == 2  # 1 GiB of float64 Gram matrices
+    assert spectrum.together((50000, 50000), 40, None) == 1
+    assert spectrum.together((4096, 4096), 40, 12 << 30) == 16  # on a GPU by its memory
 
 
 def test_the_users_precision_is_neither_used_nor_changed() -> None:
@@ -115,7 +144,7 @@ def test_the_users_precision_is_neither_used_nor_changed() -> None:
 @pytest.mark.parametrize("need", ["tail", "all"])
 def test_cuda_agrees(shape, need) -> None:
     weight = gaussian(*shape)
-    used = spectrum.choose(shape, need, torch.device("cuda"))
+    used = spectrum.choose(need, torch.device("cuda"))
     found = spectrum.eigenvalues(weight, need=need)
     tolerance = 1e-13 if used.dtype == torch.float64 else 2e-6
     assert found.device.type == "cpu"
