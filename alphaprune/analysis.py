@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import alphaprune
-from alphaprune import activity, alpha, calibrate, farms, metrics, ranks, sketches, spectrum, trees
+from alphaprune import activity, alpha, calibrate, farms, ranks, sketches, spectrum, trees
 from alphaprune.files import atomic_write_text
 from alphaprune.journal import Journal
 from alphaprune.model import Block, Description, Source, check_finite
 from alphaprune.states import Room
+from alphaprune.weight_stats import WeightStats, cost
 
 VERSION = 1
 NO_SPECTRUM = "they have no spectrum"
@@ -109,7 +110,7 @@ def analyze(
     target, source = spectrum.check(solver, ranks.device(device)), trees.open_source(source)
     trees.check(source, tokens=tokens)
     statistics = statistics if inputs is None else trees.statistics(source, inputs, "gram")
-    known, work = source.description(), _Work(fit, str(target), solver, magnitudes, windows)
+    known, work = source.description(), WeightStats(fit, str(target), solver, magnitudes, windows)
     active = tokens is not None or statistics is not None
     versions = {"alphaprune": alphaprune.__version__, "torch": torch.__version__}
     identity = {"fingerprint": known.fingerprint, "dtype": known.dtype, **versions, "threads": torch.get_num_threads()}
@@ -143,46 +144,14 @@ def steps(blocks: int, fit: str | None, magnitudes: bool, windows: Any, active: 
 ACTIVITY = "activity "  # what entries of a block's inputs are called by, followed by its number
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What is found out of weights alone."""
-
-    fit: "alpha.Method | None"
-    device: str
-    solver: str
-    magnitudes: bool
-    windows: "farms.Windows | None"
-
-    @property
-    def reads(self) -> bool:
-        return self.fit is not None or self.magnitudes or self.windows is not None
-
-    def entry(self, layers: dict[str, Tensor]) -> dict[str, Any]:
-        """Columns, series and solvers of layers of one shape."""
-        found: dict[str, dict[str, Any]] = {name: {"columns": {}, "series": {}} for name in layers}
-        solvers = set()
-        if self.fit is not None:
-            for name, (entry, used) in _spectral(layers, self.fit, self.device, self.solver).items():
-                found[name] = entry
-                solvers.add(used)
-        for name, weight in layers.items():
-            if self.windows is not None:
-                found[name]["columns"].update(_farms_columns(name, weight, self.windows, self.device))
-            if self.magnitudes:
-                found[name]["series"].update(sketches.series(weight))
-        return {"layers": found, "solvers": sorted(solvers)}
-
-
 def _by_weights(
-    source: Source, known: Description, work: _Work, done: Journal, progress: Callable[[str], None] | None
+    source: Source, known: Description, work: WeightStats, done: Journal, progress: Callable[[str], None] | None
 ) -> None:
     """Entries of all layers, those of one block and shape together: this process makes its share."""
     units: dict[str, list[str]] = {}
     for name, (n, k) in known.shapes.items():
         units.setdefault(f"{known.block_of[name]} {n}x{k}", []).append(name)
-    costs = {
-        unit: _cost(known.shapes[names[0]]) * len(names) for unit, names in units.items() if unit not in done.known
-    }
+    costs = {unit: cost(known.shapes[names[0]]) * len(names) for unit, names in units.items() if unit not in done.known}
     owners, own = ranks.mine(costs), {}
     for unit in units:
         if owners.get(unit) == ranks.world().rank:
@@ -190,8 +159,9 @@ def _by_weights(
     for block in _passed(source, own, progress):
         names = {name for unit in own[block.index] for name in units[unit]}
         check_finite(replace(block, linears={n: m for n, m in block.linears.items() if n in names}), NO_SPECTRUM)
-        for unit in own[block.index]:
-            done.add(unit, work.entry({name: block.linears[name].weight.detach() for name in units[unit]}))
+        weights = {u: {n: block.linears[n].weight.detach() for n in units[u]} for u in own[block.index]}
+        for unit, entry in work.entries(weights).items():
+            done.add(unit, entry)
 
 
 def _by_activity(
@@ -240,12 +210,6 @@ def _passed(source: Source, wanted: Collection[int], progress: Callable[[str], N
     hear(source.block_count())
 
 
-def _cost(shape: tuple[int, int]) -> float:
-    """Operations of a spectrum, but for a factor: a Gram matrix of the smaller side, and its eigenvalues."""
-    small, large = sorted(shape)
-    return float(small**2 * (large + 4 * small))
-
-
 def option_for(name: str) -> str:
     """The option of `alphaprune analyze` that makes a column or a series."""
     if name in activity.COLUMNS:
@@ -268,29 +232,6 @@ def arguments_for(entries: Iterable[str]) -> dict[str, Any]:
         "magnitudes": "--magnitudes" in options,
         "windows": farms.Windows() if "--farms" in options else None,
     }
-
-
-def _spectral(
-    layers: dict[str, Tensor], fit: "alpha.Method", device: str, solver: str
-) -> dict[str, tuple[dict[str, Any], str]]:
-    """Columns, the spectrum's series and solver of layers of one shape, which go to the solver together."""
-    found, spectra = {}, spectrum.solve(list(layers.values()), alpha.NEED[fit], device, solver)
-    for (name, weight), (eigenvalues, used) in zip(layers.items(), spectra, strict=True):
-        try:
-            law = alpha.fit(eigenvalues, fit, noise=used.noise)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        columns = {**law.columns(), **metrics.columns(eigenvalues, law, tuple(weight.shape), used.noise)}
-        series = {sketches.SPECTRUM: sketches.eigenvalues(eigenvalues)}
-        found[name] = {"columns": columns, "series": series}, str(used)
-    return found
-
-
-def _farms_columns(name: str, weight: Tensor, windows: "farms.Windows", device: str) -> dict[str, float]:
-    try:
-        return farms.columns(weight, windows, device)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
 
 
 def read_json(path: "str | Path", kind: str, version: int, record: type, part: str = "layer") -> dict[str, Any]:

@@ -24,8 +24,7 @@ SOLVERS = ("auto", "float64")
 # CUDA devices whose float64 units are half as many as their float32 ones: P100, V100, A100, H100/H200, B200.
 CHEAP_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 BATCHED_UP_TO = 256  # smaller side, on a CPU; above, one call per matrix is as fast
-GRAM_BYTES = 1 << 30  # of the Gram matrices that wait on a CPU for their eigenvalues
-BYTES_PER_WEIGHT = 16  # on a GPU, at most: as it came, scaled in float32, and in float64
+BYTES_PER_WEIGHT = 16  # at most: as it came, scaled in float32, and in float64
 STRIP = 256  # rows of a Gram matrix at once, at least: narrower ones do not fill the machine
 WORST_RATIO = 1e-3  # median λ / λ_max below which a float32 Gram matrix is not exact enough for a tail
 
@@ -79,26 +78,28 @@ def solve(
     step = together(shape, len(weights), cusolver.free_bytes(target) if target.type == "cuda" else None)
     found: list[tuple[Tensor, Solver]] = []
     for start in range(0, len(weights), step):
-        part = weights[start : start + step]
-        for weight, values in zip(part, _solve(part, chosen, target), strict=True):
+        part = torch.stack([weight.detach().to(target) for weight in weights[start : start + step]])  # [b, N, K]
+        part, scale = scaled(part)
+        for row, values in enumerate(_solve(part, chosen)):
             used = chosen
             if need == "tail" and chosen.dtype == torch.float32 and too_steep(values):
                 used = Solver(torch.float64)
-                values = _solve([weight], used, target)[0]
-            found.append((values, used))
+                values = _solve(part[row : row + 1], used)[0]
+            found.append((values * scale[row] ** 2, used))
     return found
 
 
 def together(shape: tuple[int, int], count: int, free: int | None) -> int:
-    """How many of `count` matrices [N, K] are solved at once. On a CPU (free: None) all if they are small, else one per
-    thread; on a GPU (free: its bytes) what half of the memory holds with their Gram matrices: the other half is for the
-    solver's copy and workspace."""
-    small = min(shape)
+    """How many of `count` matrices [N, K] are solved at once: on a CPU those that are small, on a GPU (free: its bytes)
+    what half of the memory holds with their Gram matrices; the other half is for the solver's copy and workspace."""
     if free is None:
-        waiting = min(torch.get_num_threads(), GRAM_BYTES // (8 * small**2))
-        return count if small <= BATCHED_UP_TO else max(1, min(count, waiting))
-    each = BYTES_PER_WEIGHT * shape[0] * shape[1] + 8 * small**2
-    return max(1, min(count, free // 2 // each))
+        return count if min(shape) <= BATCHED_UP_TO else 1
+    return max(1, min(count, free // 2 // working_bytes(shape)))
+
+
+def working_bytes(shape: tuple[int, int]) -> int:
+    """At most so many are in use while a matrix [N, K] is solved, but for the solver's copy and workspace."""
+    return BYTES_PER_WEIGHT * shape[0] * shape[1] + 8 * min(shape) ** 2
 
 
 def check(solver: str, device: str) -> torch.device:
@@ -123,40 +124,27 @@ def check(solver: str, device: str) -> torch.device:
 def scaled(weights: Tensor) -> tuple[Tensor, Tensor]:
     """Weights [b, N, K] divided by a power of two near their largest entry, so that no square leaves the range of the
     dtype and no bit is lost; and that power, [b] float64 on the CPU."""
-    if weights.dtype in (torch.float16, torch.bfloat16):
-        weights = weights.float()
-    largest = weights.abs().amax(dim=(1, 2)).double()  # [b]
+    largest = torch.maximum(weights.amax(dim=(1, 2)), -weights.amin(dim=(1, 2))).double()  # [b]
     if not bool(largest.isfinite().all()):
         raise ValueError("weights: NaN or infinity among them, so they have no spectrum")
+    halves = weights.dtype in (torch.float16, torch.bfloat16)
+    weights = weights.float() if halves else weights.clone()
     most = 126 if weights.dtype == torch.float32 else 1022  # powers of two that have a reciprocal
     power = torch.where(largest > 0, largest.log2().floor(), 0.0).clamp(-most, most)
-    return weights * torch.exp2(-power).to(weights.dtype)[:, None, None], torch.exp2(power).cpu()
+    return weights.mul_(torch.exp2(-power).to(weights.dtype)[:, None, None]), torch.exp2(power).cpu()
 
 
-def _solve(weights: Sequence[Tensor], solver: Solver, device: torch.device) -> Tensor:
-    """[b, min(N, K)] float64 ascending, on the CPU, of b weights [N, K]."""
-    alone = device.type == "cpu" and min(weights[0].shape) > BATCHED_UP_TO  # such weights are copied one at a time
-    made = [_gram(part, solver, device) for part in ([[weight] for weight in weights] if alone else [weights])]
-    grams, scales = zip(*made, strict=True)
-    if len(grams) == 1:
-        values = cusolver.eigvalsh(grams[0])
-    else:  # half of the work waits for the memory: two solvers of one thread are faster than one of two
-        with threads(len(grams)) as pool:
-            values = torch.cat(list(pool.map(cusolver.eigvalsh, grams)))
-    return values.double().clamp_min(0).cpu() * torch.cat(scales)[:, None] ** 2
-
-
-def _gram(weights: Sequence[Tensor], solver: Solver, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Lower triangles of the Gram matrices [b, small, small] of scaled weights [N, K]; their scales [b]."""
-    part, scale = scaled(torch.stack([weight.detach().to(device) for weight in weights]))  # [b, N, K]
-    part = part.to(solver.dtype)
-    return lower_gram(part if part.shape[1] <= part.shape[2] else part.mT), scale
+def _solve(weights: Tensor, solver: Solver) -> Tensor:
+    """[b, min(N, K)] float64 ascending, on the CPU, of weights [b, N, K]."""
+    weights = weights.to(solver.dtype)
+    side = weights if weights.shape[1] <= weights.shape[2] else weights.mT  # [b, small, large]
+    return cusolver.eigvalsh(lower_gram(side)).double().clamp_min(0).cpu()
 
 
 @contextmanager
 def threads(most: int | None = None) -> Iterator[ThreadPoolExecutor]:
     """As many threads as torch has, or `most`, which share torch's: each has a torch of its own with its part of them.
-    The caller's torch keeps all."""
+    The caller's torch keeps all. LAPACK gains little from a second thread: half of its work waits for the memory."""
     before = torch.get_num_threads()
     count = min(before, most or before)
     try:

@@ -42,7 +42,7 @@ def test_what_needs_the_smallest_gets_the_smallest() -> None:
         weight = gaussian(256, 256, seed)
         smallest = truth(weight)[0]
         kept = spectrum.eigenvalues(weight, device="cpu", need="all")[0]
-        lost = spectrum._solve([weight], Solver(torch.float32), CPU)[0, 0]
+        lost = spectrum._solve(weight[None], Solver(torch.float32))[0, 0]
         errors = {
             k: max(e, float(abs(v / smallest - 1))) for (k, e), v in zip(errors.items(), (kept, lost), strict=True)
         }
@@ -74,6 +74,15 @@ def test_no_square_leaves_the_range(factor: float) -> None:
     torch.testing.assert_close(found, truth(weight), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_weights_are_left_as_they_are(dtype: torch.dtype) -> None:
+    weight = gaussian(12, 9).to(dtype)
+    before = weight.clone()
+    spectrum.solve([weight], device="cpu")
+    spectrum.scaled(weight[None])
+    assert torch.equal(weight, before)
+
+
 def test_zero_weights_have_zero_eigenvalues() -> None:
     assert (spectrum.eigenvalues(torch.zeros(5, 9), device="cpu") == 0).all()
 
@@ -96,18 +105,6 @@ def test_policy() -> None:
     assert chosen("tail", "float64") == chosen("all", "float64") == "gram float64"
 
 
-def test_large_matrices_share_the_threads_and_agree_with_themselves_alone() -> None:
-    """With the steep one among them, which is solved again; the caller's torch keeps its threads."""
-    weights = [gaussian(270, 300, seed) for seed in range(4)] + [gaussian(270, 300, 5) + 10.0 / 270]
-    alone = [spectrum.solve([weight], device="cpu")[0] for weight in weights]
-    torch.set_num_threads(3)
-    together = spectrum.solve(weights, device="cpu")
-    assert torch.get_num_threads() == 3
-    assert [str(used) for _, used in together] == ["gram float32"] * 4 + ["gram float64"]
-    for (values, _), (wanted, _) in zip(together, alone, strict=True):
-        assert ((values - wanted).abs() <= 2e-6 * wanted[-1]).all()
-
-
 @pytest.mark.parametrize("torch_has, most, wanted", [(1, 4, 1), (3, None, 1), (5, 2, 2), (2, 2, 1)])
 def test_a_pool_shares_what_torch_has(torch_has, most, wanted) -> None:
     torch.set_num_threads(torch_has)
@@ -117,12 +114,8 @@ def test_a_pool_shares_what_torch_has(torch_has, most, wanted) -> None:
 
 
 def test_how_many_are_solved_at_once() -> None:
-    torch.set_num_threads(6)
     assert spectrum.together((64, 200), 40, None) == 40  # small ones all, in one call
-    assert spectrum.together((4096, 11008), 40, None) == 6  # one per thread
-    assert spectrum.together((4096, 4096), 4, None) == 4
-    assert spectrum.together((28672, 8192), 40, None) == 2  # 1 GiB of float64 Gram matrices
-    assert spectrum.together((50000, 50000), 40, None) == 1
+    assert spectrum.together((4096, 11008), 40, None) == 1
     assert spectrum.together((4096, 4096), 40, 12 << 30) == 16  # on a GPU by its memory
 
 

@@ -1,0 +1,79 @@
+"""Columns of many layers side by side: the same as of each alone, whatever the threads, the room and the order."""
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from alphaprune import spectrum, weight_stats
+from alphaprune.weight_stats import WeightStats
+
+ALL = WeightStats("robust", "cpu", "auto", magnitudes=True, windows=None)
+
+
+def units() -> dict[str, dict[str, Tensor]]:
+    """Two units of large layers and one of small ones; one weight is so steep that it needs float64."""
+    generator = torch.Generator().manual_seed(3)
+
+    def weight(n: int, k: int) -> Tensor:
+        return torch.randn(n, k, generator=generator)
+
+    return {
+        "square": {"q": weight(270, 270), "k": weight(270, 270) + 20.0},
+        "small": {"a": weight(40, 60), "b": weight(40, 60), "c": weight(40, 60)},
+        "wide": {"down": weight(270, 600)},
+    }
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("room", [1, 4 << 30])
+def test_side_by_side_is_as_alone(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_stats, "AT_ONCE_BYTES", room)
+    made, solve, seen = units(), spectrum.solve, set()
+    torch.set_num_threads(1)
+    alone = {unit: ALL.entry(layers) for unit, layers in made.items()}
+
+    def watched(weights, *rest):
+        seen.add((tuple(weights[0].shape), len(weights), torch.get_num_threads(), threading.get_ident()))
+        return solve(weights, *rest)
+
+    monkeypatch.setattr(spectrum, "solve", watched)
+    torch.set_num_threads(2)
+    found = ALL.entries(made)
+    assert torch.get_num_threads() == 2
+    assert list(found) == list(made) and [list(f["layers"]) for f in found.values()] == [list(u) for u in made.values()]
+    assert {(shape, count) for shape, count, *_ in seen} == {((270, 270), 1), ((40, 60), 3), ((270, 600), 1)}
+    assert {threads for *_, threads, _ in seen} == ({2} if room == 1 else {1})  # one after another with all, or not
+    if room == 1:
+        assert len({thread for *_, thread in seen}) == 1
+    for unit, wanted in alone.items():
+        assert found[unit]["solvers"] == wanted["solvers"]
+        for name, layer in wanted["layers"].items():
+            got = found[unit]["layers"][name]
+            assert got["columns"] == pytest.approx(layer["columns"], rel=1e-4, abs=1e-9)
+            assert got["series"].keys() == layer["series"].keys()
+    assert found["square"]["solvers"] == ["gram float32", "gram float64"]
+
+
+def test_the_most_costly_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+    monkeypatch.setattr(
+        WeightStats, "entry", lambda _, part: order.append(list(part)) or {"layers": part, "solvers": []}
+    )
+    torch.set_num_threads(1)
+    ALL.entries(units())
+    assert order == [["down"], ["q"], ["k"], ["a", "b", "c"]]
+
+
+def test_the_layer_without_a_spectrum_is_named() -> None:
+    made = units()
+    made["square"]["k"] = torch.zeros(270, 270)
+    with pytest.raises(ValueError, match=r"^k: "):
+        ALL.entries(made)
