@@ -78,8 +78,8 @@ def solve(
     step = together(shape, len(weights), cusolver.free_bytes(target) if target.type == "cuda" else None)
     found: list[tuple[Tensor, Solver]] = []
     for start in range(0, len(weights), step):
-        part = torch.stack([weight.detach().to(target) for weight in weights[start : start + step]])  # [b, N, K]
-        part, scale = scaled(part)
+        part = [weight.detach().to(target) for weight in weights[start : start + step]]
+        part, scale = scaled(torch.stack(part) if len(part) > 1 else part[0][None])  # [b, N, K]
         for row, values in enumerate(_solve(part, chosen)):
             used = chosen
             if need == "tail" and chosen.dtype == torch.float32 and too_steep(values):
