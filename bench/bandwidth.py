@@ -8,6 +8,7 @@ import json
 import sys
 
 import torch
+from rows import append
 
 from alphaprune import timing
 
@@ -34,8 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
         line = f"{row['loop']:<34}{row['pages']:>8}{row['streams']:>9}{row['bytes_per_second'] / 1e9:>8.1f}"
         print(text if args.json else line)
         if args.out:
-            with open(args.out, "a") as file:
-                file.write(text + "\n")
+            append(args.out, where | row)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from rows import append
+
 ROOT = Path(__file__).resolve().parent.parent
 UNIT = 1024  # weights of a macro tile; where a loop only multiplies, products
 MCA = "llvm-mca"
@@ -320,8 +322,7 @@ def main(arguments: list[str] | None = None) -> None:
         text = json.dumps(row)
         print(text if args.json else line(row), flush=True)
         if args.out:
-            with open(args.out, "a") as file:
-                file.write(text + "\n")
+            append(args.out, row)
 
 
 COLUMNS = (10, 9, 9, 4, 7, 16, 6, 7, 8, 17)

@@ -32,6 +32,7 @@ import torch
 from gpu_cases import Case
 from gpu_contenders import Contender, Weights, contenders, copies, error
 from gpu_rig import Cuda, Host, Replay, Rig
+from rows import append
 
 HELD = 3  # layers whose weights stay on the device: the first cases are about three
 WIDTHS = (14, 6, 12, 24, 12, 8, 8, 8)
@@ -219,8 +220,7 @@ def writer(options: argparse.Namespace) -> Callable[[dict], None]:
         text = json.dumps(row, allow_nan=False)
         print(text if options.json else line(row), flush=True)
         if options.out:
-            with open(options.out, "a") as file:
-                file.write(text + "\n")
+            append(options.out, row)
 
     return write
 

@@ -23,6 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from rows import append
 from served import pack_demo
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,8 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
         made = {"machine": timing.machine(), "threads": torch.get_num_threads(), **row}
         print(json.dumps(made), flush=True)
         if options.out:
-            with open(options.out, "a") as file:
-                file.write(json.dumps(made) + "\n")
+            append(options.out, made)
     return 0
 
 

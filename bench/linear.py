@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict
 
 import torch
+from rows import append
 
 from alphaprune import timing
 
@@ -85,11 +86,10 @@ def main(arguments: list[str] | None = None) -> None:
                     bandwidth,
                     values=args.values and getattr(torch, args.values),
                 )
-                text = json.dumps(row_dict(row))
-                print(text if args.json else line(row), flush=True)
+                found = row_dict(row)
+                print(json.dumps(found) if args.json else line(row), flush=True)
                 if args.out:
-                    with open(args.out, "a") as file:
-                        file.write(text + "\n")
+                    append(args.out, found)
 
 
 if __name__ == "__main__":

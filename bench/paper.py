@@ -19,7 +19,6 @@ import gzip
 import hashlib
 import json
 import math
-import os
 import random
 import statistics
 import sys
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rows import append
 from torch import Tensor, nn
 
 import alphaprune
@@ -291,13 +291,6 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         return [dict(json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{file}: is no results file of this script ({error})") from error
-
-
-def append(file: Path, row: dict[str, Any]) -> None:
-    with file.open("a") as rows:
-        rows.write(json.dumps(row, allow_nan=False) + "\n")
-        rows.flush()
-        os.fsync(rows.fileno())
 
 
 def make_protocol(options: argparse.Namespace, cells: list[str]) -> Protocol:

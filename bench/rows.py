@@ -1,6 +1,7 @@
 """Files of rows, one JSON object per line."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ def replace(file: Path, made: list[dict[str, Any]], key: str) -> None:
 
 
 def append(file: "str | Path", row: dict[str, Any]) -> None:
-    """Puts one row at the end of a file."""
+    """Puts one row at the end of a file, for good: what was measured outlives whatever comes next."""
     with open(file, "a") as handle:
-        handle.write(json.dumps(row) + "\n")
+        handle.write(json.dumps(row, allow_nan=False) + "\n")
+        handle.flush()
+        os.fsync(handle.fileno())

@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rows import append
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench/results/scale.jsonl"
 SHAPES = {"llama2-7b": 32, "llama2-70b": 4, "small": 4}  # and how many blocks are written, of 80 of 70B
@@ -277,8 +279,7 @@ class Bench:
             row["target_seconds"] = TARGET_SECONDS[step]
         self.rows.append(row)
         for file in filter(None, (self.file, self.results)):
-            with file.open("a") as handle:
-                handle.write(json.dumps(row) + "\n")
+            append(file, row)
         print(line(row), flush=True)
 
 

@@ -33,6 +33,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from rows import append
 from served import Reply, Served, complete, pack_demo, serve
 
 GAUGES = [f"{name}_bytes" for name in ("packed", "kv", "scratch")]
@@ -135,8 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
         made["sparsity"] = options.sparsity if row["weights"] == "packed" else 0.0
         print(json.dumps(made) if options.json else line(made), flush=True)
         if options.out:
-            with open(options.out, "a") as file:
-                file.write(json.dumps(made) + "\n")
+            append(options.out, made)
     return 0
 
 

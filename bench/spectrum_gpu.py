@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from itertools import groupby
 
 import torch
+from rows import append
 from torch import Tensor
 
 from alphaprune import alpha, cusolver, spectrum
@@ -155,8 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
         text = json.dumps(common | row, allow_nan=False)
         print(text if options.json else line(row), flush=True)
         if options.out:
-            with open(options.out, "a") as file:
-                file.write(text + "\n")
+            append(options.out, common | row)
     if not options.model and not options.json:
         print("FASTEST", table(rows))
 
