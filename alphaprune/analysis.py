@@ -129,8 +129,8 @@ def analyze(
                 layers[name].columns.update(found.get("columns", {}))
                 layers[name].series.update(found.get("series", {}))
         solvers = ", ".join(sorted({s for part in parts.values() for s in part.get("solvers", ())})) or None
-    except BaseException:
-        done.close()
+    except BaseException as error:
+        done.stop(error)
         raise
     done.close() if keep_journal else done.delete()
     return Analysis(known.name, known.fingerprint, known.dtype, fit, solvers, layers, versions, calibration)

@@ -3,13 +3,15 @@
 While a run is under way everything lies in `OUT.part` beside the goal: one safetensors file per finished block and a
 journal that names the run. Only a complete folder is renamed to OUT. A run that was interrupted finds its journal,
 refuses to go on if it is not the same run, and skips the blocks that are done. For the moment of the renaming the
-journal lies beside both, as `OUT.journal`, so that an interruption there costs nothing either.
+journal lies beside both, as `OUT.journal`, so that an interruption there costs nothing either. A run that is refused
+leaves nothing: what it has would be of use to the same run alone, which would be refused again.
 """
 
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from alphaprune import formats, ranks, shapes, shards
-from alphaprune.files import atomic_write_text, explained, fsync_folder
+from alphaprune.files import atomic_write_text, explained, fsync_folder, is_refusal
 from alphaprune.formats import PACKED_SUFFIXES, Packed
 from alphaprune.formats.quantize import Error
 from alphaprune.layer import SparseLinear, pack_weight, worth_packing
@@ -145,6 +147,19 @@ class Writer:
 def unfinished(out: "str | Path") -> Path:
     """Where the directory `out` lies until it is whole; files in it that end in .part never become part of it."""
     return Path(out).with_name(Path(out).name + ".part")
+
+
+@contextmanager
+def nothing_left(out: "str | Path") -> Iterator[None]:
+    """What is refused inside (files.is_refusal) leaves no OUT.part that was not there before."""
+    work = unfinished(out)
+    new = not work.exists()
+    try:
+        yield
+    except ValueError as error:
+        if new and is_refusal(error):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 def write_pruned(
@@ -321,9 +336,10 @@ def copy_companions(source: Source, folder: Path) -> None:
 def check_free(out: Path) -> None:
     """ValueError if there is something at `out` that writing there would overwrite."""
     if out.is_file():
-        raise ValueError(f"{out}: is a file; name a folder that does not exist yet")
+        raise ValueError(f"{out}: is a file; name a folder that does not exist yet") from FileExistsError(str(out))
     if any_in(out) and not journal_beside(out).is_file():
-        raise ValueError(f"{out}: this folder exists and is not empty; name another, or delete it")
+        reason = "this folder exists and is not empty; name another, or delete it"
+        raise ValueError(f"{out}: {reason}") from FileExistsError(str(out))
 
 
 def any_in(folder: Path) -> bool:

@@ -109,7 +109,8 @@ def convert(
     packed: SBT where that is smaller; otherwise everything dense, with its zeros. values, group: as
     SparseLinear.from_linear has them. negative_zeros: -0 in a dense layer is a weight like any other, so that every bit
     comes back; otherwise, and as int8, it is dropped as +0 is.
-    ValueError in one sentence, before anything is written, if OLD cannot be read, NEW exists, or nothing would change.
+    ValueError in one sentence if OLD cannot be read, NEW exists, nothing would change, or int8 is asked of NaN; nothing
+    is left of NEW then.
     """
     quantize.check(values, group)
     if values is not None and not packed:
@@ -136,7 +137,8 @@ def convert(
     identity = {"checkpoint": source.fingerprint(), "format": "sbt" if packed else "dense", "values": values}
     identity |= {"group": group, "negative_zeros": negative_zeros}
     recipe = {"alphaprune": __version__, "converted_from": source.name, "layouts": dict(layouts), **identity}
-    written = checkpoint.write_pruned(source, new, identity, recipe, run, packed, values, group)
+    with checkpoint.nothing_left(new):
+        written = checkpoint.write_pruned(source, new, identity, recipe, run, packed, values, group)
     return Converted(written, dict(layouts), masks.count)
 
 

@@ -40,6 +40,14 @@ def explained(out: Path) -> Iterator[None]:
         raise ValueError(f"{out}: cannot be written: {error.strerror or error}") from error
 
 
+def is_refusal(error: BaseException) -> bool:
+    """Whether the same command would be refused again, so that nobody has use for what it had finished.
+
+    Not so with a full disk, too little memory, the end of another process, or something in the place of the output.
+    """
+    return isinstance(error, ValueError) and not isinstance(error.__cause__, OSError | MemoryError | RuntimeError)
+
+
 def first_line(error: Exception) -> str:
     """What an error says, in one line; its type if it says nothing."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from alphaprune import ranks
-from alphaprune.files import atomic_write_text, explained
+from alphaprune.files import atomic_write_text, explained, is_refusal
 
 
 class Journal:
@@ -29,9 +29,9 @@ class Journal:
         self.known, self._handle = dict(self.entries), None
         if self.goal is not None:
             lines = [{"identity": self.identity}, *({"key": k, "value": v} for k, v in self.entries.items())]
-            own = self.goal.with_name(f"{self.goal.name}.started-{ranks.world().rank}")
-            atomic_write_text(own, "".join(json.dumps(line) + "\n" for line in lines))
-            self._handle = own.open("a", encoding="utf-8")
+            self._own = self.goal.with_name(f"{self.goal.name}.started-{ranks.world().rank}")
+            atomic_write_text(self._own, "".join(json.dumps(line) + "\n" for line in lines))
+            self._handle = self._own.open("a", encoding="utf-8")
 
     def add(self, key: str, value: Any) -> None:
         """Keeps a value for good; ValueError in one sentence if the disk is full."""
@@ -52,6 +52,12 @@ class Journal:
     def close(self) -> None:
         if self._handle is not None:
             self._handle.close()
+
+    def stop(self, error: BaseException) -> None:
+        """Ends a run by an error; one that is refused leaves no file of this process, unless it went on from one."""
+        self.close()
+        if self.goal is not None and not self.known and is_refusal(error):
+            self._own.unlink(missing_ok=True)
 
     def delete(self) -> None:
         """Removes the files; to be called when the goal is there."""

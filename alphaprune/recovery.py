@@ -359,7 +359,8 @@ def write(
         found["after"] = _judge(model, held_out, dtype)  # of the weights as they were written, int8 included
         recipe["loss"] = {"before": math.log(before.perplexity), "after": math.log(found["after"].perplexity)}
 
-    written = checkpoint.write_pruned(source, out, identity, recipe, run, packed, values, group, again=True)
+    with checkpoint.nothing_left(out):
+        written = checkpoint.write_pruned(source, out, identity, recipe, run, packed, values, group, again=True)
     if "after" not in found:  # the run before this one was cut off when everything was there
         found = {"after": _judge(hf.load(out, tokens=None).to(device), held_out, dtype), "losses": []}
     return Recovered(written, before, found["after"], found["losses"])

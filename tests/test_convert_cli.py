@@ -137,3 +137,25 @@ def test_nan_has_no_int8(run, tmp_path: Path) -> None:
     status, _, err = run("convert", folder, "o", "--values", "int8")
     assert status == 2 and "model.layers.0.self_attn.q_proj: the weights hold NaN or infinity" in err
     assert not list(Path().glob("o*"))
+
+
+REFUSED = {
+    "convert": ("late", "o", "--values", "int8"),
+    "analyze": ("late", "-o", "o.json"),
+    "prune": ("late", "-o", "o", "--sparsity", "0.5", "--method", "magnitude", "--analysis", "a.json"),
+    "compress": ("late", "-o", "o", "--bits", "5", "--analysis", "a.json"),
+}
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_what_is_refused_in_its_last_block_leaves_nothing(run, folders: Path, command: str) -> None:
+    """The blocks before it had been finished."""
+    shutil.copytree(folders / "zeros", "late")
+    name = "model.layers.2.mlp.up_proj"
+    change("late", lambda t: t[f"{name}.weight"][1].fill_(float("nan")))  # a row that no fingerprint reads
+    if "a.json" in REFUSED[command]:
+        assert run("analyze", folders / "zeros", "-o", "a.json")[0] == 0
+    before = sorted(p.as_posix() for p in Path().rglob("*"))
+    status, _, err = run(command, *REFUSED[command])
+    assert status == 2 and f"{name}: the weights hold NaN or infinity" in err
+    assert sorted(p.as_posix() for p in Path().rglob("*")) == before

@@ -139,14 +139,15 @@ def _planned(
 
 
 def _written(source: models.Source, output: str, plan: Any, recipe: Any, identity: dict[str, Any], tokens: Any) -> Any:
-    from alphaprune import __version__, compressions
+    from alphaprune import __version__, checkpoint, compressions
 
     how = {name: value for name, value in vars(recipe).items() if name != "device"}
     recipe.need(plan)  # what does not go together is said before the model is read
     identity = {"method": plan.method, **how, **identity, "model": source.description().fingerprint}
     identity["plan"] = hashlib.sha256(plan.to_json().encode()).hexdigest()
     made = {"alphaprune": __version__, "source": source.name, **identity, "plan": plan.to_dict()}
-    with bar(source.block_count(), f"compress ({plan.method})", "block") as tick:
+    progress = bar(source.block_count(), f"compress ({plan.method})", "block")
+    with checkpoint.nothing_left(output), progress as tick:
         return compressions.write(source, output, plan, recipe, identity, made, tokens, tick)
 
 

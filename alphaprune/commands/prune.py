@@ -1,9 +1,8 @@
 """`alphaprune prune`: a model and a plan → a pruned checkpoint."""
 
 import hashlib
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +80,12 @@ def _prune(
     if calibration is not None:
         tokens, read = calibration_windows(source, calibration, samples, window(length, source.config), seed)
         identity |= read
-    with _nothing_left(Path(output)):
+    with checkpoint.nothing_left(output):
         chosen = _chosen_plan(source, plan, analysis, options, tokens, device, Path(output), room)
         if channel_permute:
             permute.check(source.config, source.name, chosen.layers)
-    identity |= {"model": fingerprint, "plan": hashlib.sha256(chosen.to_json().encode()).hexdigest()}
-    written = _write(source, output, identity, chosen, recipe, tokens, room, values, group)
+        identity |= {"model": fingerprint, "plan": hashlib.sha256(chosen.to_json().encode()).hexdigest()}
+        written = _write(source, output, identity, chosen, recipe, tokens, room, values, group)
     if not ranks.world().leads:  # on a machine of its own, perhaps, where nobody else tidies up
         journal.delete(checkpoint.unfinished(output) / ANALYSIS)
         with suppress(OSError):
@@ -143,21 +142,6 @@ def _check_plan_options(plan: str | None, options: dict[str, Any]) -> None:
         raise ValueError("give --sparsity, such as 0.7, or --plan FILE")
     if plan is not None and (options["sparsity"] is not None or options["pattern"] != "unstructured"):
         raise ValueError("a plan holds sparsity and pattern already: give --plan or --sparsity/--pattern, not both")
-
-
-@contextmanager
-def _nothing_left(out: Path) -> Iterator[None]:
-    """What is refused before the first block leaves no folder that was not there before."""
-    from alphaprune import checkpoint
-
-    work = checkpoint.unfinished(out)
-    new = not work.exists()
-    try:
-        yield
-    except ValueError as error:
-        if new and not isinstance(error.__cause__, OSError):  # after a full disk, what is finished is kept
-            shutil.rmtree(work, ignore_errors=True)
-        raise
 
 
 def _chosen_plan(
