@@ -21,7 +21,7 @@ from alphaprune.experts import FUSED, separate
 from alphaprune.files import first_line
 from alphaprune.formats import quantize
 from alphaprune.kernels import base
-from alphaprune.layer import SparseLinear, check_tokens, expand_losers, pack_weight, worth_packing
+from alphaprune.layer import SparseLinear, check_tokens, expand_losers, pack_weight, replace_each, worth_packing
 from alphaprune.model import FAMILIES, check_places, family_of, prunable, read_config, resolve
 from alphaprune.shards import Shards, read_header
 from alphaprune.stored import check_entries, check_version
@@ -228,12 +228,8 @@ class AlphaPruneQuantizer(HfQuantizer):
         # transformers gives the dtype of the config where the caller gave none; a model that was cast since then has
         # another one.
         dtype = model.dtype if dtype in (None, model.config.dtype) else dtype
-        for name, layer in list(model.named_modules()):
-            if isinstance(layer, SparseLinear):
-                model.set_submodule(name, layer.to_linear(dtype))
-        for name, layer in list(model.named_modules()):
-            if isinstance(layer, shapes.LowRankLinear):
-                model.set_submodule(name, layer.to_linear(dtype))
+        for kind in (SparseLinear, shapes.LowRankLinear):  # factors may be packed
+            replace_each(model, kind, lambda layer: layer.to_linear(dtype))
         return model
 
 

@@ -211,17 +211,39 @@ def expand_losers(model: nn.Module, tokens: int | None) -> nn.Module:
     ValueError unless tokens is None or a whole number from 1.
     """
     check_tokens(tokens)
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLinear)}
-    for name, layer in layers.items():
+    for layer, names in names_of(model).items():
+        if not isinstance(layer, SparseLinear):
+            continue
         p = layer.packed
         if loses(
             p.shape, p.density, p.dtype, p.device, tokens, lambda kernel, layer=layer: layer.prepared().fits(kernel)
         ):
-            base.log.info("%s: dense is faster for %d tokens by the time table; expanded", name, tokens)
+            base.log.info("%s: dense is faster for %d tokens by the time table; expanded", names[0], tokens)
             linear = layer.to_linear()
             linear.packed_on_disk = True
-            model.set_submodule(name, linear)
+            put(model, names, linear)
     return model
+
+
+def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every name that each module has in a model; most have one."""
+    found: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(module, []).append(name)
+    return found
+
+
+def replace_each(model: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.Module]) -> None:
+    """Puts what is made of each module of a kind in its place, under every name that it has."""
+    for layer, names in names_of(model).items():
+        if isinstance(layer, kind):
+            put(model, names, make(layer))
+
+
+def put(model: nn.Module, names: list[str], new: nn.Module) -> None:
+    """Gives all these places in a model to one module."""
+    for name in names:
+        model.set_submodule(name, new)
 
 
 def check_tokens(tokens: int | None) -> None:
@@ -245,7 +267,9 @@ def sparsify(
     tokens: rows of x to be fast at. Where this machine has a time table, layers that are faster dense stay so, with
     their zeros; None packs all that get smaller.
     Convolutions stay dense, with their zeros: nothing here runs them sparse.
-    Raises ValueError if a mask names no linear layer or has another shape, or int8 is asked of NaN or infinity.
+    A module that the model has under several names is replaced under all of them, by one.
+    Raises ValueError if a mask names no linear layer or has another shape, two masks are of one module, or int8 is
+    asked of NaN or infinity.
     """
     quantize.check(values, group)
     check_tokens(tokens)
@@ -253,14 +277,18 @@ def sparsify(
         layers = {name: layer for block in open_source(model).blocks() for name, layer in block.linears.items()}
         layers = {name: layer for name, layer in layers.items() if not isinstance(layer, Matrix)}
     else:
-        modules = dict(model.named_modules())
+        modules = dict(model.named_modules(remove_duplicate=False))
         layers = {name: modules.get(name) for name in masks}
+    names = names_of(model)
+    owners: dict[nn.Module | None, str] = {}
     for name, layer in layers.items():
         if isinstance(layer, nn.Conv2d) and masks[name].shape == layer.weight.flatten(1).shape:
             layer.weight.data = layer.weight.data.masked_fill(~masks[name].view_as(layer.weight), 0)
             continue
         if not isinstance(layer, nn.Linear):
             raise ValueError(f"{name}: the mask names a layer that is no nn.Linear of this model")
+        if (first := owners.setdefault(layer, name)) != name:
+            raise ValueError(f"{name}: is the module that is called {first}, too; give a mask for one of the names")
         mask = masks[name] if masks is not None else None
         if mask is not None and mask.shape != layer.weight.shape:
             raise ValueError(f"{name}: mask has shape {tuple(mask.shape)}, the weight {tuple(layer.weight.shape)}")
@@ -270,7 +298,7 @@ def sparsify(
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             sparse.name = name
-            model.set_submodule(name, sparse)
+            put(model, names[layer], sparse)
         elif mask is not None:
             layer.weight.data = layer.weight.data.masked_fill(~mask, 0)
     return expand_losers(model, tokens)

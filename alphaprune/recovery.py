@@ -21,7 +21,7 @@ from alphaprune import __version__, checkpoint, evaluate, hf, shards
 from alphaprune import model as models
 from alphaprune.data import Text
 from alphaprune.formats import quantize, sbt
-from alphaprune.layer import SparseLinear
+from alphaprune.layer import SparseLinear, names_of, put, replace_each
 from alphaprune.pruning import PrunedBlock
 
 STATE = "training.part"  # in the folder of an unfinished run; the suffix has it removed when the run is whole
@@ -106,8 +106,10 @@ def recover(
     check_masks(model, masks, settings.rank)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     sparse = {name: model.get_submodule(name) for name in packed if name in masks}
+    names = names_of(model)
+    places = {name: names[layer] for name, layer in sparse.items()}
     for name, layer in sparse.items():
-        model.set_submodule(name, layer.to_linear())
+        put(model, places[name], layer.to_linear())
     done = False
     try:
         with computing_in(model, dtype) as stored:
@@ -118,7 +120,7 @@ def recover(
             if done:
                 made = SparseLinear.from_linear(model.get_submodule(name), masks[name])
                 made.name, layer = layer.name, made
-            model.set_submodule(name, layer)
+            put(model, places[name], layer)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(before.get(name, False))
     return losses
@@ -377,9 +379,8 @@ def _open(folder: "str | Path", device: str, values: str | None) -> tuple[nn.Mod
             f"give --values int8 to train them as {shards.dtype_name(model.dtype)} and round the result again"
         )
     masks, dtype = masks_of(model), model.dtype
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, SparseLinear):  # alone: model.dequantize() would multiply factors, too
-            model.set_submodule(name, layer.to_linear(dtype))
+    # These alone: model.dequantize() would multiply factors, too.
+    replace_each(model, SparseLinear, lambda layer: layer.to_linear(dtype))
     fingerprint = models.describe(model).fingerprint
     return model.to(device), {name: mask.to(device) for name, mask in masks.items()}, fingerprint
 

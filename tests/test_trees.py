@@ -253,6 +253,20 @@ def test_a_weight_of_two_layers_is_pruned_once_or_refused() -> None:
     assert sorted(masks) == ["0.0", "0.1", "1.0"] and torch.equal(shared.weight != 0, masks["0.1"])
 
 
+@pytest.mark.parametrize("named", ["0.1", "1.1"])
+def test_a_module_under_two_names_is_replaced_under_both(named: str) -> None:
+    shared = nn.Linear(32, 32)
+    model = nn.ModuleList(nn.Sequential(nn.Linear(32, 32), shared) for _ in range(2))
+    mask = torch.rand(32, 32) < 0.3
+    with pytest.raises(ValueError, match=r"^1\.1: is the module that is called 0\.1, too; give a mask for one of"):
+        alphaprune.sparsify(copy.deepcopy(model), {"0.1": mask, "1.1": mask})
+    assert alphaprune.sparsify(model, {named: mask}) is model
+    assert type(model[0][1]) is SparseLinear and model[1][1] is model[0][1]
+    assert [type(block[0]) for block in model] == [nn.Linear, nn.Linear]
+    x = torch.randn(3, 32)
+    close(model[1][1](x), nn.functional.linear(x, shared.weight * mask, shared.bias))
+
+
 def test_bad_input() -> None:
     x, model = images(), made("convnext")
     tree = Tree(model)
