@@ -43,6 +43,8 @@ class Family:
     blocks: path of the list of decoder blocks in the causal language model.
     prunable: the linear layers inside a block that are pruned, where the block has them; the layers of one group are
     given the same input.   experts: those besides.   dense: what stays as it is though it multiplies, such as routers.
+    resizable: the layers are those of GATED, and the forward pass takes the numbers of heads and channels from their
+    tensors, so that blocks may have fewer of them than the config says, see shapes.py.
     stored: what parts of tensor names are called in the module and in checkpoints, where that differs; one that starts
     with a dot may stand anywhere, any other begins the name.
     """
@@ -51,6 +53,7 @@ class Family:
     prunable: tuple[tuple[str, ...], ...]
     experts: Experts | None = None
     dense: tuple[str, ...] = ()
+    resizable: bool = False
     stored: tuple[tuple[str, str], ...] = ()
 
     def prunes(self, inner: str) -> bool:
@@ -90,7 +93,7 @@ _SHARED_EXPERT = (("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"), 
 _QWEN_EXPERTS = Experts("mlp.experts", "gate_proj", "up_proj", "down_proj")
 GATED = _ATTENTION + _MLP
 
-LLAMA = Family("model.layers", GATED)
+LLAMA = Family("model.layers", GATED, resizable=True)
 FAMILIES = {
     "llama": LLAMA,
     "mistral": LLAMA,

@@ -1,8 +1,8 @@
 """Blocks whose sizes config.json cannot say: fewer heads or channels in each, and layers that are two factors.
 
 transformers has one number of heads and one of channels for all blocks. Where blocks differ, `quantization_config`
-holds a list of each by block, and the ranks of factored layers by name. The forward pass of the families in `LAYOUTS`
-takes the number of heads from the tensors, so that only the layers need another shape.
+holds a list of each by block, and the ranks of factored layers by name. The forward pass of the families that are
+`resizable` takes the number of heads from the tensors, so that only the layers need another shape.
 """
 
 from dataclasses import dataclass, field
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# By model_type: blocks with exactly the layers below.
-LAYOUTS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+from alphaprune.families import FAMILIES
+
+# The layers of a block of resizable families.
 QUERY, KEY, VALUE, OUT = (f"self_attn.{part}_proj" for part in "qkvo")
 GATE, UP, DOWN = (f"mlp.{part}_proj" for part in ("gate", "up", "down"))
 
@@ -115,7 +116,7 @@ def reshape(decoder: nn.ModuleList, prefix: str, config: Any, shapes: Shapes) ->
 def observe(decoder: nn.Module, prefix: str, config: Any) -> Shapes:
     """What of a model's blocks is not as its config says."""
     ranks = {f"{prefix}.{n}": m.rank for n, m in decoder.named_modules() if isinstance(m, LowRankLinear)}
-    if config.model_type not in LAYOUTS:
+    if not _resizable(config.model_type):
         return Shapes(ranks=ranks)
     blocks = list(decoder.children())
     heads = tuple(kv_heads(block, config) for block in blocks)
@@ -142,11 +143,16 @@ def queries_per_key(config: Any) -> int:
 
 def check_layout(config: Any) -> None:
     """ValueError unless heads and channels of this kind of model are known."""
-    if config.model_type not in LAYOUTS:
+    if not _resizable(config.model_type):
         raise ValueError(
-            f"model type {config.model_type!r}: heads and channels can be removed from {', '.join(LAYOUTS)} "
-            f"(shapes.LAYOUTS); use --bits or --rank-ratio for this one"
+            f"model type {config.model_type!r}: heads and channels can be removed from "
+            f"{', '.join(filter(_resizable, FAMILIES))} (resizable in families.py); use --bits or --rank-ratio for "
+            f"this one"
         )
+
+
+def _resizable(model_type: str) -> bool:
+    return model_type in FAMILIES and FAMILIES[model_type].resizable
 
 
 def _resize_attention(where: str, block: nn.Module, config: Any, count: int) -> None:

@@ -8,10 +8,10 @@ from family_models import KINDS, METHODS, TOKENS, assert_twins, logits, make, pl
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import alphaprune
-from alphaprune import SparseLinear, calibrate
+from alphaprune import SparseLinear, calibrate, shapes
 from alphaprune import model as models
 from alphaprune.convert import convert
-from alphaprune.families import FAMILIES, linears_of
+from alphaprune.families import FAMILIES, GATED, linears_of
 from alphaprune.model import LiveSource, open_source
 from alphaprune.pruning import Recipe, prune_blocks
 
@@ -159,3 +159,10 @@ def test_a_linear_layer_that_the_table_does_not_name_is_refused() -> None:
         models.describe(model)
     block = torch.nn.ModuleDict({"fc1": torch.nn.ModuleDict({"first": torch.nn.Linear(4, 2)})})
     assert list(linears_of("b", block, FAMILIES["opt"])) == ["b.fc1.first"]  # what a layer of the table consists of
+
+
+def test_resizable_families_have_the_layers_that_are_resized() -> None:
+    found = [family for family in FAMILIES.values() if family.resizable]
+    assert found and all(family.prunable == GATED and family.experts is None for family in found)
+    names = {shapes.QUERY, shapes.KEY, shapes.VALUE, shapes.OUT, shapes.GATE, shapes.UP, shapes.DOWN}
+    assert {name for group in GATED for name in group} == names
