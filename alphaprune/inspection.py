@@ -15,6 +15,7 @@ from alphaprune.formats import PACKED_SUFFIXES, Packed
 from alphaprune.kernels import base, cuda, predicted, spmm, table
 from alphaprune.kernels.table import DENSE
 from alphaprune.shards import Shards
+from alphaprune.stored import Stored
 from alphaprune.tuning import general, percent
 
 NO_KERNEL = "torch"  # a dense layer runs as it always did
@@ -28,8 +29,8 @@ def describe_model(model: "str | Path", tokens: int = 1, device: str = "cpu") ->
     seconds: of one call with the kernel, dense_seconds: of the dense layer, as the time table predicts them; None
     without one. device: that the layers are to run on.
 
-    Raises ValueError in one sentence if the folder holds no usable model or its packed tensors disagree, or there is no
-    such device here.
+    Raises ValueError in one sentence if the folder holds no usable model, its tensors disagree with each other or with
+    config.json, or there is no such device here.
     """
     from alphaprune import hf
 
@@ -41,7 +42,9 @@ def describe_model(model: "str | Path", tokens: int = 1, device: str = "cpu") ->
     prefix, shards = family.blocks, named_shards(folder, family)
     names, layers = set(shards.names()), []
     plain = getattr(config, "dtype", None) or torch.float32  # of int8 layers when they were dense
-    for name, linear in models.prunable(models.make_skeleton(config), prefix).items():
+    skeleton = models.make_skeleton(config)
+    models.check_shapes(Stored(shards, skeleton, plain), skeleton, prefix, str(folder))
+    for name, linear in models.prunable(skeleton, prefix).items():
         packed = f"{name}.weight_mask" in names
         if packed:
             layers.append(_packed_layer(name, shards, linear, plain, tokens, where))

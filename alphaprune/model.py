@@ -182,7 +182,7 @@ class DirectorySource(Source):
         plain = getattr(self.config, "dtype", None) or torch.float32  # of int8 layers when they were dense
         self.shards = stored.Stored(named_shards(folder, self.family), self.skeleton, plain)
         self.shards.check_floating()
-        self._check_shapes()
+        check_shapes(self.shards, self.skeleton, self.prefix, self.name)
 
     def outside_tensors(self) -> Iterator[tuple[str, Tensor]]:
         inside = self.prefix + "."
@@ -206,17 +206,6 @@ class DirectorySource(Source):
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if id(parameter) not in inside and not parameter.is_meta:
                     setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
-
-    def _check_shapes(self) -> None:
-        names, parameters = self.shards.names(), dict(self.skeleton.named_parameters())
-        check_places(names, parameters, self.prefix, self.name)
-        tied = set(getattr(self.skeleton, "all_tied_weights_keys", None) or ()) - set(names)
-        for name, parameter in parameters.items():
-            if name not in tied and (found := self.shards.shape(name)) != tuple(parameter.shape):
-                raise ValueError(
-                    f"{self.name}: {name} has shape {found} in the file, "
-                    f"but config.json describes {tuple(parameter.shape)}"
-                )
 
     def _load(self, name: str, module: nn.Module) -> None:
         self.check_unchanged()
@@ -342,6 +331,18 @@ def check_places(names: Iterable[str], places: Collection[str], prefix: str, mod
             raise ValueError(
                 f"{model}: tensor {name} is in its files, but config.json has no place for it; "
                 f"one of them belongs to another model"
+            )
+
+
+def check_shapes(found: stored.Stored, skeleton: nn.Module, prefix: str, model: str) -> None:
+    """ValueError naming the first tensor of a folder that its config.json has no place for, or one of another shape."""
+    names, parameters = found.names(), dict(skeleton.named_parameters())
+    check_places(names, parameters, prefix, model)
+    tied = set(getattr(skeleton, "all_tied_weights_keys", None) or ()) - set(names)
+    for name, parameter in parameters.items():
+        if name not in tied and (shape := found.shape(name)) != tuple(parameter.shape):
+            raise ValueError(
+                f"{model}: {name} has shape {shape} in the file, but config.json describes {tuple(parameter.shape)}"
             )
 
 

@@ -45,6 +45,27 @@ def test_the_command(run, directory: Path, text_file: Path) -> None:
         assert run("info", f"out{number}")[0] == 0
 
 
+@pytest.mark.parametrize("kind", ["structured", "plain"])
+def test_info_says_which_sizes_contradict_the_files(run, directory: Path, analysis, kind: str) -> None:
+    if kind == "structured":
+        alphaprune.save(alphaprune.compress(make_model(1), planned(analysis, "structured")), "folder")
+    else:
+        shutil.copytree(directory, "folder")
+    assert run("info", "folder")[0] == 0
+    file = Path("folder/config.json")
+    config = json.loads(file.read_text())
+    if kind == "structured":
+        config["quantization_config"]["channels"][1] -= 1
+    else:
+        config["intermediate_size"] -= 1
+    file.write_text(json.dumps(config))
+    block = 1 if kind == "structured" else 0
+    status, out, err = run("info", "folder")
+    sentence = rf"model\.layers\.{block}\.mlp\.gate_proj\.weight has shape \((\d+), 96\) in the file, but config\.json"
+    found = re.search(rf"{sentence} describes \((\d+), 96\)", err)
+    assert status == 2 and not out and len(err.splitlines()) == 1 and int(found[1]) == int(found[2]) + 1
+
+
 def matched(patterns: list[str], name: str) -> str | None:
     """The first pattern that a name begins with, as the other tools look for it."""
     return next((p for p in patterns if re.match(p, name)), None)
