@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from alphaprune import __version__, checkpoint, hf, stored
 from alphaprune import model as models
@@ -34,16 +34,30 @@ class Converted:
 
 
 class StoredSource(models.DirectorySource):
-    """A folder whose layers may be stored in any layout that is known here, all of them checked; blocks are dense."""
+    """A folder whose layers may be stored in any layout that is known here, all of them checked; blocks are dense.
+
+    masks: of the weights of the block in hand, what the files keep, by tensor name; none of those that are dense there.
+    """
 
     def __init__(self, folder: Path, progress: Callable[[str], None] | None = None) -> None:
         check_settings(folder)
         super().__init__(folder)
         self.shards.check(progress)
+        self.masks: dict[str, Tensor] = {}
 
     def layers(self) -> list[str]:
         """The prunable layers by full name, in order."""
         return list(models.prunable(self.skeleton, self.prefix))
+
+    def _tensor(self, name: str) -> Tensor:
+        tensor, mask = self.shards.tensor_and_mask(name)
+        if mask is not None:
+            self.masks[name] = mask
+        return tensor
+
+    def _unload(self, module: nn.Module) -> None:
+        self.masks.clear()
+        super()._unload(module)
 
     def fingerprint(self) -> str:
         """sha256 over the headers of the files and three samples of every tensor in them."""
@@ -84,8 +98,7 @@ class _Masks:
         return {name: self._of(name, layer.weight) for name, layer in block.linears.items()}
 
     def _of(self, name: str, weight: Tensor) -> Tensor:
-        mask = self.source.shards.mask(name)
-        if mask is not None:
+        if (mask := self.source.masks.get(f"{name}.weight")) is not None:
             return mask
         mask = weight != 0  # NaN is unlike 0
         if self.negative_zeros and self.values is None:

@@ -209,11 +209,14 @@ class DirectorySource(Source):
 
     def _load(self, name: str, module: nn.Module) -> None:
         self.check_unchanged()
-        state = {n: self._placed(self.shards.tensor(f"{name}.{n}")) for n, _ in module.named_parameters()}
+        state = {n: self._placed(self._tensor(f"{name}.{n}")) for n, _ in module.named_parameters()}
         module.load_state_dict(state, strict=False, assign=True)
         module.requires_grad_(False)
         if self.device.type != "cpu":
             module.to(self.device)  # buffers
+
+    def _tensor(self, name: str) -> Tensor:
+        return self.shards.tensor(name)
 
     def _placed(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)

@@ -71,14 +71,19 @@ class Stored:
 
     def tensor(self, name: str) -> Tensor:
         """The dense values; of a dense tensor mapped from the file."""
+        return self.tensor_and_mask(name)[0]
+
+    def tensor_and_mask(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """The dense values, and which of them the files keep, bool [N, K]; None where the tensor is dense there."""
         layer = name.removesuffix(".weight")
         if layer in self.bitmasks:
-            return self._bitmask(layer).dense()
+            found = bitmask.read(self.raw, layer, self.bitmasks[layer])
+            return found.dense(), found.mask
         if layer in self.packed:
             packed = self._packed(layer)
             formats.get("sbt").validate(packed, layer)
-            return formats.get("sbt").dense(packed, None if packed.scale is None else self.plain)[0]
-        return self.raw.tensor(name)
+            return formats.get("sbt").dense(packed, None if packed.scale is None else self.plain)
+        return self.raw.tensor(name), None
 
     def rows(self, name: str, rows: list[int]) -> Tensor:
         """Some rows of a matrix, dense; of a packed one only the tiles that they lie in are read."""
@@ -116,12 +121,6 @@ class Stored:
                         f"bfloat16: take the checkpoint from before that, or dequantize it first"
                     )
 
-    def mask(self, layer: str) -> Tensor | None:
-        """Which weights the files keep, bool [N, K]; None where a layer is dense."""
-        if layer in self.bitmasks:
-            return self._bitmask(layer).mask
-        return formats.get("sbt").unpack(self._packed(layer))[1] if layer in self.packed else None
-
     def check(self, progress: Callable[[str], None] | None = None) -> None:
         """ValueError naming the first tensor that cannot be written, or the first layer whose tensors disagree.
 
@@ -129,7 +128,7 @@ class Stored:
         """
         for layer in dict.fromkeys((*self.linears, *self.bitmasks)):
             if layer in self.bitmasks:
-                self._bitmask(layer)
+                bitmask.read(self.raw, layer, self.bitmasks[layer])
             elif layer in self.packed:
                 formats.get("sbt").validate(self._packed(layer), layer)
             if progress is not None:
@@ -140,9 +139,6 @@ class Stored:
         for name in self.raw.names():
             if self.raw.dtype(name) not in DTYPES:
                 raise ValueError(f"{name}: holds {self.raw.dtype(name)}, which is not written here")
-
-    def _bitmask(self, layer: str) -> bitmask.Bitmask:
-        return bitmask.read(self.raw, layer, self.bitmasks[layer])
 
     def _packed(self, layer: str) -> Packed:
         values, mask, offsets, scale = (

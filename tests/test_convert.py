@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import legacy
@@ -13,7 +14,7 @@ from conftest import make_model, write_tokenizer
 from torch import Tensor
 
 import alphaprune
-from alphaprune import convert, formats, shards, stored
+from alphaprune import bitmask, convert, formats, shards, stored
 from alphaprune.formats import quantize
 
 
@@ -267,6 +268,20 @@ print(peak() - before)
     grown = int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout)
     assert grown < 0.5 * size, (grown, size)
     assert content(tmp_path / "again") == content(tmp_path / "new")
+
+
+def test_a_layer_is_read_once_to_check_it_and_once_to_convert_it(tmp_path: Path, monkeypatch) -> None:
+    """Those of the first block once more, to see that they get smaller."""
+    old = legacy.write(dense_folder(tmp_path / "dense"), tmp_path / "old")
+    original, counts = bitmask.read, Counter()
+
+    def read(shards_, layer: str, stem: str) -> bitmask.Bitmask:
+        counts[layer] += 1
+        return original(shards_, layer, stem)
+
+    monkeypatch.setattr(bitmask, "read", read)
+    convert.convert(old, tmp_path / "new")
+    assert len(counts) == 21 and all(count == (3 if ".0." in name else 2) for name, count in counts.items())
 
 
 def test_a_dtype_that_cannot_be_written_is_named_before_anything_is(tmp_path: Path) -> None:
