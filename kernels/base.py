@@ -95,7 +95,8 @@ def choose(
     device: where the weight lies, such as "cuda:1". density: kept / weights. With it the fastest by that device's time
     table; without it, or where the table knows none of the kernels, the first in order of preference, which is
     predicted, not measured. ValueError if no kernel takes the problem.
-    fits: asked about kernels that do not take every weight; without it they are passed over.
+    fits: None or the reason why a kernel does not take the weight; without it, those that do not take every weight are
+    passed over.
     """
     usable, passed = _usable(shape, tokens, weight_dtype, x_dtype, device, fits)
     found = _table(device, density)
@@ -171,8 +172,10 @@ def _usable(
         if kernel.device not in (kind, "any"):
             continue
         reason = kernel.available() or kernel.supports(shape, tokens, weight_dtype, x_dtype)
-        if reason is None and kernel.fits is not None:
-            reason = "it does not take every weight" if fits is None else fits(kernel)
+        if reason is None and fits is not None:
+            reason = fits(kernel)
+        elif reason is None and kernel.fits is not None:
+            reason = "it does not take every weight"
         if reason:
             passed.append(f"{kernel.name}: {reason}")
         else:

@@ -123,6 +123,16 @@ def build(packed: Packed, name: str = "the weight") -> DeltaRows:
     return DeltaRows(values.view(packed.dtype).view(total, PACK), words, first, starts, slots, row_of, (n, k), width)
 
 
+def nbytes(packed: Packed) -> int:
+    """Bytes of what `build` makes, about: as though kept columns lay anywhere, each as likely as the others."""
+    n, k = packed.shape
+    streams, kept = n * -(-k // block_cols(k)), sbt.kept(packed)
+    skipped = (1 - kept / (n * k)) ** REACH  # the share of deltas that reach further, and further again
+    entries = min(kept / (1 - skipped) if kept else 0, kept + n * k / REACH)
+    packs = 1 + (entries + streams * (PACK - 1) / 2) / PACK
+    return int(packs * (2 * PACK + 4)) + 4 * (streams + n + 1) + 64 * streams  # as many lanes as may share a row
+
+
 def _chunks(packed: Packed):
     """A function that yields (first row, dense int16 bits [rows, K], mask [rows, K]) from the top of W on."""
     n, k = packed.shape

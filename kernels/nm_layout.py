@@ -69,6 +69,12 @@ def build(packed: Packed, name: str = "the weight") -> NmPanels:
     return NmPanels(torch.cat(parts).view(packed.dtype), (n, k))
 
 
+def nbytes(packed: Packed) -> int:
+    """Bytes of the panels that `build` makes."""
+    n, k = packed.shape
+    return -(-n // ROWS) * -(-k // COLS) * (VALUES + META) * 2
+
+
 def _panels(values: Tensor, pairs: Tensor) -> Tensor:
     """int16 [R, C, 2304] from kept values [32 R, 64 C] and positions [32 R, 32 C], both in order of columns."""
     r, c = values.shape[0] // ROWS, values.shape[1] * 2 // COLS

@@ -39,6 +39,12 @@ def supports(shape: tuple[int, int], tokens: int, weight: torch.dtype, x: torch.
     return None
 
 
+def nbytes(packed: Packed) -> int:
+    """Bytes of the library's copy of a weight: half of the dense values, and two bits for each of them."""
+    n, k = packed.shape
+    return n * k * 9 // 16 * packed.dtype.itemsize
+
+
 def bind(packed: Packed) -> Bound:
     """cuSPARSELt's product with one packed weight that keeps at most 2 of 4 neighbouring columns."""
     sparse = torch.sparse.to_sparse_semi_structured(expansion.expand(packed))

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from alphaprune.formats import Packed, native, sbt
-from alphaprune.kernels import base, cpu, expansion
+from alphaprune.kernels import base, copies, cpu, expansion
 from alphaprune.kernels.base import Bound, Kernel
 from alphaprune.kernels.expansion import expand
 
-__all__ = ["Prepared", "back_ends", "expand", "native_status", "prepare", "spmm", "spmm_group"]
+__all__ = ["Prepared", "back_ends", "expand", "native_status", "of_op", "prepare", "spmm", "spmm_group"]
 
 FLOATS = cpu.FLOATS
 MOST_GROUPS = 64  # native calls that a weight remembers, one for each count of tokens and company
@@ -34,6 +34,7 @@ class Prepared:
         self._fits: dict[str, str | None] = {}  # by kernel: why it does not take this weight, looked at once
         self._limits: dict[torch.dtype, tuple[int, ...]] = {}  # by x's dtype: past which tokens another kernel runs
         self._bound: dict[tuple[torch.dtype, int], Bound] = {}  # by x's dtype and the limits that the tokens exceed
+        self._made: dict[str, tuple[Bound, int]] = {}  # by kernel: what was bound once, and the bytes that it keeps
         self.number = next(_numbers)
         self.groups: dict[tuple, cpu.GroupBound | None] = {}  # see _group
 
@@ -58,7 +59,7 @@ class Prepared:
             raise ValueError(f"{self.name}: x is on {x.device}, the packed weight on {self.device}; move one of them")
         tokens = x.numel() // self.cols
         limits = self._limits.get(x.dtype, ())
-        bound = self._bound.get((x.dtype, bisect_left(limits, tokens))) or self._bind(x, tokens)
+        bound = self._bound.get((x.dtype, bisect_left(limits, tokens))) or self._bind(x.dtype, tokens)
         if bias is not None and (bias.dtype not in FLOATS or bias.device != x.device):
             raise ValueError(f"{self.name}: bias is {bias.dtype} on {bias.device}, wanted a float on {x.device}")
         return bound(x.contiguous(), None if bias is None else bias.contiguous())
@@ -77,11 +78,31 @@ class Prepared:
 
     def fits(self, kernel: Kernel) -> str | None:
         """None, or why `kernel` does not take this weight."""
-        if kernel.fits is None:
-            return None
         if kernel.name not in self._fits:
-            self._fits[kernel.name] = kernel.fits(self.packed)
+            self._fits[kernel.name] = None if kernel.fits is None else kernel.fits(self.packed)
         return self._fits[kernel.name]
+
+    def leave_out(self, kernel: str, reason: str) -> None:
+        """Has other kernels chosen from now on, and forgets what this one kept. Not for weights of a graph."""
+        self._fits[kernel] = reason
+        self._limits.clear()
+        self._bound.clear()
+        self._made.pop(kernel, None)
+
+    def kernels(self, most: int, x_dtype: torch.dtype) -> dict[int, Kernel]:
+        """The kernels for up to `most` tokens: {the most tokens of a stretch: its kernel}, rising."""
+        self.case(most, x_dtype)
+        limits = self._limits.get(x_dtype, ())
+        return {tokens: self.choice(tokens, x_dtype)[0] for tokens in (*(t for t in limits if t < most), most)}
+
+    def ready(self, tokens: int, x_dtype: torch.dtype) -> None:
+        """Makes now what the first call with so many tokens would make."""
+        if (x_dtype, self.case(tokens, x_dtype)) not in self._bound:
+            self._bind(x_dtype, tokens)
+
+    def copied(self) -> int:
+        """Bytes that its kernels keep beside the packed weight."""
+        return sum(nbytes for _, nbytes in self._made.values())
 
     def case(self, tokens: int, x_dtype: torch.dtype) -> int:
         """A number that two counts of tokens share only if they have the same kernel."""
@@ -92,17 +113,20 @@ class Prepared:
             self._limits[x_dtype] = base.limits(p.shape, p.dtype, x_dtype, str(p.device), p.density, self.fits)
         return bisect_left(self._limits[x_dtype], tokens)
 
-    def _bind(self, x: Tensor, tokens: int) -> Bound:
-        if x.dtype not in FLOATS:
-            raise ValueError(f"{self.name}: x is {x.dtype}, wanted float32, float16 or bfloat16")
-        kernel, why = self.choice(tokens, x.dtype)
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise ValueError(
-                f"{self.name}: a CUDA graph is being captured, and kernel {kernel.name} for {tokens} tokens in "
-                f"{x.dtype} is not ready, which takes work outside of a graph; call the layer once with so many before"
-            )
-        base.log.debug("%s: kernel %s for %d tokens in %s (%s)", self.name, kernel.name, tokens, x.dtype, why)
-        bound = self._bound[x.dtype, self.case(tokens, x.dtype)] = kernel.bind(self.packed)
+    def _bind(self, x_dtype: torch.dtype, tokens: int) -> Bound:
+        if x_dtype not in FLOATS:
+            raise ValueError(f"{self.name}: x is {x_dtype}, wanted float32, float16 or bfloat16")
+        kernel, why = self.choice(tokens, x_dtype)
+        if kernel.name not in self._made:
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise ValueError(
+                    f"{self.name}: a CUDA graph is being captured, and kernel {kernel.name} for {tokens} tokens in "
+                    f"{x_dtype} is not ready, which takes work outside of a graph; call the layer once with so many "
+                    f"before"
+                )
+            self._made[kernel.name] = kernel.bind(self.packed), copies.nbytes(kernel.name, self.packed)
+        base.log.debug("%s: kernel %s for %d tokens in %s (%s)", self.name, kernel.name, tokens, x_dtype, why)
+        bound = self._bound[x_dtype, self.case(tokens, x_dtype)] = self._made[kernel.name][0]
         return bound
 
 
@@ -215,6 +239,11 @@ def _lookup(weight: Tensor, mask: Tensor, offsets: Tensor, scale: Tensor | None,
         packed = Packed(weight, mask, offsets, (n, k), scale).map(Tensor.detach)
         known = _by_weight[weight] = (address, Prepared(packed, "alphaprune::spmm"))
     return known[1]
+
+
+def of_op(packed: Packed) -> Prepared:
+    """What the op of torch.compile multiplies with; it lives as long as the values of the weight."""
+    return _lookup(packed.weight, packed.mask, packed.offsets, packed.scale, *packed.shape)
 
 
 def _call_op(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:

@@ -86,7 +86,7 @@ def test_who_is_taken_on_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         names = {"sbt_mma", "sbt_expand", "nm_mma_sp", "nm_cusparselt", *(["sbt_wgmma"] if wide else [])}
         found = {n: replace(k, available=lambda: None) for n, k in known.items() if n in names}
         monkeypatch.setattr(base, "kernels", lambda: found)
-        fits = (lambda kernel: None) if regular else (lambda kernel: "not 2:4")
+        fits = (lambda kernel: None) if regular else (lambda kernel: kernel.fits and "not 2:4")
         half = torch.bfloat16
         kernel, _ = base.choose((4096, 4096), tokens, half, half, "cuda", None, fits)
         return kernel.name
@@ -106,11 +106,13 @@ def test_a_capture_before_the_kernel_is_ready_is_one_sentence(monkeypatch: pytes
 
         is_cuda = True
 
-    prepared = spmm.prepare(sbt.pack(torch.randn(16, 64)), "model.layers.0.mlp.up_proj")
+    packed = sbt.pack(torch.randn(16, 64))
+    prepared, other = (spmm.prepare(packed, "model.layers.0.mlp.up_proj") for _ in range(2))
+    other.device = torch.device("cuda")
     x = torch.randn(3, 64)
     expected = prepared(x)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     fake = x.as_subclass(OnGpu)
     with pytest.raises(ValueError, match=r"mlp\.up_proj: a CUDA graph is being captured, and kernel \w+ for 40 tokens"):
-        prepared._bind(torch.randn(40, 64).half().as_subclass(OnGpu), 40)
+        other.ready(40, torch.float16)
     assert torch.equal(prepared.run(fake, None), expected), "what is ready may be captured"

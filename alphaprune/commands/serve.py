@@ -77,16 +77,20 @@ def _missing(device: str) -> str | None:
 
 def _service(loaded: Any, tokenizer: Any, name: str, options: dict[str, Any]) -> Any:
     from alphaprune.generate import not_done
-    from alphaprune.serving import kv
+    from alphaprune.serving import copies, kv
     from alphaprune.serving.app import Limits, Service
     from alphaprune.serving.engine import Engine
     from alphaprune.serving.metrics import Metrics
+    from alphaprune.serving.ours import BATCH_TOKENS
 
     if ignored := not_done(loaded.generation_config):
         print(f"not done by serve, though generation_config asks for it: {', '.join(ignored)}", file=sys.stderr)
     running, block = options["max_running"], options["block_size"]
-    memory = options["kv_memory"] and options["kv_memory"] * 1e9
-    cache = kv.plan(loaded.config, loaded.dtype, running, block, options["kv_blocks"], memory, loaded.device)
+    blocks, memory = options["kv_blocks"], options["kv_memory"] and options["kv_memory"] * 1e9
+    asked = blocks * kv.block_bytes(loaded.config, loaded.dtype, block) if blocks else memory
+    weights = copies.weights_of(loaded, direct=options["steps"] != "compile")
+    copies.make(weights, max(running, BATCH_TOKENS), loaded.dtype, kv.room_for_copies(loaded.device, asked))
+    cache = kv.plan(loaded.config, loaded.dtype, running, block, blocks, memory, loaded.device)
     metrics = Metrics()
     engine = Engine(loaded, tokenizer, cache, running, metrics.tell, options["engine"], options["steps"])
     metrics.watch(engine)

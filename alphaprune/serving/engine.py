@@ -14,7 +14,7 @@ from torch import nn
 from alphaprune import memory
 from alphaprune.files import first_line
 from alphaprune.generate import ends_of
-from alphaprune.layer import SparseLinear
+from alphaprune.serving import copies
 from alphaprune.serving.kv import KV, SCRATCH
 from alphaprune.serving.ours import Ours, reason_against
 from alphaprune.serving.request import Asked, Refused
@@ -57,8 +57,8 @@ class Engine:
         self.vocabulary: int = model.config.get_text_config().vocab_size
         self.ends = ends_of(model.generation_config)
         self.weight_bytes = sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
-        layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
-        self.packed_bytes = sum(layer.packed.nbytes for layer in layers)
+        self._weights = copies.weights_of(model, direct=steps != "compile")
+        self.packed_bytes = sum(weight.packed.nbytes for weight in self._weights)
         reason = reason_against(model, kv.context) if engine != "transformers" else None
         if engine == "alphaprune" and reason:
             raise ValueError(f"--engine alphaprune does not serve this model: {reason}")
@@ -69,18 +69,23 @@ class Engine:
         self.forget = batching.forget
 
     def memory(self) -> dict[str, int]:
-        """Bytes by name: packed (of the packed layers), weights (of the whole model), kv, scratch (what is taken beside
-        weights and KV), allocated, peak, limit (weights, KV and SCRATCH). Of the GPU, or of this process."""
+        """Bytes by name, of the GPU or of this process.
+
+        packed (of the packed layers), weights (of the whole model), copies (that kernels keep of packed layers), kv,
+        scratch (what is taken beside these), allocated, peak, limit (weights, copies, KV and SCRATCH).
+        """
         device, kv = self.model.device, self.kv.blocks * self.kv.block_bytes
-        taken = memory.allocated(device)
+        taken, copied = memory.allocated(device), sum(weight.copied() for weight in self._weights)
+        known = self.weight_bytes + copied + kv
         return {
             "packed": self.packed_bytes,
             "weights": self.weight_bytes,
+            "copies": copied,
             "kv": kv,
-            "scratch": max(0, taken - self.weight_bytes - kv),
+            "scratch": max(0, taken - known),
             "allocated": taken,
             "peak": memory.peak(device),
-            "limit": self.weight_bytes + kv + SCRATCH,
+            "limit": known + SCRATCH,
         }
 
     def encode(self, asked: Asked) -> list[int]:

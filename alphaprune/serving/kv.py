@@ -1,5 +1,6 @@
 """How much memory the keys and values of running requests may take."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,25 @@ def room(device: torch.device) -> float:
     return MODEST if free is None else min(MODEST, free / 4)
 
 
+def room_for_copies(device: torch.device, asked: float | None) -> float:
+    """Bytes that kernels may take for layouts of their own: of a GPU what is free but SCRATCH and the KV cache.
+
+    asked: bytes of the KV cache; where nobody says how many, it is to have as much as the copies.
+    """
+    if device.type != "cuda":
+        return math.inf
+    free = memory.free(device) - SCRATCH
+    return free / 2 if asked is None else free - asked
+
+
+def block_bytes(config: Any, dtype: torch.dtype, block: int) -> int:
+    """Bytes of a block of `block` tokens over all layers."""
+    config = config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head * dtype.itemsize * block
+
+
 def plan(
     config: Any,
     dtype: torch.dtype,
@@ -74,20 +94,17 @@ def plan(
             "serve has one number of KV heads for all blocks, and this model has one for each; serve a model that lost "
             "channels only (compress --parts channels), or use generate and chat"
         )
-    config = config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    block_bytes = 2 * config.num_hidden_layers * heads * head * dtype.itemsize * block
-    longest = getattr(config, "max_position_embeddings", None) or 2**31
+    nbytes = block_bytes(config, dtype, block)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
     if blocks is None:
         given = limit is not None
         limit = limit if given else max(0, room(device))
-        blocks = int(limit // block_bytes)
+        blocks = int(limit // nbytes)
         if blocks < 1:
             raise ValueError(
-                f"{size(limit)} for keys and values is less than one block of {block} tokens, {size(block_bytes)}; "
+                f"{size(limit)} for keys and values is less than one block of {block} tokens, {size(nbytes)}; "
                 f"give more --kv-memory or a smaller --block-size"
             )
         if not given:
             blocks = min(blocks, running * -(-longest // block))
-    return KV(blocks, block, block_bytes, min(longest, blocks * block))
+    return KV(blocks, block, nbytes, min(longest, blocks * block))

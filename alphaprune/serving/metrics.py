@@ -17,11 +17,12 @@ TOKEN_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 # Of the GPU that serves, or else of this process: its resident memory.
 MEMORY = {
     "packed": "bytes of the packed layers",
+    "copies": "bytes that kernels keep of packed layers in layouts of their own",
     "kv": "bytes of the KV cache",
-    "scratch": "bytes taken beside weights and KV cache",
+    "scratch": "bytes taken beside weights, copies and KV cache",
     "memory_allocated": "bytes taken",
     "memory_peak": "the most bytes that were ever taken",
-    "memory_limit": "bytes of weights and KV cache and 1 GB: what a GPU is to stay below",
+    "memory_limit": "bytes of weights, copies and KV cache and 1 GB: what a GPU is to stay below",
 }
 
 
