@@ -15,6 +15,7 @@ from alphaprune import memory
 from alphaprune.files import first_line
 from alphaprune.generate import ends_of
 from alphaprune.serving import copies
+from alphaprune.serving.jobs import Job
 from alphaprune.serving.kv import KV, SCRATCH
 from alphaprune.serving.ours import Ours, reason_against
 from alphaprune.serving.request import Asked, Refused
@@ -154,7 +155,8 @@ class Stream:
             parser = build_response_parser(engine.tokenizer, engine.model, tokens, tools=asked.tools)
         loop = asyncio.get_running_loop()
         self._streamer = CBStreamer(None, request_id, engine.tokenizer._tokenizer, loop, self._queue, parser)
-        if not engine.batching.submit(request_id, tokens, self._limit, engine.ends, asked.sampling, self._take):
+        job = Job(request_id, tokens, self._limit, engine.ends, asked.sampling, self._take, loop)
+        if not engine.batching.submit(job):
             engine.forget(request_id)
             raise Refused(503, "generation has stopped; restart the server", code="engine_stopped")
         engine.tell("prompt_tokens", len(tokens))

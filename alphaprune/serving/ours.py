@@ -5,14 +5,12 @@ Keys and values lie in pages. A request gets pages as it grows; when there are n
 its pages back, waits, and reads again what it had, so that its tokens stay the same.
 """
 
-import asyncio
 import contextlib
 import gc
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +20,8 @@ from alphaprune.decoder import Decoder, why_not
 from alphaprune.files import first_line
 from alphaprune.graphs import BUCKETS, Recorder, Steps, fetch
 from alphaprune.ragged import Ragged
-from alphaprune.sampling import Kind, Sampling
+from alphaprune.sampling import Kind
+from alphaprune.serving.jobs import Job
 from alphaprune.serving.kv import KV
 
 BATCH_TOKENS = 512  # of prompts between two steps: longer ones are cut, so that running streams wait less
@@ -42,19 +41,13 @@ class Output:
 
 
 @dataclass(eq=False)
-class Job:
-    """A request. source: what it has to read, its prompt and what it had of an answer; read: how many of these it has.
+class Progress(Job):
+    """A request, and how far it is.
 
+    source: what it has to read, its prompt and what it had of an answer; read: how many of these it has.
     new: its tokens so far; launched: their number and that of those that the device is still computing.
     """
 
-    id: str
-    prompt: list[int]
-    limit: int
-    ends: frozenset[int]
-    sampling: Sampling
-    take: Callable[[Any], None]
-    loop: asyncio.AbstractEventLoop
     new: list[int] = field(default_factory=list)
     source: list[int] = field(default_factory=list)
     slot: int = -1
@@ -83,10 +76,10 @@ class Ours:
         # On a GPU a token is read while the next one is computed; on a CPU there would be nothing to wait for.
         self.late = int(self.ragged.decoder.device.type == "cuda" or recorder is not None)
         self.turns = 0
-        self._inbox: deque[Job | str] = deque()  # new requests, and the ids of cancelled ones
-        self._waiting: deque[Job] = deque()
-        self._active: list[Job] = []  # in the order in which they came
-        self._pending: deque[tuple[list[Job], Callable[[], Tensor]]] = deque()
+        self._inbox: deque[Progress | str] = deque()  # new requests, and the ids of cancelled ones
+        self._waiting: deque[Progress] = deque()
+        self._active: list[Progress] = []  # in the order in which they came
+        self._pending: deque[tuple[list[Progress], Callable[[], Tensor]]] = deque()
         self._wake, self._ending = threading.Event(), False
         self._error: str | None = None
         self._thread = threading.Thread(target=self._work, name="alphaprune serve", daemon=True)
@@ -120,22 +113,14 @@ class Ours:
         return len(self._active)
 
     def queued(self) -> int:
-        return len(self._waiting) + sum(type(one) is Job for one in list(self._inbox))
+        return len(self._waiting) + sum(type(one) is Progress for one in list(self._inbox))
 
     def kv_used(self) -> int:
         return sum(map(len, self.ragged.owned))
 
-    def submit(
-        self,
-        request_id: str,
-        tokens: list[int],
-        limit: int,
-        ends: frozenset[int],
-        sampling: Sampling,
-        take: Callable[[Any], None],
-    ) -> bool:
-        """Queues a request, in the event loop in which `take` will be called; False if generation has stopped."""
-        self._inbox.append(Job(request_id, tokens, limit, ends, sampling, take, asyncio.get_running_loop()))
+    def submit(self, job: Job) -> bool:
+        """Queues a request; False if generation has stopped."""
+        self._inbox.append(Progress(**vars(job)))
         self._wake.set()
         return self.alive()
 
@@ -154,7 +139,7 @@ class Ours:
             words = "the server is shutting down"
         except BaseException as error:
             words = self._error = first_line(error) or type(error).__name__
-        left = [one for one in self._inbox if type(one) is Job]
+        left = [one for one in self._inbox if type(one) is Progress]
         _tell([(job, Output(list(job.new), error=words)) for job in (*self._active, *self._waiting, *left)])
 
     def turn(self) -> bool:
@@ -172,7 +157,7 @@ class Ours:
         cancelled: set[str] = set()
         while self._inbox:
             one = self._inbox.popleft()
-            if type(one) is Job:
+            if type(one) is Progress:
                 self._waiting.append(one)
             else:
                 cancelled.add(one)
@@ -227,7 +212,7 @@ class Ours:
                 return True
         return False
 
-    def _make_room(self, jobs: Sequence[Job]) -> bool:
+    def _make_room(self, jobs: Sequence[Progress]) -> bool:
         """Whether every one has a page for its next position; otherwise something was done about it: ask again."""
         for job in jobs:
             if not self.ragged.reserve(job.slot, self.ragged.held[job.slot] + 1):
@@ -240,7 +225,7 @@ class Ours:
                 return False
         return True
 
-    def _launch(self, jobs: list[Job], new: Tensor) -> None:
+    def _launch(self, jobs: list[Progress], new: Tensor) -> None:
         for job in jobs:
             job.launched += 1
         self._pending.append((jobs, fetch(new)))
@@ -269,10 +254,10 @@ class Ours:
         self.ragged.close(job.slot)
 
 
-def _tell(found: list[tuple[Job, Output]]) -> None:
+def _tell(found: list[tuple[Progress, Output]]) -> None:
     """Hands outputs to the event loops of their requests, all of one loop at once."""
 
-    def deliver(group: list[tuple[Job, Output]]) -> None:
+    def deliver(group: list[tuple[Progress, Output]]) -> None:
         for job, output in group:
             job.take(output)
 

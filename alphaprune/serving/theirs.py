@@ -7,7 +7,6 @@ model.
 
 import gc
 import logging
-from collections.abc import Callable
 from time import monotonic, sleep
 from typing import Any
 
@@ -18,6 +17,7 @@ from transformers.generation.continuous_batching.cache import group_layers_by_at
 
 from alphaprune.sampling import Sampling
 from alphaprune.serving import attention
+from alphaprune.serving.jobs import Job
 from alphaprune.serving.kv import KV
 from alphaprune.serving.sampling import Sampler
 
@@ -93,24 +93,17 @@ class Theirs:
         allocators = processor.cache.cache_allocators.values() if processor else ()
         return sum(len(set().union(*list(a.block_table.values()))) for a in allocators)
 
-    def submit(
-        self,
-        request_id: str,
-        tokens: list[int],
-        limit: int,
-        ends: frozenset[int],
-        sampling: Sampling,
-        take: Callable[[Any], None],
-    ) -> bool:
+    def submit(self, job: Job) -> bool:
+        """Queues a request, in its event loop; False if generation has stopped."""
         # Before the request, not after it: a request of one token may be done by then.
-        self._cb.register_result_handler(request_id, take)
+        self._cb.register_result_handler(job.id, job.take)
         taken = self._cb.add_request(
-            tokens,
-            request_id=request_id,
-            max_new_tokens=limit,
+            job.prompt,
+            request_id=job.id,
+            max_new_tokens=job.limit,
             streaming=True,
-            eos_token_id=sorted(ends) or -1,
-            sampling=sampling,
+            eos_token_id=sorted(job.ends) or -1,
+            sampling=job.sampling,
         )
         return taken is not None
 
