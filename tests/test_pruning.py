@@ -170,7 +170,7 @@ def test_prune_keeps_what_its_analysis_found(
     run, directory: Path, text_file: Path, tmp_path: Path, monkeypatch
 ) -> None:
     """Of an interrupted run with the same text; another text is read again."""
-    from alphaprune import activity, analysis, pruning
+    from alphaprune import activity, pruning, weight_stats
 
     def stopped(*_, **__):
         raise KeyboardInterrupt
@@ -187,7 +187,7 @@ def test_prune_keeps_what_its_analysis_found(
     assert len(kept.read_text().splitlines()) > 1
     with monkeypatch.context() as patch:
         patch.setattr(activity, "columns", stopped)
-        patch.setattr(analysis, "_spectral", stopped)
+        patch.setattr(weight_stats, "_spectral", stopped)
         assert command("new/out", 2)[0] == 130
     with monkeypatch.context() as patch:
         patch.setattr(pruning, "prune_blocks", stopped)
