@@ -171,7 +171,7 @@ def model_summary(found: dict[str, Any]) -> str:
 def describe_machine(bandwidth: bool = False) -> dict[str, Any]:
     """Which kernels work here and why the others do not; processor, memory, GPUs, threads and versions.
 
-    times: per device what kernels are chosen by (see _source). predicted: what int8 would gain on each GPU.
+    times: per device what kernels are chosen by (see _source). predicted: what int8 gains on each GPU.
     bandwidth: whether to measure the bytes/s that memory is read with, which takes some seconds and 2 GiB; otherwise
     those of the time table, None without one.
     """

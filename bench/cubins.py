@@ -32,7 +32,7 @@ CUDA = ROOT / "csrc" / "cuda"
 ARCHITECTURES = ("sm_80", "sm_90a")
 UNIT = 1024
 COLUMNS = ("instr", "alu", "popc", "lsu", "hmma", "fma", "uniform", "control")
-TEMPLATES = ("sbt_mma<", "nm_mma_sp<", "delta_spmv<")  # kernels with <value type, tiles or tokens>
+TEMPLATES = ("sbt_mma<", "sbt_mma_int8<", "nm_mma_sp<", "delta_spmv<")  # kernels with <value type, tiles or tokens>
 # Weights of the dense matrix that an instruction multiplies by eight tokens, and the registers of operands a and b.
 PRODUCTS = {
     "HMMA.SP.16832": (512, 4, 4),
@@ -65,17 +65,21 @@ LIMITS = {
 SYSTEM_SHARED = 1024
 # Dynamic shared memory as the kernel's own constexpr has it: a header and an expression in C++, where {0}, {1}, … are
 # the numbers among the template's arguments and half(n) the bytes of the values of n macro tiles at 50 %: of the
-# largest among very many, 4.5 standard deviations above the mean.
+# largest among very many, 4.5 standard deviations above the mean. half(n, 1) has values of one byte.
 SHARED = {
-    "sbt_mma": ("cuda/sbt_mma.cuh", "mma_shared_bytes({1}, {0}, {1} == 4 ? 7 : kMostWarps, half(kChunk))"),
+    "sbt_mma": ("cuda/sbt_mma.cuh", "mma_shared_bytes<FloatLane>({1}, {0}, {1} == 4 ? 7 : kMostWarps, half(kChunk))"),
+    "sbt_mma_int8": (
+        "cuda/sbt_mma.cuh",
+        "mma_shared_bytes<IntegerLane<Bfloat16>>({1}, {0}, kMostWarps, half(kChunk, 1))",
+    ),
     "sbt_wgmma": ("cuda/sbt_wgmma.cuh", "wide_shared_bytes({0}, 2, half(1))"),
     "sbt_expand": ("cuda/sbt_expand.cuh", "expand_shared_bytes(half(kChunk))"),
     "nm_mma_sp": ("cuda/nm_mma_sp.cuh", "nm_shared_bytes({0})"),
     "delta_spmv": ("cuda/delta_spmv.cuh", "delta_shared_bytes({0}, 4096)"),
 }
-HALF = """unsigned half(int tiles) {
+HALF = """unsigned half(int tiles, unsigned size = 2) {
   const double weights = 1024.0 * tiles;
-  return (static_cast<unsigned>(weights / 2 + 4.5 * std::sqrt(weights / 4)) / 8 + tiles) * 16;
+  return (static_cast<unsigned>(weights / 2 + 4.5 * std::sqrt(weights / 4)) * size / 16 + tiles) * 16;
 }"""
 
 
@@ -249,18 +253,21 @@ def rows(source: Path, arch: str, pattern: str = "", options: tuple[str, ...] = 
         }
 
 
-def emulated_by(program: wavefronts.Emulated) -> Callable[[float, int], dict[str, float]]:
-    """Wavefronts per UNIT weights by density and tokens; each launch is emulated once."""
-    return functools.cache(program.per_unit)
+Wavefronts = Callable[[str, float, int], dict[str, float]]
 
 
-def with_wavefronts(
-    found: Iterable[dict[str, object]], emulated: Callable[[float, int], dict[str, float]]
-) -> Iterator[dict]:
-    """Rows of sbt_mma with simulated wavefronts per UNIT weights at 50 and 30 % density, others with none."""
+def emulated_by(program: wavefronts.Emulated) -> Wavefronts:
+    """Wavefronts per UNIT weights by kernel, density and tokens; each launch is emulated once."""
+    return functools.cache(lambda kernel, density, tokens: program.per_unit(density, tokens, kernel=kernel))
+
+
+def with_wavefronts(found: Iterable[dict[str, object]], emulated: Wavefronts) -> Iterator[dict]:
+    """Rows of sbt_mma, of both kinds of values, with simulated wavefronts per UNIT weights at 50 and 30 % density,
+    others with none."""
     for one in found:
-        m = one["m"] if str(one["kernel"]).startswith("sbt_mma<") else None
-        half, third = (emulated(density, m) if m else {} for density in wavefronts.DENSITIES)
+        kernel = str(one["kernel"]).partition("<")[0]
+        known = kernel in wavefronts.KERNELS
+        half, third = (emulated(kernel, density, one["m"]) if known else {} for density in wavefronts.DENSITIES)
         at_half = {"wavefronts": half.get("all"), "wavefronts_paired": half.get("paired")}
         yield one | at_half | {"wavefronts_30": third.get("all")}
 

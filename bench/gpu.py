@@ -7,10 +7,10 @@ python bench/gpu.py --dry-run                                        tiny layers
 
 A case is one layer with so many tokens. Its contenders are torch's dense products (both orders of the operands, tokens
 padded or not, by cuBLAS and cuBLASLt), each algorithm that cuBLASLt proposes, cuSPARSELt for 2:4, and every kernel of
-this package at every sparsity. Each is a CUDA graph of calls that go round copies of its weight, together four times as
-large as the second-level cache, and all are replayed by turns. A figure is the median of --repeats replays over the
-calls of one. A contender that fails gets a row with its error; after a fault that takes the device away the script
-starts itself again without it.
+this package at every sparsity, last of all on int8 values. Each is a CUDA graph of calls that go round copies of its
+weight, together four times as large as the second-level cache, and all are replayed by turns. A figure is the median of
+--repeats replays over the calls of one. A contender that fails gets a row with its error; after a fault that takes the
+device away the script starts itself again without it.
 """
 
 import argparse
@@ -65,6 +65,7 @@ class Run:
     common: dict[str, object]
     write: Callable[[dict], None]
     left: Callable[[], float]
+    values: tuple[str, ...] = ("float",)
 
     def __post_init__(self) -> None:
         self._held: dict[gpu_cases.Shape, Weights] = {}
@@ -83,7 +84,7 @@ class Run:
             self.rig.release()
             weights, ready = self.weights(case.shape), []
             x = weights.x(case.tokens)
-            for contender in contenders(weights, case, self.rig, self.only, self.without):
+            for contender in contenders(weights, case, self.rig, self.only, self.without, self.values):
                 if self.left() <= 0 and any(one.contender.kind != "dense" for one in ready):
                     break
                 try:
@@ -106,7 +107,8 @@ class Run:
         """Recorded on copies of its weight; its result compared with float64."""
         with self.rig.library(contender.library):
             calls = contender.make(copies(contender, self.rig.rotate))
-            found = error(calls[0](), x, weights.pruned(contender.kept))
+            weight = weights.pruned(contender.kept, contender.values)
+            found = error(calls[0](), x, weight, contender.rounded)
             return Ready(contender, self.rig.record(calls), len(calls), found)
 
     def measure(self, case: Case, ready: list[Ready]) -> None:
@@ -131,6 +133,7 @@ class Run:
             "name": contender and contender.name,
             "pattern": kept and kept.pattern,
             "sparsity": kept and kept.sparsity,
+            "values": contender and contender.values,
         }
 
 
@@ -199,6 +202,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--sparsity", type=gpu_cases.kept_from, default=gpu_cases.FIRST + gpu_cases.REST)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    parser.add_argument(
+        "--values", type=gpu_cases.values_from, default=("float", "int8"), help="float,int8,int8/128: of packed weights"
+    )
     parser.add_argument("--kernel", default="", help="only these of our kernels, with commas")
     parser.add_argument("--without", default="", help="names of contenders to leave out, with commas")
     parser.add_argument("--repeats", type=int, default=50, help="replays of each contender")
@@ -237,7 +243,7 @@ def start(options: argparse.Namespace, arguments: list[str], left: Callable[[], 
         print(_joined(NAMES), flush=True)
     only, without = set(_names(options.kernel)), set(_names(options.without))
     dtype = getattr(torch, options.dtype)
-    return Run(rig, dtype, options.repeats, only, without, common, writer(options), left)
+    return Run(rig, dtype, options.repeats, only, without, common, writer(options), left, options.values)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -58,6 +58,8 @@ PREFILL = (2048, 512)  # tokens of a prompt
 FIRST = (Kept(0.5), Kept(0.7), Kept(0.8), Kept(0.9), Kept(0.5, "2:4"))
 REST = (Kept(0.6),)
 TINY: tuple[Shape, ...] = ((48, 128), (100, 192))  # of a dry run
+# How what is kept is stored: as W is, or as integers with a scale per row or per so many columns of it.
+VALUES: dict[str, int | None] = {"float": None, "int8": None, "int8/128": 128}
 
 Tier = tuple[tuple[Shape, ...], tuple[int, ...], tuple[Kept, ...]]
 
@@ -101,4 +103,12 @@ def kept_from(text: str) -> tuple[Kept, ...]:
     found = tuple(Kept(0.5, "2:4") if part == "2:4" else Kept(float(part)) for part in text.split(","))
     if not all(0 <= one.sparsity < 1 for one in found):
         raise ValueError(f"sparsity {text}: wanted shares from 0 to below 1, and 2:4")
+    return found
+
+
+def values_from(text: str) -> tuple[str, ...]:
+    """`float,int8` as ways to store what is kept. ValueError for anything else."""
+    found = tuple(text.split(","))
+    if not set(found) <= VALUES.keys():
+        raise ValueError(f"values {text}: wanted {', '.join(VALUES)}, with commas")
     return found

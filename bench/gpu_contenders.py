@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from gpu_cases import Case, Kept, Shape
+from gpu_cases import VALUES, Case, Kept, Shape
 from gpu_rig import Call, Rig
 from torch import Tensor
 from torch.nn import functional
 
 from alphaprune import timing
-from alphaprune.formats import Packed, sbt
+from alphaprune.formats import Packed, quantize, sbt
 from alphaprune.kernels import base, spmm
 from alphaprune.mask import keep_mask
 from alphaprune.pattern import NM
@@ -21,6 +21,7 @@ from alphaprune.pattern import NM
 sys.path.insert(0, str(Path(__file__).parent / "engines"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import cublaslt
+import problems
 import tolerance
 
 ROWS = 4096  # of a weight that are compared with float64 at a time
@@ -34,7 +35,7 @@ class Weights:
         self.shape = shape
         self.dense = torch.randn(shape, generator=self._generator(device, 0), device=device).to(dtype)
         self._masks: dict[Kept, Tensor] = {}
-        self._packed: dict[Kept, Packed] = {}
+        self._packed: dict[tuple[Kept, str], Packed] = {}
 
     def x(self, tokens: int) -> Tensor:
         """The activations, [tokens, K]."""
@@ -53,15 +54,21 @@ class Weights:
             self._masks[kept] = mask
         return self._masks[kept]
 
-    def pruned(self, kept: Kept | None) -> Tensor:
-        """W [N, K] with zeros; W itself for None."""
-        return self.dense if kept is None else self.dense * self.mask(kept)
+    def pruned(self, kept: Kept | None, values: str = "float") -> Tensor:
+        """W [N, K] with zeros; W itself for None. Of integers exactly what they stand for, in float64."""
+        if kept is None or values == "float":
+            return self.dense if kept is None else self.dense * self.mask(kept)
+        packed = self.packed(kept, values)
+        return problems.exact_weight(sbt.unpack_torch(packed)[0], packed.scale)
 
-    def packed(self, kept: Kept) -> Packed:
+    def packed(self, kept: Kept, values: str = "float") -> Packed:
         """What is left, in SBT."""
-        if kept not in self._packed:
-            self._packed[kept] = sbt.pack(self.dense, self.mask(kept))
-        return self._packed[kept]
+        if (kept, values) not in self._packed:
+            mask, weight, scale = self.mask(kept), self.dense, None
+            if values != "float":
+                weight, scale, _ = quantize.quantize(self.dense, mask, VALUES[values])
+            self._packed[kept, values] = sbt.pack(weight, mask, scale)
+        return self._packed[kept, values]
 
     @staticmethod
     def _generator(device: torch.device, seed: int) -> torch.Generator:
@@ -74,6 +81,7 @@ class Contender:
 
     name: what the row calls it. kept: None if it is dense and gains nothing from zeros. nbytes: of one weight.
     make(count) -> as many calls, each on a weight in memory of its own. library: what torch's products run on.
+    values: one of VALUES. rounded: whether it may use 16-bit integers for x.
     """
 
     name: str
@@ -82,16 +90,27 @@ class Contender:
     nbytes: int
     make: Callable[[int], list[Call]] = field(repr=False)
     library: str | None = None
+    values: str = "float"
+    rounded: bool = False
 
 
-def contenders(weights: Weights, case: Case, rig: Rig, only: set[str], without: set[str]) -> Iterator[Contender]:
-    """All of a case, dense first: there is no ratio without them. only: kernels, all if empty. without: names."""
+def contenders(
+    weights: Weights, case: Case, rig: Rig, only: set[str], without: set[str], values: tuple[str, ...] = ("float",)
+) -> Iterator[Contender]:
+    """All of a case, dense first: there is no ratio without them. only: kernels, all if empty. without: names.
+
+    values: of VALUES, in this order.
+    """
     x = weights.x(case.tokens)
     found = [*dense(weights, x, rig)]
     for kept in case.kept:
         if kept.pattern == "2:4" and rig.device.type == "cuda":
             found.extend(cusparselt(weights, x, kept))
-        found.extend(ours(weights, x, kept, only))
+        if "float" in values:
+            found.extend(ours(weights, x, kept, only))
+    for kind in values:
+        for kept in case.kept if kind != "float" else ():
+            found.extend(ours(weights, x, kept, only, kind))
     yield from (one for one in found if one.name not in without)
 
 
@@ -162,9 +181,9 @@ def cusparselt(weights: Weights, x: Tensor, kept: Kept) -> Iterator[Contender]:
         yield Contender(name, "library", kept, nbytes, functools.partial(make, search=search))
 
 
-def ours(weights: Weights, x: Tensor, kept: Kept, only: set[str]) -> Iterator[Contender]:
+def ours(weights: Weights, x: Tensor, kept: Kept, only: set[str], values: str = "float") -> Iterator[Contender]:
     """Every kernel of this package that runs on the device and takes the problem; N:M kernels get N:M weights only."""
-    dtype = weights.dense.dtype
+    dtype = weights.dense.dtype if values == "float" else torch.int8
     for kernel in base.kernels().values():
         if kernel.device != weights.dense.device.type or (only and kernel.name not in only) or kernel.available():
             continue
@@ -172,13 +191,15 @@ def ours(weights: Weights, x: Tensor, kept: Kept, only: set[str]) -> Iterator[Co
             continue
         if kernel.name.startswith("nm_") and kept.pattern == "unstructured":
             continue
-        packed = weights.packed(kept)
+        packed = weights.packed(kept, values)
 
         def make(count: int, name: str = kernel.name, packed: Packed = packed) -> list[Call]:
             prepared = [spmm.prepare(packed.map(Tensor.clone), "bench", name) for _ in range(count)]
             return [functools.partial(one, x) for one in prepared]
 
-        yield Contender(kernel.name, "kernel", kept, packed.nbytes, make)
+        name, rounded = kernel.name, problems.may_round(kernel.name, packed, x.dtype)
+        name = name if values == "float" else f"{name} {values}"
+        yield Contender(name, "kernel", kept, packed.nbytes, make, values=values, rounded=rounded)
 
 
 def copies(contender: Contender, rotate: int) -> int:
@@ -186,14 +207,14 @@ def copies(contender: Contender, rotate: int) -> int:
     return timing.copy_count(contender.nbytes, rotate)
 
 
-def error(y: Tensor, x: Tensor, weight: Tensor) -> dict[str, float]:
+def error(y: Tensor, x: Tensor, weight: Tensor, rounded: bool = False) -> dict[str, float]:
     """How far y [tokens, N] is from x Wᵀ in float64: the largest |error|, what the tests allow there, and the largest
-    share of what is allowed. NaN if any output is."""
+    share of what is allowed. NaN if any output is. rounded: whether the tests allow 16-bit integers for x."""
     worst = {"max_error": 0.0, "allowed": 0.0, "of_allowed": 0.0}
     for first in range(0, weight.shape[0], ROWS):
         part, rows = y[:, first : first + ROWS], weight[first : first + ROWS]
         found = (part.double() - tolerance.exact(x, rows)).abs()
-        allowed = tolerance.bound(x, rows)
+        allowed = tolerance.bound(x, rows, rounded=rounded)
         if not bool(found.isfinite().all()):
             return dict.fromkeys(worst, float("nan"))
         at = int(found.argmax())

@@ -113,7 +113,8 @@ def decode() -> str:
 
 
 def cubins() -> str:
-    shown = [row for row in rows("cubins.jsonl") if row["m"] == (1 if row["kernel"].startswith("delta") else 8)]
+    few = [row for row in rows("cubins.jsonl") if row["m"] == (1 if row["kernel"].startswith("delta") else 8)]
+    shown = [row for row in few if "int8" not in row["kernel"]]
     found = [row for row in shown if row["arch"] == "sm_80" or not row["kernel"].startswith("nm")]
     cells = [
         [

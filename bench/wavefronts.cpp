@@ -1,7 +1,8 @@
 // Prints which addresses of shared memory the warps of one emulated launch touch, one line per access in the format of
-// wavefronts.py, after a line with the rows of a block. Usage: wavefronts COLS DENSITY TOKENS SEED
+// wavefronts.py, after a line with the rows of a block. Usage: wavefronts COLS DENSITY TOKENS SEED bfloat16|int8
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <vector>
 
@@ -15,17 +16,20 @@ using namespace alphaprune;
 constexpr int kWarps = 4;
 constexpr cuda::Device kDevice{90, 132, 227 << 10};
 
-// A packed bfloat16 weight of ones with random places.
+// A packed weight with random places; its values are of no matter.
 struct Packed {
-  std::vector<uint16_t> values;
+  std::vector<uint8_t> values;
   std::vector<uint32_t> mask, offsets{0};
+  std::vector<float> scale;
   uint32_t stage_units = 0;
   int64_t rows, cols;
+  Dtype dtype;
 
-  Packed(int64_t n, int64_t k, double density, int seed) : rows(n), cols(k) {
+  Packed(int64_t n, int64_t k, double density, int seed, Dtype of) : scale(n, 1.0f), rows(n), cols(k), dtype(of) {
     std::mt19937 random(seed);
     std::bernoulli_distribution keep(density);
-    const int64_t tiles = sbt::View{nullptr, nullptr, nullptr, n, k, Dtype::bfloat16}.col_tiles();
+    const int64_t tiles = sbt::View{nullptr, nullptr, nullptr, n, k, dtype}.col_tiles();
+    const int64_t pad = sbt::pad_of(dtype);
     const int chunk = cuda::chunk_tiles();
     for (int64_t tile = 0; tile < ceil_div(n, sbt::kTileRows) * tiles; ++tile) {
       int64_t kept = 0;
@@ -35,14 +39,17 @@ struct Packed {
         mask.push_back(bits);
         kept += __builtin_popcount(bits);
       }
-      offsets.push_back(offsets.back() + static_cast<uint32_t>(ceil_div(kept, sbt::kUnit)));
+      offsets.push_back(offsets.back() + static_cast<uint32_t>(ceil_div(kept, pad) * pad / sbt::kUnit));
       const int64_t first = tile / tiles * tiles + std::max<int64_t>(tile % tiles - chunk + 1, 0);
       stage_units = std::max(stage_units, offsets.back() - offsets[first]);
     }
-    values.assign(offsets.back() * sbt::kUnit + sbt::kTailBytes, 0x3f80);
+    values.assign(offsets.back() * sbt::kUnit * size_of(dtype) + sbt::kTailBytes, 1);
   }
 
-  sbt::View view() const { return {start(), mask.data(), offsets.data(), rows, cols, Dtype::bfloat16}; }
+  sbt::View view() const {
+    const bool integers = dtype == Dtype::int8;
+    return {start(), mask.data(), offsets.data(), rows, cols, dtype, integers ? scale.data() : nullptr, integers};
+  }
   // The first value on 16 bytes, as asynchronous copies want it.
   const void* start() const {
     const auto address = reinterpret_cast<uintptr_t>(values.data());
@@ -57,7 +64,8 @@ int64_t run(const Packed& weight, int64_t tokens) {
     return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(of.data()) + 63) / 64 * 64);
   };
   const cuda::Call call{aligned(x), nullptr, nullptr, aligned(y), tokens, Dtype::bfloat16, Dtype::float32, nullptr};
-  const cuda::Status status = cuda::sbt_mma(weight.view(), weight.stage_units, kWarps, kDevice, call);
+  const auto product = weight.dtype == Dtype::int8 ? cuda::sbt_mma_int8 : cuda::sbt_mma;
+  const cuda::Status status = product(weight.view(), weight.stage_units, kWarps, kDevice, call);
   if (status) std::fprintf(stderr, "%s\n", cuda::last_failure().c_str());
   const emulator::Size grid = emulator::machine().grid;
   return status ? 0 : static_cast<int64_t>(grid.x) * grid.y * grid.z;
@@ -66,14 +74,16 @@ int64_t run(const Packed& weight, int64_t tokens) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 5) return 2;
+  if (count != 6) return 2;
   const int64_t cols = std::atoll(arguments[1]), tokens = std::atoll(arguments[3]);
   const double density = std::atof(arguments[2]);
   const int seed = std::atoi(arguments[4]);
+  const Dtype dtype = std::strcmp(arguments[5], "int8") ? Dtype::bfloat16 : Dtype::int8;
   int64_t rows = sbt::kTileRows;
-  while (run(Packed(2 * rows, sbt::kTileCols, density, seed), tokens) == 1) rows *= 2;  // all that one block takes
+  while (run(Packed(2 * rows, sbt::kTileCols, density, seed, dtype), tokens) == 1)
+    rows *= 2;  // all that one block takes
   cuda::tracing() = true;
-  if (run(Packed(rows, cols, density, seed), tokens) != 1) return 1;
+  if (run(Packed(rows, cols, density, seed, dtype), tokens) != 1) return 1;
   std::printf("rows %lld\n", static_cast<long long>(rows));
   for (const auto& warp : emulator::machine().blocks[0].warps) {
     for (const auto& access : warp.accesses) {

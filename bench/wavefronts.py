@@ -1,6 +1,6 @@
 """Shared-memory wavefronts of a kernel per 1024 weights, bank conflicts included, from the addresses that it touches.
 
-python bench/wavefronts.py              sbt_mma at 50 and 30 % density, run in the emulator
+python bench/wavefronts.py              sbt_mma and sbt_mma_int8 at 50 and 30 % density, run in the emulator
 python bench/wavefronts.py --trace FILE [--weights N]   lines that something else recorded: kind,bytes,address per lane
 
 A wavefront is one pass through the 32 banks of 4 bytes: as many per access as the busiest bank has distinct words.
@@ -9,6 +9,7 @@ asynchronous copy is counted as its stores. Lanes that are switched off, "-", to
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "csrc" / "cuda" / "sbt_mma.cu"
+KERNELS = {"sbt_mma": "bfloat16", "sbt_mma_int8": "int8"}  # files of csrc/cuda, and the values that they multiply
 BANKS, WORD, WARP = 32, 4, 32
 UNIT = 1024
 DENSITIES = (0.5, 0.3)
@@ -80,7 +81,7 @@ def total(accesses: Iterable[Access]) -> Counter[str]:
 
 
 class Emulated:
-    """sbt_mma of csrc/cuda, compiled for the emulator into a folder when it is asked for the first time."""
+    """KERNELS of csrc/cuda, compiled for the emulator into a folder when one is asked for the first time."""
 
     def __init__(self, folder: Path) -> None:
         self.program = folder / "wavefronts"
@@ -89,26 +90,29 @@ class Emulated:
         compiler = shutil.which("g++")
         if compiler is None:
             raise ValueError("wavefronts need the emulator, which needs a C++ compiler: install g++")
-        sources = [str(Path(__file__).with_suffix(".cpp")), "-x", "c++", str(SOURCE)]
+        kernels = [str(ROOT / "csrc" / "cuda" / f"{name}.cu") for name in KERNELS]
+        sources = [str(Path(__file__).with_suffix(".cpp")), "-x", "c++", *kernels]
         command = [compiler, "-O1", "-std=c++17", f"-I{ROOT / 'csrc'}", *sources, "-o", str(self.program)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"the emulated kernels do not compile:\n{done.stderr.strip()}")
 
-    def trace(self, cols: int, density: float, tokens: int, seed: int = 0) -> tuple[int, list[Access]]:
+    def trace(
+        self, cols: int, density: float, tokens: int, seed: int = 0, kernel: str = "sbt_mma"
+    ) -> tuple[int, list[Access]]:
         """Rows of the only block, and what its warps touch."""
         if not self.program.exists():
             self._build()
-        command = [str(self.program), str(cols), str(density), str(tokens), str(seed)]
+        command = [str(self.program), str(cols), str(density), str(tokens), str(seed), KERNELS[kernel]]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"the emulated launch failed: {done.stderr.strip() or done.returncode}")
         head, *lines = done.stdout.splitlines()
         return int(head.removeprefix("rows ")), list(read(lines))
 
-    def per_unit(self, density: float, tokens: int = 8, cols: int = 4096) -> dict[str, float]:
+    def per_unit(self, density: float, tokens: int = 8, cols: int = 4096, kernel: str = "sbt_mma") -> dict[str, float]:
         """Wavefronts of the main loop per UNIT weights by kind: what a launch twice as long touches more."""
-        (rows, short), (again, long) = self.trace(cols, density, tokens), self.trace(2 * cols, density, tokens)
+        (rows, short), (again, long) = (self.trace(k, density, tokens, kernel=kernel) for k in (cols, 2 * cols))
         assert rows == again
         more = total(long)
         more.subtract(total(short))
@@ -119,10 +123,9 @@ def rows(tokens: Iterable[int]) -> Iterator[dict[str, object]]:
     """One row per density and number of tokens."""
     with tempfile.TemporaryDirectory(prefix="alphaprune-wavefronts-") as folder:
         emulated = Emulated(Path(folder))
-        for m in tokens:
-            for density in DENSITIES:
-                row = {"kernel": "sbt_mma", "m": m, "dtype": "bfloat16", "density": density}
-                yield row | emulated.per_unit(density, m)
+        for kernel, m, density in itertools.product(KERNELS, tokens, DENSITIES):
+            row = {"kernel": kernel, "m": m, "dtype": "bfloat16", "density": density}
+            yield row | emulated.per_unit(density, m, kernel=kernel)
 
 
 def main(arguments: list[str] | None = None) -> int:

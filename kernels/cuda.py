@@ -104,23 +104,27 @@ def warps(packed: Packed, multiprocessors: int) -> int:
     return max(1, min(8, max(4, wanted), columns // (2 * load().CHUNK_TILES)))
 
 
-_handles: "weakref.WeakKeyDictionary[Packed, tuple[Any, Packed]]" = weakref.WeakKeyDictionary()
+Handles = tuple[dict[torch.dtype, Any], Packed]
+_handles: "weakref.WeakKeyDictionary[Packed, Handles]" = weakref.WeakKeyDictionary()
 
 
-def handle(packed: Packed) -> tuple[Any, Packed]:
-    """The native weight on its device, and the tensors that it reads, which it does not keep alive; made once.
+def handles(packed: Packed) -> Handles:
+    """Native weights on their device by the dtype of x, and the tensors that they read, which they do not keep alive.
 
-    ValueError if the device is too old.
+    Made once: one for float values, of int8 one for each dtype that they are multiplied with. ValueError if the device
+    is too old.
     """
     if packed in _handles:
         return _handles[packed]
     index = packed.device.index or 0
     units, multiprocessors = stage_units(packed, load().CHUNK_TILES), _device(index)[1]
-    aligned = packed.map(_aligned)
-    addresses = aligned.weight.data_ptr(), aligned.mask.data_ptr(), aligned.offsets.data_ptr()
-    made = load().Weight(
-        *addresses, *packed.shape, native.DTYPES[packed.dtype], units, warps(packed, multiprocessors), index
-    )
+    aligned, shared = packed.map(_aligned), (units, warps(packed, multiprocessors), index)
+    scale, groups = (0, 0) if aligned.scale is None else (aligned.scale.data_ptr(), aligned.scale[0].numel())
+    addresses = aligned.weight.data_ptr(), aligned.mask.data_ptr(), aligned.offsets.data_ptr(), scale
+    made = {
+        dtype: load().Weight(*addresses, *packed.shape, groups, native.DTYPES[dtype], *shared)
+        for dtype in (HALVES if groups else (packed.dtype,))
+    }
     _handles[packed] = made, aligned  # `aligned` is another object: the key must not be reachable from its value
     return made, aligned
 
@@ -153,9 +157,10 @@ def _bound(made: Any, packed: Packed, *alive: Any, rows: Callable[[Tensor], Tens
 
 
 def bind(packed: Packed) -> Bound:
-    """sbt_mma with one packed weight."""
-    made, aligned = handle(packed)
-    return _bound(made, packed, aligned)
+    """sbt_mma with one packed weight, of 16-bit floats or int8."""
+    made, aligned = handles(packed)
+    bounds = {dtype: _bound(one, packed, aligned) for dtype, one in made.items()}
+    return bounds[packed.dtype] if packed.scale is None else lambda x, bias: bounds[x.dtype](x, bias)
 
 
 def bind_wide(packed: Packed) -> Bound:
@@ -207,6 +212,13 @@ def supports(shape: tuple[int, int], tokens: int, weight: torch.dtype, x: torch.
     return f"it computes with float16 or bfloat16 on both sides, not {weight} with {x}"
 
 
+def supports_mma(shape: tuple[int, int], tokens: int, weight: torch.dtype, x: torch.dtype) -> str | None:
+    """As `supports`, and None for int8 values with either of them."""
+    if weight == torch.int8:
+        return None if x in HALVES else f"it multiplies int8 values with float16 or bfloat16, not {x}"
+    return supports(shape, tokens, weight, x)
+
+
 def supports_delta(shape: tuple[int, int], tokens: int, weight: torch.dtype, x: torch.dtype) -> str | None:
     """As `supports`, for a few tokens."""
     if tokens > MOST_DELTA_TOKENS:
@@ -220,5 +232,5 @@ KERNELS = (
     Kernel("nm_mma_sp", "cuda", missing, supports, bind_nm, most_tokens=64, fits=crowded),
     Kernel("delta_spmv", "cuda", missing, supports_delta, bind_delta, most_tokens=2, most_density=0.3),
     Kernel("sbt_wgmma", "cuda", missing_wide, supports, bind_wide, most_tokens=512, least_tokens=17),
-    Kernel("sbt_mma", "cuda", missing, supports, bind, most_tokens=256),
+    Kernel("sbt_mma", "cuda", missing, supports_mma, bind, most_tokens=256),
 )

@@ -55,8 +55,8 @@ def expand(packed: Packed, first: int = 0, last: int | None = None, out: Tensor 
 
 def expand_on_gpu(packed: Packed, first: int, last: int, out: Tensor) -> Tensor:
     """`expand` by the compiled CUDA kernel, of 16-bit floats, on the current stream."""
-    made, _ = cuda.handle(packed)
-    made.expand(first, last, out.data_ptr(), cuda.stream(out.device))
+    made, _ = cuda.handles(packed)
+    made[packed.dtype].expand(first, last, out.data_ptr(), cuda.stream(out.device))
     return out
 
 
@@ -151,7 +151,7 @@ def available() -> str | None:
 
 def bind_on_gpu(packed: Packed) -> Bound:
     """`multiply` for one packed weight whose rows the compiled CUDA kernel expands."""
-    cuda.handle(packed)  # now, because it waits for the device
+    cuda.handles(packed)  # now, because it waits for the device
     return lambda x, bias: multiply(x, packed, bias, expand_on_gpu)
 
 

@@ -62,6 +62,10 @@ COUNTS: dict[str, dict[tuple[str, int], tuple[float, float]]] = {
         ("sbt_mma", 16): (229.5, 64.77),
         ("sbt_mma", 32): (238.0, 65.34),
         ("sbt_mma", 64): (289.25, 65.34),
+        ("sbt_mma_int8", 8): (193.5, 54.27),
+        ("sbt_mma_int8", 16): (207.5, 54.27),
+        ("sbt_mma_int8", 32): (222.25, 54.38),
+        ("sbt_mma_int8", 64): (268.0, 54.38),
     },
     "sm_90a": {
         ("delta_spmv", 1): (191.0, 40.0),
@@ -75,6 +79,10 @@ COUNTS: dict[str, dict[tuple[str, int], tuple[float, float]]] = {
         ("sbt_mma", 16): (229.0, 64.77),
         ("sbt_mma", 32): (242.25, 65.34),
         ("sbt_mma", 64): (294.12, 65.34),
+        ("sbt_mma_int8", 8): (204.0, 54.27),
+        ("sbt_mma_int8", 16): (216.0, 54.27),
+        ("sbt_mma_int8", 32): (231.5, 54.38),
+        ("sbt_mma_int8", 64): (270.5, 54.38),
         ("sbt_wgmma", 32): (200.5, 40.0),
         ("sbt_wgmma", 64): (198.5, 40.0),
         ("sbt_wgmma", 128): (198.5, 40.0),
@@ -82,6 +90,7 @@ COUNTS: dict[str, dict[tuple[str, int], tuple[float, float]]] = {
     },
 }
 MOST = {"delta_spmv": 4, "nm_mma_sp": 64, "sbt_mma": 64, "sbt_wgmma": 256}  # tokens of one call
+INT8 = {"sbt_mma": "sbt_mma_int8"}  # compiled kernels that multiply int8 values: under what name they are counted
 EXPANDED = ("sbt_expand", "triton_expand")
 
 
@@ -111,6 +120,7 @@ def seconds(
     if kernel in EXPANDED:  # what is written is read again from the cache
         return 2 * LAUNCH + memory(packed + 4 * weights / CACHE) + max(memory(passing), multiplied)
     most, counts = MOST.get(kernel), COUNTS[rates.arch]
+    kernel = INT8.get(kernel, "") if itemsize == 1 else kernel
     sizes = sorted(m for name, m in counts if name == kernel)
     if most is None or not sizes:
         return None
@@ -149,7 +159,7 @@ def _call(
 def like(measured: Table) -> Table | None:
     """The predicted table of the same GPU, at the points that were measured; None if nothing is known of it.
 
-    Of int8 values the compiled kernels say nothing, and of Triton's.
+    Of Triton's products nothing is known.
     """
     if not isinstance(measured.machine, Gpu) or rates_of(measured.machine) is None:
         return None
@@ -158,18 +168,20 @@ def like(measured: Table) -> Table | None:
 
 
 def _curve(gpu: Gpu, curve: Curve) -> Curve | None:
-    if curve.weight not in ("bfloat16", "float16"):
+    itemsize = {"bfloat16": 2, "float16": 2, "int8": 1}.get(curve.weight)
+    if itemsize is None or curve.x not in ("bfloat16", "float16"):
         return None
-    found = [seconds(curve.kernel, gpu, curve.shape, 1 - curve.sparsity, tokens) for tokens in curve.tokens]
+    found = [seconds(curve.kernel, gpu, curve.shape, 1 - curve.sparsity, tokens, itemsize) for tokens in curve.tokens]
     return None if None in found else replace(curve, seconds=tuple(float(f"{value:.4g}") for value in found))
 
 
 def table_of(gpu: Gpu, kernels: Iterable[str]) -> Table | None:
-    """The predicted table of a GPU for typical layers in bfloat16; None if nothing is known of it."""
+    """The predicted table of a GPU for typical layers in bfloat16 and int8; None if nothing is known of it."""
     half, curves, blank = "bfloat16", [], (1.0,) * len(TYPICAL_TOKENS)
     for shape, kernel in itertools.product(SHAPES, (*kernels, DENSE)):
         shares = (0.0,) if kernel == DENSE else (0.5,) if kernel.startswith("nm_") else TYPICAL_SPARSITIES
-        curves += [Curve(kernel, half, half, shape, share, TYPICAL_TOKENS, blank) for share in shares]
+        for values in (half, "int8") if kernel in INT8 else (half,):
+            curves += [Curve(kernel, values, half, shape, share, TYPICAL_TOKENS, blank) for share in shares]
     return like(Table(gpu, 0, tuple(curves)))
 
 
@@ -193,19 +205,22 @@ def verdict(measured: Table) -> str | None:
 
 
 def of_int8(gpu: Gpu, density: float = 0.5) -> str | None:
-    """What int8 values would gain over 16-bit ones on a GPU, in one sentence; None if nothing is known of it.
+    """What int8 values are predicted to gain over 16-bit ones on a GPU, in a sentence; None if nothing is known of it.
 
-    Bytes halve, instructions do not: where these bind already, int8 gains memory and no time.
+    Each by its fastest compiled kernel. Bytes halve; where instructions or tensor cores bind, time does not.
     """
     rates, shape, parts = rates_of(gpu), SHAPES[-1], []
     if rates is None:
         return None
-    kernel = "sbt_wgmma" if rates.arch == "sm_90a" else "sbt_mma"
-    size = min(m for name, m in COUNTS[rates.arch] if name == kernel)
-    for tokens in (1, 64):
-        half, quarter = (seconds(kernel, gpu, shape, density, tokens, itemsize) for itemsize in (2, 1))
+    for tokens in (1, 16, 64):
+        half, quarter = (
+            min(found for name in MOST if name != "nm_mma_sp" and (found := seconds(name, *case)) is not None)
+            for case in ((gpu, shape, density, tokens, itemsize) for itemsize in (2, 1))
+        )
         parts.append(f"{half / quarter:.2f}× at {tokens}")
+    issued = {name: COUNTS[rates.arch][name, 8][0] for name in ("sbt_mma", "sbt_mma_int8")}
     return (
-        f"int8 values at {1 - density:.0%} would gain {' and '.join(parts)} tokens over 16-bit ones at most: "
-        f"decoding issues {COUNTS[rates.arch][kernel, size][0]:g} instructions per {UNIT} weights whatever their size"
+        f"int8 values at {1 - density:.0%} are predicted to be as fast as 16-bit ones times {', '.join(parts)} tokens: "
+        f"decoding issues {issued['sbt_mma_int8']:g} instructions per {UNIT} weights, of 16-bit ones "
+        f"{issued['sbt_mma']:g}"
     )

@@ -5,11 +5,12 @@ import itertools
 import pytest
 import torch
 from problems import problem
-from test_cuda import BUCKETS, HALVES, SHAPES, of_four
+from test_cuda import BUCKETS, HALVES, INTEGERS, SHAPES, of_four
 from tolerance import assert_product
 from torch import Tensor
 
-from alphaprune.kernels import cuda, expansion, spmm
+from alphaprune.formats import sbt
+from alphaprune.kernels import cuda, spmm
 
 
 @pytest.fixture
@@ -40,13 +41,43 @@ def test_products_on_a_gpu(gpu: torch.device, kernel: str, dtype: torch.dtype) -
         dense, packed, x = problem(n, k, tokens, density, dtype, dtype)
         if kernel == "nm_mma_sp":
             dense = dense * of_four(dense, 2)
-            packed = expansion.sbt.pack(dense)
+            packed = sbt.pack(dense)
         product(kernel, gpu, (dense, packed, x), bias)
 
 
 @pytest.mark.gpu
-def test_graphs_streams_and_compile_on_a_gpu(gpu: torch.device) -> None:
-    dense, packed, x = problem(300, 512, 4, 0.4, torch.bfloat16, torch.bfloat16)
+@pytest.mark.parametrize("values", INTEGERS)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_int8_values_on_a_gpu(gpu: torch.device, values: str, dtype: torch.dtype) -> None:
+    shapes = [*SHAPES, (1000, 4096, 0.5), (4100, 1030, 0.2), (36864, 256, 0.5)]  # the last in blocks of 64 rows
+    for (n, k, density), tokens in itertools.product(shapes, (*BUCKETS, 33, 100)):
+        bias = (None, torch.randn(n).to(dtype), torch.randn(n))[(tokens + n) % 3]
+        product("sbt_mma", gpu, problem(n, k, tokens, density, values, dtype), bias)
+    dense, packed, x = problem(33, 200, 4, 0.5, values, dtype)
+    x[1, 70], x[2, 5], x[3, 199] = float("inf"), float("nan"), float("-inf")
+    product("sbt_mma", gpu, (dense, packed, x), None)
+    assert spmm.prepare(packed.to(gpu)).choice(1, dtype)[0].name == "sbt_mma"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_integer_is_itself_on_a_gpu(gpu: torch.device, dtype: torch.dtype) -> None:
+    """Which needs subnormal operands of the multiply-add in bfloat16."""
+    integers = torch.arange(-127, 128, dtype=torch.int8)[:, None].expand(255, 8).contiguous()
+    scale = torch.rand(255)
+    for mask in (
+        torch.ones(255, 8, dtype=torch.bool),
+        torch.arange(8).expand(255, 8) == torch.arange(255)[:, None] % 8,
+    ):
+        packed = sbt.pack(integers, mask, scale).to(gpu)
+        y = spmm.prepare(packed, "layer", "sbt_mma")(torch.eye(8, dtype=dtype, device=gpu))
+        assert torch.equal(y.cpu(), (integers * mask * scale[:, None]).to(dtype).T)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("values", [torch.bfloat16, *INTEGERS])
+def test_graphs_streams_and_compile_on_a_gpu(gpu: torch.device, values) -> None:
+    dense, packed, x = problem(300, 512, 4, 0.4, values, torch.bfloat16)
     prepared, given = spmm.prepare(packed.to(gpu), "layer"), x.to(gpu)
     expected = prepared(given)
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()

@@ -20,7 +20,8 @@ from alphaprune.kernels import base
 ROOT = Path(__file__).parent.parent
 NAMES = ("gpu", "gpu_cases", "gpu_contenders", "gpu_rig", "cublaslt")
 MEASURED = {
-    *("gpu", "torch", "command", "bandwidth", "shape", "tokens", "dtype", "kind", "name", "pattern", "sparsity"),
+    *("gpu", "torch", "command", "bandwidth", "shape", "tokens", "dtype", "values", "kind", "name", "pattern"),
+    "sparsity",
     *("seconds", "quartiles", "repeats", "calls", "rotated", "nbytes", "dense", "dense_seconds", "ratio"),
     *("of_bandwidth", "max_error", "allowed", "of_allowed", "correct", "sm_mhz", "memory_mhz", "watts", "celsius"),
 }
@@ -83,6 +84,34 @@ def test_kernels_of_batches_and_prompts_are_contenders(gpu, tmp_path: Path, monk
     assert all(row["correct"] for row in rows)
 
 
+def test_int8_values_come_last_with_their_own_truth(gpu, tmp_path: Path, monkeypatch) -> None:
+    """As on a GPU, with the reference's products on the CPU; only sbt_mma takes them."""
+    known = base.kernels()
+    names = ("sbt_mma", "sbt_wgmma")
+    found = {
+        name: replace(known[name], device="cpu", available=lambda: None, bind=known["reference"].bind) for name in names
+    }
+    monkeypatch.setattr(base, "kernels", lambda: found)
+    given = ["--shape", "64x256", "--tokens", "1,16", "--sparsity", "0.5,2:4"]
+    rows = rows_of(gpu, tmp_path, *given, "--values", "float,int8,int8/128")
+    assert all(row["correct"] for row in rows)
+    for _, of_case in itertools.groupby(rows, lambda row: row["tokens"]):
+        ours = [(row["name"], row["values"], row["pattern"]) for row in of_case if row["kind"] == "kernel"]
+        integers = [(f"sbt_mma {v}", v, p) for v in ("int8", "int8/128") for p in ("unstructured", "2:4")]
+        assert ours[-4:] == integers and {values for _, values, _ in ours[:-4]} == {"float"}
+    sizes = {row["name"]: row["nbytes"] for row in rows if row["pattern"] == "2:4"}
+    assert sizes["sbt_mma int8"] < sizes["sbt_mma int8/128"] < sizes["sbt_mma"]
+    assert {row["values"] for row in rows_of(gpu, tmp_path, *given)} == {"float", "int8"}
+    assert {row["values"] for row in rows_of(gpu, tmp_path, *given, "--values", "float")} == {"float"}
+    module, cases = sys.modules["gpu_contenders"], gpu.gpu_cases
+    weights, kept = module.Weights((64, 256), torch.bfloat16, torch.device("cpu")), cases.Kept(0.5)
+    for values in ("int8", "int8/128"):
+        exact, rough = weights.pruned(kept, values), weights.pruned(kept)
+        assert exact.dtype == torch.float64 and 0 < (exact - rough.double()).norm() / rough.double().norm() < 0.01
+    with pytest.raises(ValueError, match="values int4: wanted float, int8, int8/128"):
+        cases.values_from("int4")
+
+
 def test_a_part_can_be_asked_for(gpu) -> None:
     cases = gpu.gpu_cases
     asked = cases.shapes_from("64x128,4096x14336")
@@ -115,7 +144,7 @@ def test_rows_say_what_was_measured(gpu, tmp_path: Path) -> None:
         best = min(dense, key=dense.get)
         ours = [row for row in found if row["kind"] == "kernel"]
         assert {(row["name"], row["pattern"]) for row in ours} == set(
-            itertools.product(("scalar", "expand"), ("unstructured", "2:4"))
+            itertools.product(("scalar", "expand", "scalar int8", "expand int8"), ("unstructured", "2:4"))
         )
         for row in found:
             assert row["correct"] and 0 <= row["of_allowed"] <= 1 and row["max_error"] <= row["of_allowed"] + 1
@@ -239,11 +268,11 @@ def test_a_kernel_that_raises_gives_a_row_and_the_run_goes_on(gpu, tmp_path: Pat
     module = sys.modules["gpu_contenders"]
     right = module.ours
 
-    def broken(weights, x, kept, only):
+    def broken(weights, x, kept, only, *values):
         def explode(count: int) -> list:
             raise RuntimeError("no kernel image\nis available")
 
-        for one in right(weights, x, kept, only):
+        for one in right(weights, x, kept, only, *values):
             yield replace(one, make=explode) if one.name == "scalar" else one
 
     monkeypatch.setattr(module, "ours", broken)

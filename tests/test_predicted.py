@@ -30,13 +30,14 @@ def test_counts_are_those_of_the_machine_code() -> None:
 
 def test_more_work_never_takes_less_time() -> None:
     kernels = (*predicted.MOST, *predicted.EXPANDED, "nm_cusparselt", DENSE)
-    for gpu, kernel in itertools.product(GPUS, kernels):
-        if predicted.seconds(kernel, gpu, SHAPE, 0.5, 1) is None:
-            assert kernel == "sbt_wgmma" and gpu is A100
+    for gpu, kernel, size in itertools.product(GPUS, kernels, (2, 1)):
+        if predicted.seconds(kernel, gpu, SHAPE, 0.5, 1, size) is None:
+            assert (kernel == "sbt_wgmma" and gpu is A100) or (size == 1 and kernel in predicted.MOST)
+            assert kernel != "sbt_mma"
             continue
-        tokens = [predicted.seconds(kernel, gpu, SHAPE, 0.5, t) for t in range(1, 600)]
-        shares = [predicted.seconds(kernel, gpu, SHAPE, d / 10, 4) for d in range(11)]
-        sizes = [predicted.seconds(kernel, gpu, (n, 4096), 0.5, 4) for n in (1024, 4096, 28672)]
+        tokens = [predicted.seconds(kernel, gpu, SHAPE, 0.5, t, size) for t in range(1, 600)]
+        shares = [predicted.seconds(kernel, gpu, SHAPE, d / 10, 4, size) for d in range(11)]
+        sizes = [predicted.seconds(kernel, gpu, (n, 4096), 0.5, 4, size) for n in (1024, 4096, 28672)]
         assert tokens == sorted(tokens) and shares == sorted(shares) and sizes == sorted(sizes), (gpu, kernel)
 
 
@@ -81,20 +82,42 @@ def test_info_tells_the_predicted_from_the_measured(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(table.Gpu, "at", classmethod(lambda cls, index: A100))
     monkeypatch.setattr(table, "current", lambda device: None)
     guessed = inspection._break_even("cuda:0")
-    assert set(guessed) == {f"predicted, cuda:0 bfloat16 {n}×{k}" for n, k in inspection.TYPICAL}
+    kinds = list(itertools.product(("bfloat16", "int8"), inspection.TYPICAL))
+    assert set(guessed) == {f"predicted, cuda:0 {values} {n}×{k}" for values, (n, k) in kinds}
     monkeypatch.setattr(table, "current", lambda device: measured(A100, 2.0, "sbt_mma"))
     both = inspection._break_even("cuda:0")
     assert {key.removeprefix("predicted, ") for key in both} == {key for key in both if "predicted" not in key}
-    assert len(both) == 2 * len(inspection.TYPICAL)
+    assert len(both) == 2 * len(kinds)
     assert "off by a factor of 2.00" in inspection._source("cuda:0")
 
 
 def test_int8_is_told_with_its_count() -> None:
-    for gpu, instructions in ((A100, 220), (H200, 200.5)):
-        text = predicted.of_int8(gpu)
-        assert f"decoding issues {instructions:g} instructions per 1024 weights" in text
-        gain = float(text.split("would gain ")[1].split("×")[0])
-        assert 1 <= gain < 2 and (gpu is A100) == (gain > 1.2), "on an H200 instructions bind, on an A100 memory"
+    for gpu in GPUS:
+        text, counts = predicted.of_int8(gpu), predicted.COUNTS[predicted.rates_of(gpu).arch]
+        assert f"decoding issues {counts['sbt_mma_int8', 8][0]:g} instructions per 1024 weights" in text
+        assert text.endswith(f"of 16-bit ones {counts['sbt_mma', 8][0]:g}")
+        one, *more = [float(part.split()[-1]) for part in text.split(":")[0].split("×")[:-1]]
+        best = min(predicted.seconds(name, gpu, (28672, 4096), 0.5, 1) for name in ("sbt_mma", "delta_spmv"))
+        assert one == round(best / predicted.seconds("sbt_mma", gpu, (28672, 4096), 0.5, 1, 1), 2)
+        assert 1 <= one < 2 and all(0.5 < gain < 2 for gain in more)
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=str)
+def test_int8_values_take_the_compiled_kernel(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as no other kernel of which something is known is predicted to be more than a third faster."""
+    monkeypatch.setenv("ALPHAPRUNE_TIMES", "off")
+    names = {"delta_spmv", "sbt_wgmma", "sbt_mma", "sbt_expand", "triton_ell", "triton", "triton_expand"}
+    known = {n: replace(k, available=lambda: None) for n, k in base.kernels().items() if n in names}
+    monkeypatch.setattr(base, "kernels", lambda: known)
+
+    def taken(tokens: int, x: torch.dtype = torch.bfloat16, density: float | None = 0.5) -> str:
+        return base.choose(SHAPE, tokens, torch.int8, x, "cuda", density)[0].name
+
+    for tokens in (1, 8, 16, 32, 64, 128, 256, 512, 4096):
+        found = {n: predicted.seconds(n, gpu, SHAPE, 0.5, tokens, 1) for n in ("sbt_mma", "triton_expand")}
+        assert found[taken(tokens)] <= 4 / 3 * min(found.values()), (tokens, taken(tokens), found)
+    assert taken(1, torch.float16) == "sbt_mma" and taken(1, torch.float32) == "triton"
+    assert taken(1, density=0.15) == "triton_ell" and taken(4, density=0.15) == "sbt_mma"
 
 
 def test_the_default_of_each_kernel_is_marked_as_predicted() -> None:

@@ -11,13 +11,21 @@ namespace alphaprune::cuda {
 constexpr int kChunk = 2;                             // macro tiles
 constexpr int kChunkCols = kChunk * sbt::kTileCols;   // columns
 constexpr int kChunkSteps = kChunk * sbt::kSteps;     // steps of 16 columns
-constexpr int kUnitBytes = 16;                        // of the 8 values that an offset counts
+constexpr int kUnitBytes = 16;                        // of an asynchronous copy
 constexpr int kMetaBytes = kChunk * sbt::kWords * 8;  // {mask word, address} for each word
-constexpr int kMostUnits = kChunk * 16 * 64 * 2 / kUnitBytes;
 constexpr int kStepMeta = sbt::kPairs * 8;
-constexpr int kBias = kMostUnits * kUnitBytes / 2;  // so that the copies' offsets fit into their 12 signed bits
 
 static_assert(kChunk * sbt::kWords == 2 * kWarp, "a lane holds two neighbouring mask words");
+
+// What the size of a value, 2 bytes or 1, makes of a chunk.
+template <int kBytes>
+struct Values {
+  static constexpr int kOffsetBytes = sbt::kUnit * kBytes;        // of the 8 values that an offset counts
+  static constexpr int kUnitOffsets = kUnitBytes / kOffsetBytes;  // that a unit of a copy has
+  static constexpr int kMostUnits = kChunk * 16 * 64 * kBytes / kUnitBytes;
+  // Added to addresses, so that the copies' offsets fit into their 12 signed bits.
+  static constexpr int kBias = kMostUnits * kUnitBytes / 2;
+};
 
 // Where the values of a chunk's macro tiles lie, in units of 8 values.
 struct Chunk {
@@ -59,25 +67,29 @@ struct Row {
   ALPHAPRUNE_DEVICE int at(int tile) const { return kWhole || tile <= offsets_left ? tile : offsets_left; }
 };
 
-// Copies `kCount` times 32 units, from the kFirst-th on.
-template <int kFirst, int kCount>
+// Copies `kCount` times 32 units, from the kFirst-th on. left: offsets behind this lane's first unit.
+template <int kBytes, int kFirst, int kCount>
 ALPHAPRUNE_DEVICE void copy_units(uint32_t to, const unsigned char* from, int left) {
+  using Of = Values<kBytes>;
   if constexpr (kCount > 0) {
-    copy_async<kFirst * kWarp * kUnitBytes - kBias, kFirst * kWarp>(to, from, left);
-    copy_units<kFirst + 1, kCount - 1>(to, from, left);
+    copy_async<kFirst * kWarp * kUnitBytes - Of::kBias, kFirst * kWarp * Of::kUnitOffsets>(to, from, left);
+    copy_units<kBytes, kFirst + 1, kCount - 1>(to, from, left);
   }
 }
 
 // Starts the copy of a chunk's values to `to`; what follows must commit.
-ALPHAPRUNE_DEVICE void copy_values(const uint16_t* values, uint32_t first, uint32_t last, uint32_t to, int lane) {
-  const auto* from =
-      reinterpret_cast<const unsigned char*>(values) + (static_cast<size_t>(first) + lane) * kUnitBytes + kBias;
-  const int left = static_cast<int>(last - first) - lane;
-  to += lane * kUnitBytes + kBias;
+template <int kBytes>
+ALPHAPRUNE_DEVICE void copy_values(const void* values, uint32_t first, uint32_t last, uint32_t to, int lane) {
+  using Of = Values<kBytes>;
+  const auto* from = static_cast<const unsigned char*>(values) +
+                     (static_cast<size_t>(first) + lane * Of::kUnitOffsets) * Of::kOffsetBytes + Of::kBias;
+  const int left = static_cast<int>(last - first) - lane * Of::kUnitOffsets;
+  to += lane * kUnitBytes + Of::kBias;
   // As far as 3/4 of the weights are kept without a branch: instructions that are switched off cost less than a loop.
-  constexpr int kAll = kMostUnits / kWarp, kStraight = kAll * 3 / 4;
-  copy_units<0, kStraight>(to, from, left);
-  if (last - first > kStraight * kWarp) copy_units<kStraight, kAll - kStraight>(to, from, left);
+  constexpr int kAll = Of::kMostUnits / kWarp, kStraight = kAll * 3 / 4;
+  copy_units<kBytes, 0, kStraight>(to, from, left);
+  if (last - first > kStraight * kWarp * Of::kUnitOffsets)
+    copy_units<kBytes, kStraight, kAll - kStraight>(to, from, left);
 }
 
 // Neighbouring pairs change places in every other two steps, so that what one store writes is in different banks.
@@ -86,8 +98,9 @@ ALPHAPRUNE_DEVICE constexpr uint32_t swap_of(int step) { return step / 2 % 2 * 1
 // Stores the mask words 2 * lane and 2 * lane + 1 of a chunk with the addresses of their values, which start at
 // `values`. Of a step, the words of one pair of rows and of the pair 8 rows below are neighbours, so that one load
 // gives a lane both.
+template <int kBytes>
 ALPHAPRUNE_DEVICE void store_meta(uint2 mask, uint32_t first_tile_bytes, uint32_t values, uint32_t meta, int lane) {
-  const uint32_t bytes0 = 2 * popcount(mask.x), bytes = bytes0 + 2 * popcount(mask.y);
+  const uint32_t bytes0 = kBytes * popcount(mask.x), bytes = bytes0 + kBytes * popcount(mask.y);
   const uint32_t before = scan_inclusive<kWarp / kChunk>(bytes) - bytes;
   const uint32_t start = values + before + (lane >= kWarp / 2 ? first_tile_bytes : 0);
   // Word 2 * lane: step lane / 4, half lane / 2 % 2, pair 2 * (lane % 2) of the half.
@@ -96,28 +109,82 @@ ALPHAPRUNE_DEVICE void store_meta(uint2 mask, uint32_t first_tile_bytes, uint32_
   store_shared_u64(meta + (to ^ 16), {mask.y, start + bytes0});
 }
 
-// Where a lane finds its part of every sub-tile.
-struct Lane {
-  uint32_t pair, below, bits[4], spare[4] = {};
-  Opaque number;
+// What a lane does with the words of every step: its weights become the operand a of mma.m16n8k16, with the step's
+// columns 4t … 4t + 3 in the places 2t, 2t + 1, 2t + 8 and 2t + 9 of k: they are neighbours, and so are the activations
+// that the lane needs for b.
+struct LaneBase {
+  uint32_t pair, below;
   // Numbers shuffled from the lane itself are numbers that the compiler keeps, instead of computing them in the loop.
-  ALPHAPRUNE_DEVICE Lane(int lane, Opaque numbers)
-      : pair(lane / 8 * 16), below(shuffle((1u << lane % 8 * 4) - 1, lane)), number(numbers) {
-    ALPHAPRUNE_UNROLL
-    for (int i = 0; i < 4; ++i) bits[i] = shuffle(1u << (lane % 8 * 4 + i), lane);
-  }
+  explicit ALPHAPRUNE_DEVICE LaneBase(int lane) : pair(lane / 8 * 16), below(shuffle((1u << lane % 8 * 4) - 1, lane)) {}
 
   // The words of this lane's rows in a step of a chunk, and where their values start.
   ALPHAPRUNE_DEVICE uint4 words(uint32_t meta, int step) const {
     return load_shared_u128(meta + step * kStepMeta + (pair ^ swap_of(step)));
   }
+};
 
-  // The operand a of mma.m16n8k16 for a step, with the step's columns 4t … 4t + 3 in the places 2t, 2t + 1, 2t + 8 and
-  // 2t + 9 of k: a lane's weights are neighbours, and so are the activations that it needs for b.
+// Of 16-bit floats.
+struct FloatLane : LaneBase {
+  static constexpr int kBytes = 2;
+  static constexpr uint32_t kTableBytes = 0, kBeyond = 0;
+  uint32_t bits[4], spare[4] = {};
+  Opaque number;
+
+  ALPHAPRUNE_DEVICE FloatLane(int lane, Opaque numbers, uint32_t = 0) : LaneBase(lane), number(numbers) {
+    ALPHAPRUNE_UNROLL
+    for (int i = 0; i < 4; ++i) bits[i] = shuffle(1u << (lane % 8 * 4 + i), lane);
+  }
   ALPHAPRUNE_DEVICE void decode(const uint4& words, uint32_t (&a)[4]) {
     const uint32_t mask[2] = {words.x, words.z};
     const uint32_t start[2] = {words.y + 2 * popcount(words.x & below), words.w + 2 * popcount(words.z & below)};
     expand(mask, bits, start, number, spare, a);
+  }
+};
+
+// Of 8-bit integers n, as floats n / kFactor for activations in `Value`. Of the four weights of a word the lane loads
+// the bytes of the kept ones together. A table says for each of the 16 sets of kept ones which byte goes where; with
+// n's sign bit turned over, a byte below the upper byte of kZero is a float in a straight line with all others:
+//   bfloat16  0x00 (n + 128) is (n + 128) · 2⁻¹³³, subnormal below 128; times 2¹²⁷ minus 2 it is n / 64
+//   float16   0x64 (n + 128) is 1024 + n + 128; minus 1152 it is n
+// so that one multiply-add makes two weights, exactly.
+template <class Value>
+struct IntegerLane : LaneBase {
+  static constexpr bool kBfloat = Value::code == Bfloat16::code;
+  static constexpr int kBytes = 1;
+  static constexpr uint32_t kTableBytes = 16 * 8;  // at a multiple of its size
+  static constexpr uint32_t kBeyond = 16;          // bytes that must be there past the last value
+  static constexpr float kFactor = kBfloat ? 64.0f : 1.0f;
+  static constexpr uint32_t kSigns = 0x80808080u, kZero = kBfloat ? 0x0080u : 0x6480u;
+  static constexpr uint32_t kTimes = kBfloat ? 0x7f007f00u : 0x3c003c00u, kPlus = kBfloat ? 0xc000c000u : 0xe480e480u;
+  uint32_t turn, table;
+
+  ALPHAPRUNE_DEVICE IntegerLane(int lane, Opaque, uint32_t table_at)
+      : LaneBase(lane), turn(shuffle((lane % 8 * 4 + 29) % 32, lane)), table(table_at) {}
+
+  // Of each set two selectors, of the lower and of the upper two weights: bytes 0 to 3 are the kept ones, 4 and 5 those
+  // of kZero.
+  static ALPHAPRUNE_DEVICE void fill(uint32_t table, int lane) {
+    const uint32_t set = lane / 2;
+    uint32_t selector = 0x5050u;
+    ALPHAPRUNE_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int place = lane % 2 * 2 + i;
+      selector |= (set >> place & 1 ? popcount(set & ((1u << place) - 1)) : 4u) << 8 * i;
+    }
+    store_shared_u32(table + lane * 4, selector);
+  }
+  ALPHAPRUNE_DEVICE void decode(const uint4& words, uint32_t (&a)[4]) const {
+    four(words.x, words.y, a[0], a[2]);
+    four(words.z, words.w, a[1], a[3]);
+  }
+
+ private:
+  ALPHAPRUNE_DEVICE void four(uint32_t mask, uint32_t start, uint32_t& low, uint32_t& high) const {
+    const uint32_t set = rotate_right(mask, turn) & 0x78u;  // the lane's four bits, times 8
+    const uint2 selectors = load_shared_u64(table | set);
+    const uint32_t bytes = load_shared_bytes(start + popcount(mask & below), popcount(set)) ^ kSigns;
+    low = fma_pair<Value>(pick_bytes(bytes, kZero, selectors.x), kTimes, kPlus);
+    high = fma_pair<Value>(pick_bytes(bytes, kZero, selectors.y), kTimes, kPlus);
   }
 };
 

@@ -185,6 +185,9 @@ ALPHAPRUNE_DEVICE uint4 load_shared_u128(uint32_t at) {
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
   return v;
 }
+ALPHAPRUNE_DEVICE void store_shared_u32(uint32_t at, uint32_t v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory");
+}
 ALPHAPRUNE_DEVICE void store_shared_f32(uint32_t at, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory");
 }
@@ -199,10 +202,27 @@ inline uint32_t load_shared_u32(uint32_t at) { return emulator::load_shared<uint
 inline float load_shared_f32(uint32_t at) { return emulator::load_shared<float>(at); }
 inline uint2 load_shared_u64(uint32_t at) { return emulator::load_shared<uint2>(at); }
 inline uint4 load_shared_u128(uint32_t at) { return emulator::load_shared<uint4>(at); }
+inline void store_shared_u32(uint32_t at, uint32_t v) { emulator::store_shared(at, v); }
 inline void store_shared_f32(uint32_t at, float v) { emulator::store_shared(at, v); }
 inline void store_shared_u64(uint32_t at, uint2 v) { emulator::store_shared(at, v); }
 inline void store_shared_u128(uint32_t at, uint4 v) { emulator::store_shared(at, v); }
 #endif
+
+// The bytes from `at` on, which need not be aligned: `count` of them, 0 to 4, lowest first, and above them anything.
+// Two aligned words are loaded, which must lie in shared memory.
+ALPHAPRUNE_DEVICE uint32_t load_shared_bytes(uint32_t at, int count) {
+#ifdef __CUDACC__
+  (void)count;
+  uint32_t low, high;
+  asm volatile("ld.shared.u32 %0, [%2]; ld.shared.u32 %1, [%2 + 4];" : "=&r"(low), "=r"(high) : "r"(at & ~3u));
+  return __funnelshift_r(low, high, at * 8);
+#else
+  const uint32_t first = at % 4, wanted = ((1u << count) - 1) << first;
+  const uint64_t low = emulator::load_shared_part(at - first, wanted & 15u);
+  const uint64_t high = emulator::load_shared_part(at - first + 4, wanted >> 4);
+  return static_cast<uint32_t>((high << 32 | low) >> 8 * first);
+#endif
+}
 
 // Four 8 x 8 matrices of 16-bit elements: lane 8 i + r says where the 16 bytes of row r of matrix i are, and gets
 // elements 2 * (lane % 4) and + 1 of row lane / 4 of each (ldmatrix).
@@ -298,16 +318,57 @@ ALPHAPRUNE_DEVICE float sum_lanes(float v) {
 }
 
 // ---- arithmetic ----
-// Four bytes picked from those of a (0-3) and b (4-7) by the digits of kSelector.
+// Four bytes picked from those of a (0-3) and b (4-7) by the four low digits of the selector, each 0 to 7.
+ALPHAPRUNE_DEVICE uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+#ifdef __CUDACC__
+  uint32_t out;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(selector));
+  return out;
+#else
+  const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) out |= static_cast<uint32_t>(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return out;
+#endif
+}
 template <uint32_t kSelector>
 ALPHAPRUNE_DEVICE uint32_t pick_bytes(uint32_t a, uint32_t b) {
 #ifdef __CUDACC__
   return __byte_perm(a, b, kSelector);
 #else
-  const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
-  uint32_t out = 0;
-  for (int i = 0; i < 4; ++i) out |= static_cast<uint32_t>(both >> 8 * (kSelector >> 4 * i & 7) & 255) << 8 * i;
-  return out;
+  return pick_bytes(a, b, kSelector);
+#endif
+}
+
+// The bits moved down by `count`, 0 to 31, those that fall out coming back above.
+ALPHAPRUNE_DEVICE uint32_t rotate_right(uint32_t bits, uint32_t count) {
+#ifdef __CUDACC__
+  return __funnelshift_r(bits, bits, count);
+#else
+  return count ? bits >> count | bits << (32 - count) : bits;
+#endif
+}
+
+// a * b + c of both 16-bit floats of a word, subnormal ones included. Emulated it is rounded to a float in between,
+// which matters only to sums that need more than 24 bits.
+template <class Value>
+ALPHAPRUNE_DEVICE uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
+#ifdef __CUDACC__
+  uint32_t sum;
+  if constexpr (Value::code == Bfloat16::code) {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  } else {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  }
+  return sum;
+#else
+  uint32_t sum = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const double left = Value::widen(a >> shift & 0xffffu), right = Value::widen(b >> shift & 0xffffu);
+    const double total = left * right + Value::widen(c >> shift & 0xffffu);
+    sum |= Value::narrow(static_cast<float>(total)) << shift;
+  }
+  return sum;
 #endif
 }
 

@@ -21,7 +21,7 @@ struct Call {
   const void* residual;  // [tokens, rows] in `dtype`, or null; may be y
   void* y;               // contiguous, in `dtype`
   int64_t tokens;
-  Dtype dtype;       // float16 or bfloat16: of x, y, residual and the weight
+  Dtype dtype;       // float16 or bfloat16: of x, y, residual and, unless it is int8, the weight
   Dtype bias_dtype;  // float32, float16 or bfloat16
   void* stream;      // cudaStream_t; null: the default one
 };
@@ -51,6 +51,8 @@ int chunk_tiles();
 constexpr int64_t kMostTokens = 64;  // of one call of sbt_mma and nm_mma_sp
 // warps: at most so many, 1 to 8, share the columns of a row tile; fewer where their memory does not fit the device.
 Status sbt_mma(const sbt::View& weight, uint32_t stage_units, int warps, const Device& device, const Call& call);
+// The same of int8 values with their scales, where `call.dtype` is that of x, y and the residual only.
+Status sbt_mma_int8(const sbt::View& weight, uint32_t stage_units, int warps, const Device& device, const Call& call);
 // For sm_90a, of up to kMostWideTokens. tile_units: of the largest macro tile. splits: blocks that share the columns of
 // 128 rows, 1, 2, 4 or 8; 0 for as many as fill the device. x has rows of x_stride elements, a multiple of 8, zeros
 // past the weight's columns, and starts on 16 bytes; the mask does, too.
@@ -62,6 +64,7 @@ Status sbt_expand(const sbt::View& weight, uint32_t stage_units, int64_t begin, 
 
 // For `prepare`: the kernels of each file.
 Status allow_sbt_mma(int shared_bytes);
+Status allow_sbt_mma_int8(int shared_bytes);
 Status allow_sbt_wgmma(int shared_bytes);
 Status allow_sbt_expand(int shared_bytes);
 

@@ -50,13 +50,13 @@ ALPHAPRUNE_KERNEL __launch_bounds__(kExpandWarps* kWarp) sbt_expand(const Expand
             p.col_tiles - chunk * kChunk, lane);
   Chunk here;
   row.next_offsets(here);
-  copy_values(p.values, here.first, here.last, values, lane);
+  copy_values<2>(p.values, here.first, here.last, values, lane);
   copy_commit();
-  store_meta(row.next_mask(), (here.middle - here.first) * kUnitBytes, values, meta, lane);
+  store_meta<2>(row.next_mask(), (here.middle - here.first) * kUnitBytes, values, meta, lane);
   copy_wait<0>();
   sync_warp();
 
-  Lane mine(lane, p.number);
+  FloatLane mine(lane, p.number);
   const int64_t upper = row_tile * sbt::kTileRows + lane / 4;
   const int col = chunk * kChunkCols + 4 * (lane % 4);
   ALPHAPRUNE_UNROLL

@@ -1,5 +1,7 @@
 // y = x Wᵀ for up to 64 tokens on tensor cores, straight from SBT. A block owns kRows row tiles; its warps share the
 // columns between them, each with a ring of asynchronous copies of its own, and add up in a fixed order at the end.
+// Values are 16-bit floats, or 8-bit integers with a scale per row or per row and chunk: what is summed is decoded
+// without rounding, and scales multiply sums.
 #pragma once
 
 #include "chunk.cuh"
@@ -12,7 +14,7 @@ constexpr int kMostWarps = 8;
 ALPHAPRUNE_BOTH constexpr int mma_stages(int row_tiles) { return row_tiles == 4 ? 2 : 3; }
 
 struct MmaProblem {
-  const uint16_t* values;
+  const void* values;
   const uint32_t* mask;
   const uint32_t* offsets;
   const uint16_t* x;
@@ -22,7 +24,10 @@ struct MmaProblem {
   uint32_t value_bytes;  // of the largest chunk, a multiple of 16
   bool fours;            // whether four neighbouring activations can be loaded at once
   Opaque number;
+  const float* scale;  // of integers: [rows, groups]; a group is a chunk, or the whole row
+  int groups;
 };
+static_assert(kChunkCols == sbt::kScaleCols, "a chunk has one scale per row");
 
 ALPHAPRUNE_BOTH constexpr size_t mma_stage_bytes(int row_tiles, uint32_t value_bytes) {
   return static_cast<size_t>(row_tiles) * (kMetaBytes + value_bytes);
@@ -30,10 +35,12 @@ ALPHAPRUNE_BOTH constexpr size_t mma_stage_bytes(int row_tiles, uint32_t value_b
 ALPHAPRUNE_BOTH constexpr size_t mma_sum_bytes(int row_tiles, int token_tiles) {
   return static_cast<size_t>(row_tiles) * token_tiles * 128 * sizeof(float);
 }
+// The lanes' tables come first, of each warp one, then the rings; after the last product the sums lie over all of it.
+template <class Lane>
 ALPHAPRUNE_BOTH constexpr size_t mma_shared_bytes(int row_tiles, int token_tiles, int warps, uint32_t value_bytes) {
   const size_t ring = mma_stages(row_tiles) * mma_stage_bytes(row_tiles, value_bytes);
   const size_t sums = mma_sum_bytes(row_tiles, token_tiles);
-  return warps * (ring > sums ? ring : sums);
+  return warps * (Lane::kTableBytes + (ring > sums ? ring : sums)) + Lane::kBeyond;
 }
 
 // The operand b of a step: four neighbouring activations of a token, zero past the last token and the last column.
@@ -103,14 +110,37 @@ struct Rows<kRows, kWhole, true> {
   }
 };
 
-// kTiles: of 8 tokens. kWhole: cols is a multiple of a chunk's, and x aligned to 8 bytes.
-template <class Value, int kTiles, int kRows, bool kWhole>
-ALPHAPRUNE_KERNEL __launch_bounds__(kMostWarps* kWarp) sbt_mma(const MmaProblem p) {
-  constexpr int kStages = mma_stages(kRows);
+// The scales of a chunk for the rows of this lane's sums.
+template <int kRows>
+struct Scales {
+  const float* next;
+  int last, stride;  // the last row of W from this lane's first one on; of the rows' scales
+
+  ALPHAPRUNE_DEVICE void start(const MmaProblem& p, int first_row, int first_chunk) {
+    next = p.scale + static_cast<int64_t>(first_row) * p.groups + first_chunk;
+    last = p.out.rows - 1 - first_row;
+    stride = p.groups;
+  }
+  // Rows that are not there have the last one's.
+  ALPHAPRUNE_DEVICE void load(float (&scale)[kRows][2]) {
+    ALPHAPRUNE_UNROLL
+    for (int i = 0; i < 2 * kRows; ++i)
+      scale[i / 2][i % 2] = load_cached(next + (8 * i < last ? 8 * i : last) * stride);
+    ++next;
+  }
+};
+
+// kTiles: of 8 tokens. kWhole: cols is a multiple of a chunk's, and x aligned to 8 bytes. kGrouped: scales change along
+// a row.
+template <class Lane, class Value, int kTiles, int kRows, bool kWhole, bool kGrouped>
+ALPHAPRUNE_DEVICE void multiply_tiles(const MmaProblem& p) {
+  constexpr int kStages = mma_stages(kRows), kBytes = Lane::kBytes;
   constexpr bool kTight = mma_tight(kRows, kTiles);
   const int lane = lane_index(), warp = warp_index(), group = lane / 4, pair = lane % 4;
   const int first_tile = block_x() * kRows;
-  Lane mine(lane, p.number);
+  const uint32_t table = shared_start() + warp * Lane::kTableBytes;
+  if constexpr (Lane::kTableBytes > 0) Lane::fill(table, lane);
+  Lane mine(lane, p.number, table);
   const int chunks = (p.col_tiles + kChunk - 1) / kChunk;
   const int begin = chunks * warp / p.warps, end = chunks * (warp + 1) / p.warps;
 
@@ -118,7 +148,8 @@ ALPHAPRUNE_KERNEL __launch_bounds__(kMostWarps* kWarp) sbt_mma(const MmaProblem 
   rows.start(p, first_tile, begin * kChunk, lane);
 
   const uint32_t stage_bytes = static_cast<uint32_t>(mma_stage_bytes(kRows, p.value_bytes));
-  const uint32_t ring = shared_start() + warp * kStages * stage_bytes, ring_end = ring + kStages * stage_bytes;
+  const uint32_t rings = shared_start() + p.warps * Lane::kTableBytes;
+  const uint32_t ring = rings + warp * kStages * stage_bytes, ring_end = ring + kStages * stage_bytes;
   const auto values_at = [&](uint32_t stage, int r) { return stage + kRows * kMetaBytes + r * p.value_bytes; };
 
   // In flight: the chunk that is decoded now, kStages - 1 that are copied, and the offsets of the one after these.
@@ -130,7 +161,8 @@ ALPHAPRUNE_KERNEL __launch_bounds__(kMostWarps* kWarp) sbt_mma(const MmaProblem 
     for (int r = 0; r < kRows; ++r) {
       if (begin + i < end) rows.next_offsets(r, chunk_of[i][r]);
       if (i < kStages - 1 && begin + i < end)
-        copy_values(p.values, chunk_of[i][r].first, chunk_of[i][r].last, values_at(ring + i * stage_bytes, r), lane);
+        copy_values<kBytes>(p.values, chunk_of[i][r].first, chunk_of[i][r].last, values_at(ring + i * stage_bytes, r),
+                            lane);
     }
     if (i < kStages - 1) copy_commit();
   }
@@ -138,14 +170,16 @@ ALPHAPRUNE_KERNEL __launch_bounds__(kMostWarps* kWarp) sbt_mma(const MmaProblem 
   for (int r = 0; r < kRows; ++r) mask[r] = begin < end ? rows.next_mask(r) : uint2{0, 0};
 
   float sum[kRows][kTiles][4] = {};
+  [[maybe_unused]] Scales<kRows> scales;
+  if constexpr (kGrouped) scales.start(p, first_tile * 16 + group, begin);
   const uint16_t* x = p.x + static_cast<size_t>(group) * p.cols + begin * kChunkCols + 4 * pair;
   uint32_t stage = ring;
   ALPHAPRUNE_NO_UNROLL
   for (int chunk = begin; chunk < end; ++chunk) {
     ALPHAPRUNE_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      store_meta(mask[r], (chunk_of[0][r].middle - chunk_of[0][r].first) * kUnitBytes, values_at(stage, r),
-                 stage + r * kMetaBytes, lane);
+      store_meta<kBytes>(mask[r], (chunk_of[0][r].middle - chunk_of[0][r].first) * Values<kBytes>::kOffsetBytes,
+                         values_at(stage, r), stage + r * kMetaBytes, lane);
       if (chunk + 1 < end) mask[r] = rows.next_mask(r);
     }
     copy_wait<kStages - 2>();
@@ -155,8 +189,8 @@ ALPHAPRUNE_KERNEL __launch_bounds__(kMostWarps* kWarp) sbt_mma(const MmaProblem 
       const uint32_t before = stage == ring ? ring_end - stage_bytes : stage - stage_bytes;
       ALPHAPRUNE_UNROLL
       for (int r = 0; r < kRows; ++r)
-        copy_values(p.values, chunk_of[kStages - 1][r].first, chunk_of[kStages - 1][r].last, values_at(before, r),
-                    lane);
+        copy_values<kBytes>(p.values, chunk_of[kStages - 1][r].first, chunk_of[kStages - 1][r].last,
+                            values_at(before, r), lane);
     }
     copy_commit();
     ALPHAPRUNE_UNROLL
@@ -170,6 +204,8 @@ ALPHAPRUNE_KERNEL __launch_bounds__(kMostWarps* kWarp) sbt_mma(const MmaProblem 
       if (chunk + kStages < end) rows.next_offsets(r, chunk_of[kStages - 1][r]);
     }
 
+    [[maybe_unused]] float scale[kRows][2], part[kRows][kTiles][4] = {};
+    if constexpr (kGrouped) scales.load(scale);
     constexpr int kSpan = kTight ? 1 : kChunkSteps;  // no activations of a step further on
     uint4 words = mine.words(stage, 0);
     ALPHAPRUNE_NO_UNROLL
@@ -194,9 +230,15 @@ ALPHAPRUNE_KERNEL __launch_bounds__(kMostWarps* kWarp) sbt_mma(const MmaProblem 
           uint32_t a[4];
           mine.decode(here, a);
           ALPHAPRUNE_UNROLL
-          for (int t = 0; t < kTiles; ++t) mma<Value>(sum[r][t], a, b[t]);
+          for (int t = 0; t < kTiles; ++t) mma<Value>(kGrouped ? part[r][t] : sum[r][t], a, b[t]);
         }
       }
+    }
+    if constexpr (kGrouped) {
+      ALPHAPRUNE_UNROLL
+      for (int r = 0; r < kRows; ++r) ALPHAPRUNE_UNROLL
+      for (int t = 0; t < kTiles; ++t) ALPHAPRUNE_UNROLL
+      for (int i = 0; i < 4; ++i) sum[r][t][i] += scale[r][i / 2] * part[r][t][i];
     }
     x += kChunkCols;
     stage = stage + stage_bytes == ring_end ? ring : stage + stage_bytes;
@@ -220,8 +262,21 @@ ALPHAPRUNE_KERNEL __launch_bounds__(kMostWarps* kWarp) sbt_mma(const MmaProblem 
     const uint32_t at = ((in_block / 16 * kTiles + token / 8) * 4 + i) * kWarp + holder;
     float total = 0;
     for (int w = 0; w < p.warps; ++w) total += load_shared_f32(shared_start() + 4 * (w * kSums + at));
+    if constexpr (kBytes == 1) total *= Lane::kFactor;
+    if constexpr (kBytes == 1 && !kGrouped) total *= p.scale[at_row];
     store_output<Value>(p.out, token, static_cast<int>(at_row), total);
   }
+}
+
+template <class Value, int kTiles, int kRows, bool kWhole>
+ALPHAPRUNE_KERNEL __launch_bounds__(kMostWarps* kWarp) sbt_mma(const MmaProblem p) {
+  multiply_tiles<FloatLane, Value, kTiles, kRows, kWhole, false>(p);
+}
+
+// The same of 8-bit integers; activations and outputs are in `Value`.
+template <class Value, int kTiles, int kRows, bool kWhole, bool kGrouped>
+ALPHAPRUNE_KERNEL __launch_bounds__(kMostWarps* kWarp) sbt_mma_int8(const MmaProblem p) {
+  multiply_tiles<IntegerLane<Value>, Value, kTiles, kRows, kWhole, kGrouped>(p);
 }
 
 }  // namespace alphaprune::cuda

@@ -318,6 +318,22 @@ T load_shared(uint32_t address, bool on = true) {
   return value;
 }
 
+// An aligned word of which the thread looks at the bytes that have a bit in `wanted`; the others may be anybody's.
+inline uint32_t load_shared_part(uint32_t address, uint32_t wanted) {
+  trace("load", address, 4, true);
+  check_range("load", address, 4);
+  fiber().fenced = false;
+  uint8_t bytes[4] = {kPoison, kPoison, kPoison, kPoison};
+  for (uint32_t i = 0; i < 4; ++i) {
+    if (!(wanted >> i & 1u)) continue;
+    touch("load", address + i, 1, false);
+    bytes[i] = block().memory[address + i];
+  }
+  uint32_t value;
+  std::memcpy(&value, bytes, 4);
+  return value;
+}
+
 template <class T>
 void store_shared(uint32_t address, const T& value, bool on = true) {
   trace("store", address, sizeof(T), on);

@@ -1,0 +1,30 @@
+#include "launch_mma.cuh"
+
+namespace alphaprune::cuda {
+namespace {
+
+// Scales in a row need the registers of as many sums again, which a block of fewer row tiles has.
+template <bool kGrouped>
+struct OfIntegers {
+  template <class Value>
+  using Lane = IntegerLane<Value>;
+  static constexpr int kMostRows = kGrouped ? 2 : 4;
+  template <class Value, int kTiles, int kRows, bool kWhole>
+  static constexpr auto kernel() {
+    return sbt_mma_int8<Value, kTiles, kRows, kWhole, kGrouped>;
+  }
+};
+
+}  // namespace
+
+Status allow_sbt_mma_int8(int bytes) {
+  if (const Status status = allow_mma<OfIntegers<false>>(bytes)) return status;
+  return allow_mma<OfIntegers<true>>(bytes);
+}
+
+Status sbt_mma_int8(const sbt::View& weight, uint32_t stage_units, int warps, const Device& device, const Call& call) {
+  return weight.grouped() ? launch_mma<OfIntegers<true>>(weight, stage_units, warps, device, call)
+                          : launch_mma<OfIntegers<false>>(weight, stage_units, warps, device, call);
+}
+
+}  // namespace alphaprune::cuda
