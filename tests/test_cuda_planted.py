@@ -97,7 +97,7 @@ PLANTED_INT8 = {
         "rings = shared_start()",
         WRONG + "|races|under way",
     ),
-    "offsets of 16 bytes": ("chunk.cuh", "kUnitOffsets = kUnitBytes / kOffsetBytes", "kUnitOffsets = 1", WRONG),
+    "offsets of 16 bytes": ("chunk.cuh", "kUnitOffsets = kUnitBytes / kOffsetBytes", "kUnitOffsets = 1", "not aligned"),
     "a scale too early": ("sbt_mma.cuh", "    ++next;\n", "    next += warp_index() * 0;\n", "error is"),
     "the upper rows' scales": ("sbt_mma.cuh", "scale[r][i / 2] * part", "scale[r][0] * part", "error is"),
     "scales past the last row": ("sbt_mma.cuh", "(8 * i < last ? 8 * i : last)", "8 * i", "signal 11"),
