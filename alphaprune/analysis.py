@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import MISSING, asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def analyze(
     """
     if fit is not None and fit not in alpha.METHODS:
         raise ValueError(f"fit {fit!r}: wanted one of {', '.join(alpha.METHODS)}, or None")
-    target, source = spectrum.check(solver, ranks.device(device)), trees.open_source(source)
+    target, source = spectrum.check(solver, ranks.device(device) or device), trees.open_source(source)
     trees.check(source, tokens=tokens)
     statistics = statistics if inputs is None else trees.statistics(source, inputs, "gram")
     known, work = source.description(), WeightStats(fit, str(target), solver, magnitudes, windows)
@@ -123,7 +123,7 @@ def analyze(
         if active:
             _by_activity(source, tokens, statistics, room, str(target), done, progress)
         parts = done.all()
-        layers = {name: LayerStat(known.block_of[name], tuple(shape)) for name, shape in known.shapes.items()}
+        layers = {name: LayerStat(known.block_of[name], shape) for name, shape in known.shapes.items()}
         for key in sorted(parts, key=lambda key: (key.startswith(ACTIVITY), key)):
             for name, found in parts[key]["layers"].items():
                 layers[name].columns.update(found.get("columns", {}))
@@ -152,7 +152,8 @@ def _by_weights(
     for name, (n, k) in known.shapes.items():
         units.setdefault(f"{known.block_of[name]} {n}x{k}", []).append(name)
     costs = {unit: cost(known.shapes[names[0]]) * len(names) for unit, names in units.items() if unit not in done.known}
-    owners, own = ranks.mine(costs), {}
+    owners = ranks.mine(costs)
+    own: dict[int, list[str]] = {}
     for unit in units:
         if owners.get(unit) == ranks.world().rank:
             own.setdefault(known.block_of[units[unit][0]], []).append(unit)
@@ -175,20 +176,25 @@ def _by_activity(
 ) -> None:
     """Entries of what the inputs of a block's layers tell; blocks follow each other behind the same text."""
     left = [index for index in range(source.block_count()) if f"{ACTIVITY}{index}" not in done.known]
-    activations = None if statistics or not left else calibrate.first_inputs(source, tokens, room)
-    todo = range(max(left, default=-1) + 1) if activations else left
-    for block in _passed(source, todo, progress):
+    activations = None
+    if left and statistics is None and tokens is not None:
+        activations = calibrate.first_inputs(source, tokens, room)
+    end = max(left, default=-1) + 1
+    for block in _passed(source, range(end) if activations else left, progress):
         check_finite(block, NO_SPECTRUM)
         where = None if device == "cpu" or statistics else device
         with calibrate.on(block, where):
             if block.index in left:
-                inputs = statistics(block) if statistics else calibrate.statistics(block, activations, "gram")
+                if activations is not None:
+                    inputs = calibrate.statistics(block, activations, "gram")
+                elif statistics is not None:
+                    inputs = statistics(block)
                 if block.index % ranks.world().size == ranks.world().rank:
                     columns = activity.columns(block, inputs)
                     entry = {name: {"columns": found} for name, found in columns.items()}
                     done.add(f"{ACTIVITY}{block.index}", {"layers": entry})
                 del inputs
-            if activations is not None and block.index + 1 < todo.stop:
+            if activations is not None and block.index + 1 < end:
                 calibrate.run(block, activations)
 
 
@@ -250,10 +256,10 @@ def read_json(path: "str | Path", kind: str, version: int, record: type, part: s
         found.get("version") == version,
         f"{path}: {kind} version {found.get('version')!r}; this release reads {version}",
     )
-    fields = record.__dataclass_fields__
-    for name, known in fields.items():
-        optional = known.default is not MISSING or known.default_factory is not MISSING
-        need(name in found or optional, f"{path}: this {kind} has no {name}")
+    known = fields(record)
+    for own in known:
+        optional = own.default is not MISSING or own.default_factory is not MISSING
+        need(own.name in found or optional, f"{path}: this {kind} has no {own.name}")
     for name in ("model", "fingerprint"):
         need(isinstance(found[name], str), f"{path}: {name}: wanted a text, got {found[name]!r}")
     parts = found[f"{part}s"]
@@ -261,7 +267,7 @@ def read_json(path: "str | Path", kind: str, version: int, record: type, part: s
     for name, entry in parts.items():
         where = name if part == "layer" else f"{part} {name}"
         need(isinstance(entry, dict), f"{path}: {where}: wanted an object, got {entry!r}")
-    return {name: found[name] for name in fields if name in found}
+    return {own.name: found[own.name] for own in known if own.name in found}
 
 
 def need(condition: bool, sentence: str) -> None:
@@ -278,7 +284,7 @@ def is_number(value: Any) -> bool:
 
 
 def read_shape(where: str, entry: dict[str, Any]) -> tuple[int, int]:
-    shape = entry.get("shape")
+    shape: Any = entry.get("shape")
     good = isinstance(shape, list) and len(shape) == 2 and all(is_count(n) and n > 0 for n in shape)
     need(good, f"{where}: shape: wanted two positive integers, got {shape!r}")
     return tuple(shape)
@@ -286,7 +292,7 @@ def read_shape(where: str, entry: dict[str, Any]) -> tuple[int, int]:
 
 def _layer_stat(where: str, entry: dict[str, Any]) -> LayerStat:
     need(is_count(entry.get("block")), f"{where}: block: wanted the number of its block, got {entry.get('block')!r}")
-    columns = entry.get("columns")
+    columns: Any = entry.get("columns")
     need(isinstance(columns, dict), f"{where}: columns: wanted an object, got {columns!r}")
     for column, value in columns.items():
         need(is_number(value), f"{where}: {column}: wanted a finite number, got {value!r}; analyze the model again")

@@ -181,22 +181,25 @@ def write_pruned(
     again: `prune` adds to the recipe, so it is asked even where all its blocks are there and only the name is missing.
     Of several processes (ranks.py) the first one reads and writes OUT, and the others need not see it.
     """
-    leads = ranks.world().leads
-    writer = Writer(out, identity, source.block_count(), source.family.stored_name) if leads else None
-    indices = range(source.block_count())
-    stage, there = ranks.share((writer.stage, [i for i in indices if writer.has(i)]) if leads else None)
+    blocks = source.block_count()
+    writer = Writer(out, identity, blocks, source.family.stored_name) if ranks.world().leads else None
+    found = None if writer is None else (writer.stage, [index for index in range(blocks) if writer.has(index)])
+    stage, there = ranks.share(found)
     made: dict[str, Packed] = {}  # layers of the block in hand, as they will be stored
     errors: dict[str, Error] = {}
 
     def restore(block: Block) -> "dict[str, Tensor] | None":
         if block.index not in there:
             return None
-        masks = restore_block(block, writer.work / writer.file(block.index), writer.stored_name) if leads else {}
+        masks = {}
+        if writer is not None:
+            masks = restore_block(block, writer.work / writer.file(block.index), writer.stored_name)
         return share_block(block, masks)
 
     def finish(block: Block, masks: dict[str, Tensor]) -> None:
-        made.clear(), errors.clear()
-        for name, mask in masks.items() if packed and (leads or values is not None) else ():
+        made.clear()
+        errors.clear()
+        for name, mask in masks.items() if packed and (writer is not None or values is not None) else ():
             layer = block.linears[name]
             if worth_packing(layer.weight, mask, values, group):
                 made[name], error = pack_weight(layer.weight.detach(), mask, values, group)
@@ -206,12 +209,12 @@ def write_pruned(
 
     asked = stage == "blocks" or (again and stage == "finishing")
     for pruned in prune(restore, finish) if asked else ():
-        if leads and not pruned.restored:
+        if writer is not None and not pruned.restored:
             writer.write(pruned.block.index, block_tensors(pruned.block, made), errors)
-    if not leads:
+    if writer is None:
         return ranks.share(None)
-    if not writer.has(source.block_count()):
-        writer.write(source.block_count(), dict(source.outside_tensors()))
+    if not writer.has(blocks):
+        writer.write(blocks, dict(source.outside_tensors()))
     written = _summary(writer, source)
     if stage != "finished":
         config = output_config(source, packed, values if writer.errors else None)
@@ -248,20 +251,21 @@ def put_back(layer: nn.Linear, packed: Packed) -> Tensor:
 
 def restore_block(block: Block, file: Path, stored_name: Callable[[str], str] = str) -> dict[str, Tensor]:
     """Puts the weights of a finished block back and returns its masks."""
-    masks = {}
+    masks: dict[str, Tensor] = {}
     with shards.open_file(file) as stored:
         names = set(stored.keys())
         for name, layer in block.linears.items():
             own = stored_name(name)
             if layer.bias is not None:  # permuted with the channels, perhaps
                 layer.bias.data = stored.get_tensor(f"{own}.bias")
-            values, *others = (
-                stored.get_tensor(f"{own}.{s}") if f"{own}.{s}" in names else None for s in PACKED_SUFFIXES
-            )
-            if others[0] is None:
-                layer.weight.data, masks[name] = values, values != 0
+            values, mask, offsets, scale = (f"{own}.{suffix}" for suffix in PACKED_SUFFIXES)
+            if mask not in names:
+                layer.weight.data = stored.get_tensor(values)
+                masks[name] = layer.weight.data != 0
                 continue
-            packed = Packed(values, *others[:2], tuple(layer.weight.shape), others[2])
+            weight, bits, places = (stored.get_tensor(tensor) for tensor in (values, mask, offsets))
+            shape = layer.out_features, layer.in_features
+            packed = Packed(weight, bits, places, shape, stored.get_tensor(scale) if scale in names else None)
             formats.get("sbt").validate(packed, name)
             masks[name] = put_back(layer, packed)
     return masks
@@ -277,10 +281,8 @@ def save(model: nn.Module, path: "str | Path", tokenizer: Any = None) -> Written
     source = LiveSource(model)
     journal_beside(Path(path)).unlink(missing_ok=True)  # of a save that was finished
     writer = Writer(path, {"saved": source.name}, source.block_count(), source.family.stored_name)
-    (
-        writer.done.clear(),
-        writer.errors.clear(),
-    )  # nothing ties an earlier, interrupted save to this model: write all again
+    writer.done.clear()  # nothing ties an earlier, interrupted save to this model: write all again
+    writer.errors.clear()
     prefix, state = source.prefix, model.state_dict()
     expanded = {name: module for name, module in model.named_modules() if getattr(module, "packed_on_disk", False)}
     expanded = {name: module for name, module in expanded.items() if worth_packing(module.weight, None)}
@@ -295,8 +297,8 @@ def save(model: nn.Module, path: "str | Path", tokenizer: Any = None) -> Written
     written = _summary(writer, source)
 
     def companions(folder: Path) -> None:
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(folder)
+        if (generation := getattr(model, "generation_config", None)) is not None:
+            generation.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         elif source.name and Path(source.name).is_dir():

@@ -4,7 +4,7 @@ import contextlib
 import queue
 import statistics
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from copy import deepcopy
 from time import perf_counter
 from typing import Any
@@ -75,7 +75,7 @@ def new_tokens(
     lock: Any = None,
     scores: list[Tensor] | None = None,
     memory: Memory | None = None,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """The new tokens [sequences], one by one, on the CPU, after a prompt `tokens` [1, length].
 
     settings: a GenerationConfig; its num_return_sequences is the number of sequences. It ends after `max_new`, or when
@@ -232,7 +232,7 @@ def _ours(
     lock: Any,
     scores: list[Tensor] | None,
     memory: Memory | None,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     chosen = chooser(settings, seed)
 
     def choose(tokens: Tensor, logits: Tensor) -> Tensor:
@@ -274,7 +274,7 @@ def _on_device(
     lock: Any,
     scores: list[Tensor] | None,
     memory: Memory | None,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """As `_ours`, in CUDA graphs; draws are those of sampling.py, the same for a seed on every device."""
     prompt, sequences = tokens[0].tolist(), len(tokens)
     with lock:
@@ -334,7 +334,7 @@ def _theirs(
     seed: int,
     lock: Any,
     scores: list[Tensor] | None,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """As `new_tokens`, from a thread in which transformers' generate runs; with beams, all come after the last."""
     found: queue.SimpleQueue = queue.SimpleQueue()
     watch, config = _Watch(found), deepcopy(settings)

@@ -5,7 +5,7 @@ Imported by the hook in the package's `__init__` as soon as transformers' own re
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from alphaprune import bitmask, formats, hf_parallel, shapes
 from alphaprune.experts import FUSED, separate
+from alphaprune.families import FAMILIES
 from alphaprune.files import first_line
 from alphaprune.formats import quantize
 from alphaprune.kernels import base
 from alphaprune.layer import SparseLinear, check_tokens, expand_losers, pack_weight, replace_each, worth_packing
-from alphaprune.model import FAMILIES, check_places, family_of, prunable, read_config, resolve
+from alphaprune.model import check_places, family_of, prunable, read_config, resolve
 from alphaprune.shards import Shards, read_header
 from alphaprune.stored import check_entries, check_version
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @register_quantization_config("alphaprune")
@@ -60,10 +64,10 @@ class AlphaPruneConfig(QuantizationConfigMixin):
         quant_method: str = "alphaprune",
         **unknown: Any,
     ) -> None:
-        self.quant_method = "alphaprune"
+        self.quant_method = "alphaprune"  # type: ignore[assignment]  # the enum of transformers names its own only
         self.format = format
         self.format_version = format_version
-        given = {"values": values, "group": group, "modules_to_not_convert": modules_to_not_convert}
+        given: dict[str, Any] = {"values": values, "group": group, "modules_to_not_convert": modules_to_not_convert}
         given |= {"kv_heads": kv_heads, "channels": channels, "ranks": ranks}
         vars(self).update({name: value for name, value in given.items() if value is not None})
         if type(format_version) is not int or format_version < 1:
@@ -89,24 +93,23 @@ class PackWeight(ConversionOps):
     def convert(
         self,
         input_dict: dict[str, Any],
-        model: nn.Module | None = None,
-        full_layer_name: str = "",
-        missing_keys: set[str] | None = None,
-        **_: Any,
-    ) -> dict[str, Tensor]:
+        *_: Any,
+        **given: Any,
+    ) -> dict[str, Any]:
         """The weight under its name where it stays dense; nothing where it is in the model, packed."""
         (found,) = input_dict.values()
-        weight = found[0] if isinstance(found, list) else found
-        if self.quantizer.place(model, full_layer_name.removesuffix(".weight"), weight):
-            missing_keys.discard(full_layer_name)
+        weight, name = found[0] if isinstance(found, list) else found, given["full_layer_name"]
+        if self.quantizer.place(given["model"], name.removesuffix(".weight"), weight):
+            given["missing_keys"].discard(name)
             return {}
-        return {full_layer_name: weight}
+        return {name: weight}
 
 
 @register_quantizer("alphaprune")
 class AlphaPruneQuantizer(HfQuantizer):
     """Puts SparseLinear where the checkpoint holds packed tensors, before weights are loaded; or packs dense ones."""
 
+    quantization_config: AlphaPruneConfig
     requires_calibration = False  # dense directories that hold zeros are packed on loading
 
     def __init__(self, quantization_config: AlphaPruneConfig, **settings: Any) -> None:
@@ -131,7 +134,11 @@ class AlphaPruneQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, dtype: torch.dtype | None = None, **_: Any
+        self,
+        model: "PreTrainedModel",
+        checkpoint_files: list[str] | None = None,
+        dtype: torch.dtype | None = None,
+        **_: Any,
     ) -> None:
         entries: dict[str, dict[str, Any]] = {}
         for file in checkpoint_files or ():
@@ -174,13 +181,13 @@ class AlphaPruneQuantizer(HfQuantizer):
         kept = [c for c in weight_conversions if not (self.separated and merges_experts(c))]
         return super().update_weight_conversions(kept, *model)
 
-    def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **__: Any) -> bool:
         layer, _, suffix = param_name.rpartition(".")
         return suffix == "weight" and (layer in self.waiting or layer in self.parts)  # may have another shape
 
     def get_weight_conversions(self) -> list[Any]:
         parts = {name.removeprefix(self.prefix): part for name, part in self.parts.items()}
-        return hf_parallel.converters(parts, self.ranks, self.refused) if parts else []
+        return hf_parallel.converters(parts, self.ranks, self.refused) if self.ranks is not None else []
 
     def get_quantize_ops(self) -> PackWeight:
         return PackWeight(self)
@@ -188,6 +195,7 @@ class AlphaPruneQuantizer(HfQuantizer):
     def place(self, model: nn.Module, name: str, weight: Tensor) -> bool:
         """Puts a weight [N, K] into the model, packed, and says so; or leaves it to transformers if it stays dense."""
         settings, layer = self.quantization_config, model.get_submodule(name)
+        assert isinstance(layer, nn.Linear), "what waits is linear"
         self.waiting.discard(name)  # what stays dense is no more than any other tensor to transformers
         if weight.shape != layer.weight.shape or not worth_packing(weight, None, settings.values, settings.group):
             return False
@@ -200,7 +208,7 @@ class AlphaPruneQuantizer(HfQuantizer):
         sparse.bias = layer.bias  # on the meta device, or loaded already
         sparse.name, sparse.quantization_error = name, error
         for tensor in packed.tensors.values():
-            tensor._is_hf_initialized = True  # or the loader would fill it with what new models start from
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # or the loader would fill it with what new models start from
         model.set_submodule(name, sparse)
         return True
 
@@ -212,7 +220,7 @@ class AlphaPruneQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
-        if self.parts:
+        if self.parts and self.ranks is not None:
             base.log.warning("each of %d ranks holds a part of the model: save it on one rank", self.ranks.count)
         return not self.parts
 
@@ -224,7 +232,7 @@ class AlphaPruneQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         return True
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | None = None) -> "PreTrainedModel":
         # transformers gives the dtype of the config where the caller gave none; a model that was cast since then has
         # another one.
         dtype = model.dtype if dtype in (None, model.config.dtype) else dtype
@@ -233,13 +241,13 @@ class AlphaPruneQuantizer(HfQuantizer):
         return model
 
 
-def decoder_of(model: nn.Module) -> str:
+def decoder_of(model: "PreTrainedModel") -> str:
     """Path of the decoder blocks in a model, which may be one without a head."""
     path = family_of(model.config, type(model).__name__)
     return path if model.base_model is not model else path.removeprefix(f"{model.base_model_prefix}.")
 
 
-def as_named_in(model: nn.Module, entries: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def as_named_in(model: "PreTrainedModel", entries: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The entries of a checkpoint under the names that the model has for them, with a head or without one."""
     prefix = f"{model.base_model_prefix}."
     inside = any(name.startswith(prefix) for name, _ in model.named_parameters())
@@ -290,7 +298,7 @@ def empty_layer(
     return sparse
 
 
-def check_shapes(model: nn.Module, entries: dict[str, dict[str, Any]]) -> None:
+def check_shapes(model: "PreTrainedModel", entries: dict[str, dict[str, Any]]) -> None:
     """ValueError naming the first tensor whose shape in the file is not the one that config.json describes.
 
     Some versions of transformers take it as it is once there is a quantizer. A head may be another one on purpose.
@@ -313,7 +321,7 @@ def check_config(config: Any) -> None:
 
 def load(
     path: "str | Path", dtype: "torch.dtype | str" = "auto", device: str = "cpu", tokens: int | None = 1
-) -> nn.Module:
+) -> "PreTrainedModel":
     """The model of a directory (ours or any of transformers) or hub id, ready to run: this is `from_pretrained`.
 
     dtype: "auto" keeps that of the file. tokens: rows of x to be fast at; where this machine has a time table, packed
@@ -336,9 +344,10 @@ def load(
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what its report would say is said below, in one sentence
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        made: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
         )
+        model, found = made
     except (OSError, ImportError, ArithmeticError, AttributeError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{folder}: cannot be loaded: {first_line(error)}") from error
     finally:
@@ -349,7 +358,7 @@ def load(
     return expand_losers(model.to(device).eval(), tokens)
 
 
-def check_loaded(folder: Path, model: nn.Module, found: dict[str, Any]) -> None:
+def check_loaded(folder: Path, model: "PreTrainedModel", found: dict[str, Any]) -> None:
     """ValueError naming the first tensor that the files or, inside the blocks, the model should have and do not.
 
     transformers fills it with random values, or leaves it out.

@@ -15,8 +15,8 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from alphaprune.formats import Packed, quantize, slices
-from alphaprune.layer import PACKED_SUFFIXES, SparseLinear
+from alphaprune.formats import PACKED_SUFFIXES, Packed, quantize, slices
+from alphaprune.layer import SparseLinear
 
 OLDEST = "5.16"
 ROWS = ("colwise", "colwise_rep", "colwise_gather_output")

@@ -1,17 +1,19 @@
 """SparseLinear, the drop-in for nn.Linear, and `sparsify`, which puts it into a model."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from alphaprune import formats
-from alphaprune.formats import PACKED_SUFFIXES, Packed, quantize
+from alphaprune.formats import Packed, quantize
 from alphaprune.kernels import base
 from alphaprune.kernels import spmm as op
 from alphaprune.trees import Matrix, open_source
 
+Model = TypeVar("Model", bound=nn.Module)
 NOISE = 1.05  # a table's medians wander by so much: a layer that is within it stays packed, which is smaller
 
 
@@ -25,6 +27,12 @@ class SparseLinear(nn.Module):
     casts float values and the bias; integers and their scale keep dtype and bits.
     Differentiable in x and bias.
     """
+
+    weight: Tensor
+    weight_mask: Tensor
+    weight_offsets: Tensor
+    weight_scale: Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(self, packed: Packed, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -84,8 +92,8 @@ class SparseLinear(nn.Module):
 
     @property
     def packed(self) -> Packed:
-        values, mask, offsets, scale = (self._buffers[suffix] for suffix in PACKED_SUFFIXES)
-        return Packed(values, mask, offsets, (self.out_features, self.in_features), scale)
+        shape = self.out_features, self.in_features
+        return Packed(self.weight, self.weight_mask, self.weight_offsets, shape, self.weight_scale)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """The dense twin: the kept weights, int8 values times their scale, and zeros.
@@ -137,8 +145,9 @@ class SparseLinear(nn.Module):
         # Module.to casts every floating buffer; a scale in bfloat16 would have lost what the integers were made with.
         scale = self.weight_scale
         super()._apply(fn, recurse)
-        if scale is not None and self.weight_scale.dtype != scale.dtype:
-            self.weight_scale = scale.to(self.weight_scale.device)
+        moved = self.weight_scale
+        if scale is not None and moved is not None and moved.dtype != scale.dtype:
+            self.weight_scale = scale.to(moved.device)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
@@ -205,7 +214,7 @@ def loses(
     return seconds is not None and seconds[0] > NOISE * seconds[1]
 
 
-def expand_losers(model: nn.Module, tokens: int | None) -> nn.Module:
+def expand_losers(model: Model, tokens: int | None) -> Model:
     """Replaces SparseLinear by nn.Linear, in place, where `loses` says so; returns the model. `save` packs them again.
 
     ValueError unless tokens is None or a whole number from 1.
@@ -215,14 +224,16 @@ def expand_losers(model: nn.Module, tokens: int | None) -> nn.Module:
         if not isinstance(layer, SparseLinear):
             continue
         p = layer.packed
-        if loses(
-            p.shape, p.density, p.dtype, p.device, tokens, lambda kernel, layer=layer: layer.prepared().fits(kernel)
-        ):
+        if loses(p.shape, p.density, p.dtype, p.device, tokens, partial(_fits, layer)):
             base.log.info("%s: dense is faster for %d tokens by the time table; expanded", names[0], tokens)
             linear = layer.to_linear()
-            linear.packed_on_disk = True
+            linear.packed_on_disk = True  # type: ignore[assignment]  # a module takes any attribute
             put(model, names, linear)
     return model
+
+
+def _fits(layer: SparseLinear, kernel: base.Kernel) -> str | None:
+    return layer.prepared().fits(kernel)
 
 
 def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -253,12 +264,12 @@ def check_tokens(tokens: int | None) -> None:
 
 
 def sparsify(
-    model: nn.Module,
+    model: Model,
     masks: dict[str, Tensor] | None = None,
     values: str | None = None,
     group: int | None = None,
     tokens: int | None = 1,
-) -> nn.Module:
+) -> Model:
     """Replaces nn.Linear layers by SparseLinear, in place, where that is smaller; returns the model.
 
     masks: {layer: [N, K] bool, True = keep} as `prune` returns them; without masks, the zeros that are there count.
@@ -273,23 +284,24 @@ def sparsify(
     """
     quantize.check(values, group)
     check_tokens(tokens)
+    layers: dict[str, nn.Module | None] = {}
     if masks is None:
-        layers = {name: layer for block in open_source(model).blocks() for name, layer in block.linears.items()}
-        layers = {name: layer for name, layer in layers.items() if not isinstance(layer, Matrix)}
+        for block in open_source(model).blocks():
+            layers |= {name: layer for name, layer in block.linears.items() if not isinstance(layer, Matrix)}
     else:
         modules = dict(model.named_modules(remove_duplicate=False))
-        layers = {name: modules.get(name) for name in masks}
+        layers |= {name: modules.get(name) for name in masks}
     names = names_of(model)
     owners: dict[nn.Module | None, str] = {}
     for name, layer in layers.items():
-        if isinstance(layer, nn.Conv2d) and masks[name].shape == layer.weight.flatten(1).shape:
-            layer.weight.data = layer.weight.data.masked_fill(~masks[name].view_as(layer.weight), 0)
+        mask = None if masks is None else masks[name]
+        if isinstance(layer, nn.Conv2d) and mask is not None and mask.shape == layer.weight.flatten(1).shape:
+            layer.weight.data = layer.weight.data.masked_fill(~mask.view_as(layer.weight), 0)
             continue
         if not isinstance(layer, nn.Linear):
             raise ValueError(f"{name}: the mask names a layer that is no nn.Linear of this model")
         if (first := owners.setdefault(layer, name)) != name:
             raise ValueError(f"{name}: is the module that is called {first}, too; give a mask for one of the names")
-        mask = masks[name] if masks is not None else None
         if mask is not None and mask.shape != layer.weight.shape:
             raise ValueError(f"{name}: mask has shape {tuple(mask.shape)}, the weight {tuple(layer.weight.shape)}")
         if worth_packing(layer.weight, mask, values, group):

@@ -68,7 +68,7 @@ class Source(ABC):
             self._unload(module)
 
     def block_count(self) -> int:
-        return len(self._decoder())
+        return len(list(self._decoder().children()))
 
     def block_name(self, index: int) -> str:
         return f"{self.prefix}.{index}"
@@ -101,7 +101,7 @@ class Source(ABC):
         """Path of the decoder blocks inside the model."""
         return self.family.blocks
 
-    def _decoder(self) -> nn.ModuleList:
+    def _decoder(self) -> nn.Module:
         return self.skeleton.get_submodule(self.prefix)
 
     def _layers(self) -> Iterator[tuple[int, str, nn.Module]]:

@@ -10,7 +10,9 @@ from alphaprune.allocators import Granularity, measured
 from alphaprune.analysis import Analysis, is_number, need, option_for
 from alphaprune.counts import SLACK, share_counts, water_fill
 from alphaprune.pattern import NM, Pattern, Unstructured
-from alphaprune.plan_file import LayerPlan, Plan, check_divisible, patterned
+from alphaprune.plan_file import LayerPlan as LayerPlan
+from alphaprune.plan_file import Plan as Plan
+from alphaprune.plan_file import check_divisible, patterned
 
 ORDERED = 0.3  # an ε for allocations of which only the order counts: any above 0 gives the same
 

@@ -75,7 +75,7 @@ def prune(
     selection: Selection | None = None,
     progress: Callable[[str], None] | None = None,
     inputs: Any = None,
-    **options: object,
+    **options: Any,
 ) -> dict[str, Tensor]:
     """Prunes a live model in place as `plan` says and returns the masks, {layer: [N, K] bool, True = keep}.
 
@@ -143,8 +143,9 @@ class _Run:
     def blocks(
         self, restore: Restore | None, progress: Callable[[str], None] | None, finish: Finish | None
     ) -> Iterator[PrunedBlock]:
-        calibrated = self.recipe.need != "nothing" and self.statistics is None
-        activations = calibrate.first_inputs(self.source, self.tokens, self.room) if calibrated else None
+        activations = None
+        if self.recipe.need != "nothing" and self.statistics is None and self.tokens is not None:
+            activations = calibrate.first_inputs(self.source, self.tokens, self.room)
         for block in self.source.blocks():
             pruned = self._block(block, activations, restore, finish)
             self.source.check_unchanged()  # before anybody keeps it
@@ -158,7 +159,7 @@ class _Run:
         dense_prefix = activations is not None and self.recipe.prefix == "dense"
         more = activations is not None and block.index + 1 < self.source.block_count()
         inputs = None
-        if dense_prefix:  # before restoring, which overwrites the dense weights
+        if activations is not None and dense_prefix:  # before restoring, which overwrites the dense weights
             with calibrate.on(block, self.recipe.device):
                 inputs = calibrate.statistics(block, activations, self.recipe.need)
                 if more:
@@ -175,7 +176,7 @@ class _Run:
             masks = {name: mask.to(block.linears[name].weight.device) for name, mask in masks.items()}
             if finish:
                 finish(block, masks)
-        if more and not dense_prefix:
+        if activations is not None and more and not dense_prefix:
             with calibrate.on(block, self.recipe.device):
                 calibrate.run(block, activations)
         return PrunedBlock(block, masks, restored)
@@ -207,6 +208,7 @@ class _Run:
             cut = Cut(wanted.zeros, wanted.pattern, self.recipe.selection or self.pruner.selection)
             weight, mask = self.pruner.prune(dense, inputs, cut)
             if self.recipe.refit:
+                assert inputs is not None and inputs.gram is not None, "recipe.need asks for it"
                 weight = refit(weight, dense, mask, inputs.gram)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error

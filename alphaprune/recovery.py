@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from alphaprune.data import Text
 from alphaprune.formats import quantize, sbt
 from alphaprune.layer import SparseLinear, names_of, put, replace_each
 from alphaprune.pruning import PrunedBlock
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 STATE = "training.part"  # in the folder of an unfinished run; the suffix has it removed when the run is whole
 WARM_UP, LAST = 0.05, 0.02  # share of the steps in which the rate rises; share of it that the last steps have
@@ -100,12 +103,12 @@ def recover(
     settings = Settings(**options)
     settings.check()
     check_peft()
-    check_tokens(tokens, settings.batch)
-    packed = [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
+    tokens = check_tokens(tokens, settings.batch)
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
     masks = masks_of(model) if masks is None else masks
     check_masks(model, masks, settings.rank)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
-    sparse = {name: model.get_submodule(name) for name in packed if name in masks}
+    sparse = {name: layer for name, layer in packed.items() if name in masks}
     names = names_of(model)
     places = {name: names[layer] for name, layer in sparse.items()}
     for name, layer in sparse.items():
@@ -117,10 +120,11 @@ def recover(
         done = True
     finally:
         for name, layer in sparse.items():
-            if done:
-                made = SparseLinear.from_linear(model.get_submodule(name), masks[name])
-                made.name, layer = layer.name, made
-            put(model, places[name], layer)
+            trained, made = model.get_submodule(name), layer
+            if done and isinstance(trained, nn.Linear):
+                made = SparseLinear.from_linear(trained, masks[name])
+                made.name = layer.name
+            put(model, places[name], made)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(before.get(name, False))
     return losses
@@ -144,8 +148,8 @@ def check_peft() -> None:
         raise ValueError("recovery trains adapters of PEFT, which is not installed: pip install 'alphaprune[peft]'")
 
 
-def check_tokens(tokens: Tensor | None, batch: int) -> None:
-    """ValueError unless there are windows of text, one batch of them at least."""
+def check_tokens(tokens: Tensor | None, batch: int) -> Tensor:
+    """The windows of text; ValueError unless there is one batch of them at least."""
     if tokens is None or tokens.ndim != 2 or tokens.shape[1] < 2:
         found = "nothing" if tokens is None else tuple(tokens.shape)
         raise ValueError(f"tokens: wanted windows of text, [windows, length ≥ 2] int64, got {found}")
@@ -154,6 +158,7 @@ def check_tokens(tokens: Tensor | None, batch: int) -> None:
             f"the text has {len(tokens)} windows of {tokens.shape[1]} tokens to train on, fewer than a batch of "
             f"{batch}; give more text, or a smaller batch or length"
         )
+    return tokens
 
 
 def check_masks(model: nn.Module, masks: dict[str, Tensor], rank: int) -> None:
@@ -219,8 +224,9 @@ def _train(
         run = _Run(model, settings, teacher)
         if state is not None and state.exists():
             run.load(state)
-        for _ in run.losses if progress else ():
-            progress("resumed")
+        if progress:
+            for _ in run.losses:
+                progress("resumed")
         saved = monotonic()
         while len(run.losses) < settings.steps:
             loss = run.step(tokens[settings.picks(len(run.losses), len(tokens))])
@@ -241,7 +247,8 @@ class _Run:
     """Adapters, what AdamW knows of them, and the losses so far."""
 
     def __init__(self, model: nn.Module, settings: Settings, teacher: nn.Module | None) -> None:
-        self.model, self.settings, self.teacher, self.losses = model, settings, teacher, []
+        self.model, self.settings, self.teacher = model, settings, teacher
+        self.losses: list[float] = []
         self.adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.adapters.values(), lr=1.0, betas=BETAS, weight_decay=0.0)
 
@@ -364,11 +371,11 @@ def write(
     with checkpoint.nothing_left(out):
         written = checkpoint.write_pruned(source, out, identity, recipe, run, packed, values, group, again=True)
     if "after" not in found:  # the run before this one was cut off when everything was there
-        found = {"after": _judge(hf.load(out, tokens=None).to(device), held_out, dtype), "losses": []}
+        found = {"after": _judge(hf.load(out, device=device, tokens=None), held_out, dtype), "losses": []}
     return Recovered(written, before, found["after"], found["losses"])
 
 
-def _open(folder: "str | Path", device: str, values: str | None) -> tuple[nn.Module, dict[str, Tensor], str]:
+def _open(folder: "str | Path", device: str, values: str | None) -> tuple["PreTrainedModel", dict[str, Tensor], str]:
     """The dense model of a folder, the masks of its prunable layers, and its fingerprint."""
     models.open_source(folder)  # refuses what transformers would read as something else, such as single layers in fp8
     model = hf.load(folder, tokens=None)
@@ -382,7 +389,9 @@ def _open(folder: "str | Path", device: str, values: str | None) -> tuple[nn.Mod
     # These alone: model.dequantize() would multiply factors, too.
     replace_each(model, SparseLinear, lambda layer: layer.to_linear(dtype))
     fingerprint = models.describe(model).fingerprint
-    return model.to(device), {name: mask.to(device) for name, mask in masks.items()}, fingerprint
+    plain: nn.Module = model  # that of transformers has no type for `to`
+    plain.to(device)
+    return model, {name: mask.to(device) for name, mask in masks.items()}, fingerprint
 
 
 def _judge(model: nn.Module, held_out: tuple[Text, int, int | None], dtype: torch.dtype | None) -> evaluate.Evaluation:

@@ -87,14 +87,15 @@ def read(settings: Any) -> Shapes:
     return Shapes(**lists, ranks=ranks)
 
 
-def reshape(decoder: nn.ModuleList, prefix: str, config: Any, shapes: Shapes) -> None:
+def reshape(decoder: nn.Module, prefix: str, config: Any, shapes: Shapes) -> None:
     """Gives the blocks of a new model their shapes, in place; values of the layers that change are not set.
 
     prefix: of the layer names in `shapes.ranks`.   Raises ValueError naming what does not fit the model.
     """
+    blocks = len(list(decoder.children()))
     for name, sizes in (("kv_heads", shapes.kv_heads), ("channels", shapes.channels)):
-        if sizes is not None and len(sizes) != len(decoder):
-            raise ValueError(f"quantization_config: {len(sizes)} {name} for {len(decoder)} blocks: wanted one for each")
+        if sizes is not None and len(sizes) != blocks:
+            raise ValueError(f"quantization_config: {len(sizes)} {name} for {blocks} blocks: wanted one for each")
     if shapes.kv_heads or shapes.channels:
         check_layout(config)
     for index, (child, block) in enumerate(decoder.named_children()):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from alphaprune import data, generate, hf, text_request
 from alphaprune import model as models
 from alphaprune.detokenize import Detokenizer
 from alphaprune.text_request import Config, Request
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -69,7 +72,7 @@ class TextGeneration:
 
     def __init__(
         self,
-        model: "str | Path | nn.Module",
+        model: "str | Path | PreTrainedModel",
         tokenizer: Any = None,
         generation_config: Config = None,
         dtype: "torch.dtype | str" = "auto",
@@ -121,7 +124,8 @@ class TextGeneration:
         if streaming:
             self._check_streaming(jobs[0][2])
             return (output for job in jobs for output in self._stream(*job))
-        started, made = perf_counter(), []
+        started = perf_counter()
+        made: list[Any] = []
         for _, tokens, request in jobs:
             rows = self._rows(request)
             for _ in self._pieces(tokens, request, rows):

@@ -10,6 +10,7 @@ matrices have no more columns than the kernel has places. Where there are groups
 import fnmatch
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from alphaprune import model as models
 from alphaprune.calibrate import InputStat, Need
 from alphaprune.gram import Gram, full_float32
 from alphaprune.model import Block, Source
+from alphaprune.shards import dtype_name
 
 AT_ONCE = 32  # inputs that go through a model together, of a tensor that holds them all
 # Classes of timm whose blocks stand elsewhere than at the top, as the paper prunes them: stem and head are left out.
@@ -78,7 +80,7 @@ class Tree(Source):
             if wanted is not None and index not in wanted:
                 continue
             linears = {n: Matrix(m) if isinstance(m, nn.Conv2d) else m for n, m in layers.items()}
-            yield Block(index, name, module, linears)
+            yield Block(index, name, module, linears)  # type: ignore[arg-type]  # a Matrix stands in for a linear layer
             for layer_name, matrix in linears.items():
                 if isinstance(matrix, Matrix):
                     weight = layers[layer_name].weight
@@ -105,7 +107,8 @@ class Tree(Source):
 
     def _inside(self, prefix: str, part: nn.Module) -> dict[str, Layer]:
         """The prunable layers inside a block, by full name, in order."""
-        found, opaque = {}, ()
+        found: dict[str, Layer] = {}
+        opaque: tuple[str, ...] = ()
         for inner, layer in part.named_modules():
             name = f"{prefix}.{inner}" if inner else prefix
             if isinstance(layer, nn.MultiheadAttention):
@@ -121,13 +124,14 @@ class Tree(Source):
         return self.skeleton.get_parameter(name).detach().flatten(1)[rows]
 
     def _dtype(self, name: str) -> str:
-        return models.dtype_name(self.skeleton.get_parameter(name).dtype)
+        return dtype_name(self.skeleton.get_parameter(name).dtype)
 
 
-def open_source(source: "Source | nn.Module | str") -> Source:
+def open_source(source: "Source | nn.Module | str | Path") -> Source:
     """As model.open_source; a module that is no model of transformers is a `Tree`."""
-    bare = isinstance(source, nn.Module) and not hasattr(getattr(source, "config", None), "model_type")
-    return Tree(source) if bare else models.open_source(source)
+    if isinstance(source, nn.Module) and not hasattr(getattr(source, "config", None), "model_type"):
+        return Tree(source)
+    return models.open_source(source)
 
 
 def check(
@@ -234,8 +238,8 @@ class _Sums:
         norms = (self.squares / samples).sqrt().float()  # [groups, K]
         if not bool(torch.isfinite(norms).all()):
             raise ValueError(f"{name}: its inputs hold NaN or infinity for these batches")
-        groups = len(norms)
-        norms = norms[0] if groups == 1 else norms.repeat_interleave(self.layer.out_channels // groups, 0)  # [N, K]
+        groups, rows = len(norms), len(self.layer.weight)
+        norms = norms[0] if groups == 1 else norms.repeat_interleave(rows // groups, 0)  # [N, K]
         gram = None if self.gram is None else Gram(self.gram.div_(samples), self.rows)
         return InputStat(norms, gram, self.rows)
 

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from alphaprune import hf, shapes
-from alphaprune.formats import Packed, native, sbt, slices
+from alphaprune.formats import PACKED_SUFFIXES, Packed, native, sbt, slices
 from alphaprune.kernels import spmm
 from alphaprune.kernels.base import log
-from alphaprune.layer import PACKED_SUFFIXES
 
 TRIED = "0.32"  # tests/vllm_check.py
 EXPERTS = ("FusedMoE", "RoutedExperts")  # vLLM's layers of them

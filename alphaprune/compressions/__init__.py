@@ -89,7 +89,7 @@ def compress(
     recipe = Recipe(**{"calibrated": tokens is not None, **options})
     for done in blocks(open_source(model), plan, recipe, tokens, progress):
         for name, packed in done.packed.items():
-            layer = model.get_submodule(name)
+            layer = done.block.linears[name]
             sparse = SparseLinear(packed, None if layer.bias is None else layer.bias.detach())
             sparse.name, sparse.quantization_error = name, done.errors[name]
             model.set_submodule(name, sparse)
@@ -154,7 +154,7 @@ def _blocks(
     progress: Callable[[str], None] | None,
     has: Callable[[int], bool] | None,
 ) -> Iterator[Done]:
-    activations = calibrate.first_inputs(source, tokens) if needs != "nothing" else None
+    activations = None if tokens is None or needs == "nothing" else calibrate.first_inputs(source, tokens)
     for block in source.blocks():
         if activations is None and has is not None and has(block.index):
             done = Done(block, {}, {}, skipped=True)
