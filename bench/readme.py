@@ -10,6 +10,7 @@ import sys
 from compression_figures import compression_ways, compressions
 from figures import ROOT
 from quality_figures import analyze, compared, demo, model, quality, quality_stories, recovered
+from scale_figures import in_vllm, scale
 from speed_figures import cubins, decode, linear, linears, load, peers, serve
 
 PAGES = {
@@ -18,6 +19,8 @@ PAGES = {
     "docs/speed.md": (linears, peers, decode),
     "docs/quality.md": (quality_stories, compared, recovered, analyze),
     "docs/serving.md": (load, serve),
+    "docs/prune.md": (scale,),
+    "docs/many_machines.md": (in_vllm,),
 }
 
 
