@@ -33,6 +33,8 @@ def scale() -> str:
     columns = ["random weights, bfloat16", "command", "threads", "minutes", "GiB at most", "of them not mapped files"]
     last = next(reversed(newest.values()))
     note = f"`python bench/scale.py`, {last['machine']} ([rows](RESULTS/scale.jsonl))"
+    if any(row["threads"] == 1 for row in newest.values()):
+        note += "; one thread: beside other work"
     both = newest.get(("llama2-7b", "ranks"))
     if both:
         note += f"; two processes analyze {both['ratio']:.2f}× as fast as one, with one thread each"
