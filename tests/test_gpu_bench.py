@@ -67,14 +67,18 @@ def test_the_most_important_cases_come_first(gpu) -> None:
     assert wide >= set(itertools.product(cases.KEY, (32, 128, 256, *cases.PREFILL))), "batches and prompts"
 
 
-def test_kernels_of_batches_and_prompts_are_contenders(gpu, tmp_path: Path, monkeypatch) -> None:
-    """As on a GPU that has them, with the reference's products on the CPU."""
+def contend_here(monkeypatch, *names: str) -> None:
+    """Only these kernels, with the reference's products on the CPU."""
     known = base.kernels()
-    names = ("sbt_wgmma", "nm_cusparselt")
     found = {
         name: replace(known[name], device="cpu", available=lambda: None, bind=known["reference"].bind) for name in names
     }
     monkeypatch.setattr(base, "kernels", lambda: found)
+
+
+def test_kernels_of_batches_and_prompts_are_contenders(gpu, tmp_path: Path, monkeypatch) -> None:
+    """As on a GPU that has them, with the reference's products on the CPU."""
+    contend_here(monkeypatch, "sbt_wgmma", "nm_cusparselt")
     rows = rows_of(gpu, tmp_path, "--shape", "64x128", "--tokens", "32,256", "--sparsity", "0.5,2:4")
     ours = {(row["name"], row["tokens"], row["pattern"]) for row in rows if row["kind"] == "kernel"}
     assert ours == {
@@ -86,12 +90,7 @@ def test_kernels_of_batches_and_prompts_are_contenders(gpu, tmp_path: Path, monk
 
 def test_int8_values_come_last_with_their_own_truth(gpu, tmp_path: Path, monkeypatch) -> None:
     """As on a GPU, with the reference's products on the CPU; only sbt_mma takes them."""
-    known = base.kernels()
-    names = ("sbt_mma", "sbt_wgmma")
-    found = {
-        name: replace(known[name], device="cpu", available=lambda: None, bind=known["reference"].bind) for name in names
-    }
-    monkeypatch.setattr(base, "kernels", lambda: found)
+    contend_here(monkeypatch, "sbt_mma", "sbt_wgmma")
     given = ["--shape", "64x256", "--tokens", "1,16", "--sparsity", "0.5,2:4"]
     rows = rows_of(gpu, tmp_path, *given, "--values", "float,int8,int8/128")
     assert all(row["correct"] for row in rows)
