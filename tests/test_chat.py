@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model, write_tokenizer
+from guides import TEMPLATE
 
 from alphaprune import data, generate
 from alphaprune.chat import Chat
@@ -23,10 +24,6 @@ from alphaprune.decoder import Decoder
 from alphaprune.textgen import TextGeneration
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 CONTEXT = 256
 
 

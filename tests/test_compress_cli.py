@@ -12,13 +12,13 @@ import torch
 import yaml
 from compressed import planned, with_alphas
 from conftest import make_model
+from guides import DOCS, blocks
 
 import alphaprune
 from alphaprune import checkpoint, hf, recovery
 from alphaprune.compressions import export
 
-ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "compressions.md").read_text()
+PAGE = DOCS / "compressions.md"
 
 
 @pytest.fixture(scope="module")
@@ -142,19 +142,15 @@ def test_the_page_as_written(run, directory: Path, text_file: Path, tmp_path: Pa
     (tmp_path / "MODEL").symlink_to(directory)
     for name in ("text.txt", "held-out.txt"):
         (tmp_path / name).write_bytes(text_file.read_bytes())
-    lines = [
-        line.partition(" #")[0] for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.splitlines()
-    ]
+    lines = [line.partition(" #")[0] for block in blocks(PAGE, "bash") for line in block.splitlines()]
     assert len(lines) == 7
     for line in lines:
         words = shlex.split(line.replace("--calibration", "--samples 3 --length 32 --calibration"))
         if words[3:5] == ["-o", "small"]:
             shutil.rmtree("small", ignore_errors=True)
         assert words[0] == "alphaprune" and run(*words[1:])[0] == 0, line
-    exec(re.findall(r"```python\n(.*?)```", PAGE, re.S)[0], {})
+    exec(blocks(PAGE, "python")[0], {})
     assert alphaprune.load("by-hand").config.quantization_config.format == "dense"
-    for link in re.findall(r"\]\(([^)#:]+)\)", PAGE):
-        assert (ROOT / "docs" / link).exists(), link
 
 
 def test_cut_off_after_the_folder_has_its_name(run, directory: Path, tmp_path: Path, monkeypatch) -> None:

@@ -11,23 +11,81 @@ from pathlib import Path
 import pytest
 import torch
 import vision
+from conftest import ROOT
+from guides import DOCS, blocks
 
 import alphaprune
 from alphaprune import allocators, planning
 from alphaprune.analysis import Analysis, LayerStat
 from alphaprune.formats import sbt
 
-ROOT = Path(__file__).parent.parent
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted([*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
+UNTRIED = "not tried"
+# What runs every block of code in bash, Python or sh, from the top of its page: a test, or UNTRIED if the page says so.
+RUNS = {
+    "CONTRIBUTING.md": ["test_docs.py::test_targets_of_make"],
+    "README.md": [
+        "test_docs.py::test_targets_of_make",
+        *["test_readme.py::test_shell_and_python_as_written"] * 2,
+        UNTRIED,
+        "test_docs.py::test_targets_of_make",
+    ],
+    "docs/allocators.md": ["test_docs.py::test_the_allocator_of_the_guide_meets_a_budget"],
+    "docs/compressions.md": ["test_compress_cli.py::test_the_page_as_written"] * 3,
+    "docs/kernels.md": ["test_docs.py::test_the_kernel_of_the_guide_multiplies"],
+    "docs/many_machines.md": [
+        UNTRIED,
+        *["vllm_check.py::served_tokens"] * 2,
+        *[UNTRIED] * 2,
+        *["test_hf_parallel.py::test_the_guide_as_written"] * 2,
+        UNTRIED,
+    ],
+    "docs/prune.md": [
+        *["test_docs.py::test_the_commands_of_the_pruning_guide"] * 2,
+        "test_docs.py::test_several_processes_as_in_the_pruning_guide",
+        "test_docs.py::test_the_vision_of_the_pruning_guide",
+    ],
+    "docs/quality.md": ["test_readme.py::test_the_guide_as_written"] * 3,
+    "docs/report.md": ["test_docs.py::test_the_commands_of_the_report_guide"],
+    "docs/serving.md": [
+        "test_readme.py::test_the_serving_guide_as_written",
+        "test_readme.py::test_the_server_as_written",
+        UNTRIED,
+        *["test_readme.py::test_the_serving_guide_as_written"] * 2,
+    ],
+}
 
 
 def run_block(page: str, name: str, **known: object) -> types.ModuleType:
-    """The Python of a guide as a module of that name, beside what it takes as known."""
-    text = re.search(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S)[1]
+    """The first Python of a guide as a module of that name, beside what it takes as known."""
     module = types.ModuleType(name)
     module.__dict__.update(known)
-    exec(compile(text, page, "exec"), module.__dict__)
+    exec(compile(blocks(DOCS / page, "python")[0], page, "exec"), module.__dict__)
     return module
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_every_block_is_run_or_said_not_to_be(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    found = list(re.finditer(r"^```(?:bash|python|sh)\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+    for block, runner in zip(found, RUNS.get(page.relative_to(ROOT).as_posix(), []), strict=True):
+        if runner == UNTRIED:
+            beside = text[max(0, block.start() - 350) : block.end()]  # what introduces it, and itself
+            assert re.search(r"not tried|none of this (ran|has run)", beside, re.IGNORECASE), block[1]
+        else:
+            file, _, function = runner.partition("::")
+            assert f"\ndef {function}(" in (ROOT / "tests" / file).read_text(), runner
+
+
+def test_targets_of_make() -> None:
+    """Those that the pages name are there, and all that the Makefile has are described at its top."""
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split())
+    for page in PAGES:
+        for words in re.findall(r"^make ([a-z ]+?)(?: +#.*)?$", page.read_text(encoding="utf-8"), re.MULTILINE):
+            assert set(words.split()) <= targets, (page.name, words)
+    described = set(re.findall(r"^# make (\w+)", makefile, re.MULTILINE))
+    assert described == targets - {"lint", "format", "clean"}
 
 
 def test_the_architecture_page_is_that_of_the_code() -> None:
@@ -36,15 +94,24 @@ def test_the_architecture_page_is_that_of_the_code() -> None:
     assert done.returncode == 0, done.stderr or "docs/architecture.md is stale: run python bench/architecture.py"
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", page.read_text()) if ":" not in link]
-    assert [link for link in links if link and not (page.parent / link).exists()] == []
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")) if ":" not in link]
+    for file, _, place in (link.partition("#") for link in links):
+        target = page.parent / file if file else page
+        assert target.exists(), file
+        assert not place or place in places(target), (file, place)
+
+
+def places(page: Path) -> list[str]:
+    """What links to the headings of a page are called."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 def test_the_index_names_every_guide() -> None:
-    index = (ROOT / "docs" / "README.md").read_text()
-    assert [page.name for page in PAGES if page.name != "README.md" and f"({page.name})" not in index] == []
+    index = (DOCS / "README.md").read_text()
+    assert [page.name for page in DOCS.glob("[a-z]*.md") if f"({page.name})" not in index] == []
 
 
 def test_the_allocator_of_the_guide_meets_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +136,7 @@ def test_the_kernel_of_the_guide_multiplies() -> None:
 
 def test_the_commands_of_the_report_guide(run, directory: Path, tmp_path: Path) -> None:
     (tmp_path / "MODEL").symlink_to(directory)
-    commands = re.search(r"```bash\n(.*?)```", (ROOT / "docs" / "report.md").read_text(), re.S)[1].splitlines()
+    commands = blocks(DOCS / "report.md", "bash")[0].splitlines()
     assert len(commands) == 4
     for line in commands:
         words, _, target = line.partition(" > ")
@@ -82,8 +149,8 @@ def test_the_commands_of_the_report_guide(run, directory: Path, tmp_path: Path) 
 
 def pruning_guide(number: int) -> list[str]:
     """Commands of the guide, on less text than it is usual to calibrate with."""
-    text = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "prune.md").read_text(), re.S)[number]
-    return [line.replace("--calibration", "--samples 4 --calibration") for line in text.splitlines()]
+    lines = blocks(DOCS / "prune.md", "bash")[number].splitlines()
+    return [line.replace("--calibration", "--samples 4 --calibration") for line in lines]
 
 
 @pytest.fixture

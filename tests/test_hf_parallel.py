@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed
 import transformers
+from guides import DOCS, blocks
 from packaging.version import Version
 from packed import DENSE, sparse_layers, write_packed, zeros_model
 from parallel_rank import NEW, TOKENS
@@ -190,9 +191,10 @@ def test_one_rank_under_torchrun_is_the_whole_model(folders: dict[str, Path], tm
 @pytest.mark.slow
 @pytest.mark.skipif(Version(transformers.__version__) < Version(hf_parallel.OLDEST), reason="transformers is older")
 def test_the_guide_as_written(folders: dict[str, Path], tmp_path: Path) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "many_machines.md").read_text()
-    (script,) = re.findall(r"```python\n# shared.py\n(.*?)```", page, re.S)
-    (command,) = re.findall(r"^torchrun --standalone (.*)$", page, re.M)
+    page = DOCS / "many_machines.md"
+    (script,) = blocks(page, "python")
+    (command,) = re.findall(r"^torchrun --standalone (.*)$", page.read_text(encoding="utf-8"), re.M)
+    assert script.startswith("# shared.py\n")
     (tmp_path / "shared.py").write_text(script)
     (tmp_path / "pruned").symlink_to(folders["float"])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", *command.split()]

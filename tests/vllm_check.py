@@ -11,13 +11,23 @@ import argparse
 import json
 import os
 import re
+import shlex
+import signal
+import socket
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 import venv
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from urllib.request import Request, urlopen
+
+import vllm_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 NEWEST = "0.32.0"
@@ -42,6 +52,8 @@ CASES = [  # weights, ranks, compiled
     ("int8", 1, False),
     ("int8", 2, False),
 ]
+SERVED = [(1, True), (2, False), (2, True)]  # ranks, compiled: the guide's lines for vLLM's server
+SAME = "the greedy tokens of the dense model"
 PATIENCE = 600  # seconds for one run
 
 
@@ -86,6 +98,86 @@ def tokens(python: Path, folder: Path, ranks: int, compiled: bool, *more: str) -
     return json.loads(said)
 
 
+def guide_line(ranks: int) -> list[str]:
+    """Arguments of the guide's line for so many ranks that starts vLLM's server on CPUs."""
+    page = (ROOT / "docs" / "many_machines.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\S*python (-m vllm\.entrypoints\.openai\.api_server .*)$", page, re.MULTILINE)
+    (line,) = [line for line in lines if ("--tensor-parallel-size" in line) == (ranks > 1)]
+    return shlex.split(line)
+
+
+@contextmanager
+def server(python: Path, pruned: Path, ranks: int, compiled: bool) -> Iterator[str]:
+    """Address of vLLM's server, started by the guide's line with a port and dtype of our own, and ended afterwards.
+
+    ValueError with its output if it does not start, or does not end by itself when it is told to.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    own = ["--host", "127.0.0.1", "--port", address.partition(":")[2], "--dtype", "float32"]
+    own += [] if compiled else ["--enforce-eager"]
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_CPU_OMP_THREADS_BIND": vllm_tokens.binding(ranks)}
+    with tempfile.TemporaryDirectory(prefix="alphaprune-vllm-server-") as folder:
+        (Path(folder) / "pruned").symlink_to(pruned)
+        log = Path(folder) / "log"
+        with log.open("w") as out:
+            command = [str(python), *guide_line(ranks), *own]
+            process = subprocess.Popen(
+                command, cwd=folder, env=settings, stdout=out, stderr=out, start_new_session=True
+            )
+        try:
+            within(PATIENCE, lambda: process.poll() is not None or answers(f"http://{address}/health"))
+            if process.poll() is not None or not answers(f"http://{address}/health"):
+                raise ValueError(f"did not start in {PATIENCE} s: {log.read_text()}")
+            yield f"http://{address}"
+            process.send_signal(signal.SIGTERM)
+            if not within(60, lambda: process.poll() is not None and not alive(process.pid)):
+                raise ValueError(f"did not end with all its ranks in 60 s: {log.read_text()}")
+        finally:
+            if alive(process.pid):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def within(seconds: float, check: Callable[[], bool]) -> bool:
+    """Whether it becomes true in time."""
+    limit = time.monotonic() + seconds
+    while not (found := check()) and time.monotonic() < limit:
+        time.sleep(0.5)
+    return found
+
+
+def alive(group: int) -> bool:
+    """Whether any process of a group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def answers(address: str) -> bool:
+    try:
+        with urlopen(address, timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def served_tokens(python: Path, pruned: Path, ranks: int, compiled: bool) -> list[list[int]]:
+    """Greedy tokens over HTTP for the prompts of tests/vllm_tokens.py."""
+    found = []
+    with server(python, pruned, ranks, compiled) as address:
+        for prompt in vllm_tokens.prompts(vllm_tokens.CLIENTS):
+            asked = {"model": "pruned", "prompt": prompt, "max_tokens": vllm_tokens.NEW, "temperature": 0}
+            body = json.dumps(asked | {"ignore_eos": True, "return_token_ids": True}).encode()
+            request = Request(f"{address}/v1/completions", body, {"content-type": "application/json"})
+            with urlopen(request, timeout=PATIENCE) as answer:
+                found.append(json.load(answer)["choices"][0]["token_ids"])
+    return found
+
+
 def tail(text: str, characters: int = 2000) -> str:
     return text.strip()[-characters:]
 
@@ -109,20 +201,30 @@ def make_models(root: Path) -> dict[str, Path]:
 
 def check(python: Path, models: dict[str, Path]) -> int:
     """Prints a line for each case; how many failed."""
-    failed, wanted = 0, {}
+    wanted = {name: tokens(python, models[f"dense {name}"], 1, False)["tokens"] for name in ("float", "int8")}
+    failed = 0
     for name, ranks, compiled in CASES:
-        dense = f"dense {name}"
-        case = f"{name}, {ranks} rank{'s' * (ranks > 1)}, {'compiled' if compiled else 'eager'}"
-        try:
-            wanted[dense] = wanted.get(dense) or tokens(python, models[dense], 1, False)
-            found = tokens(python, models[name], ranks, compiled)
-            same = found["tokens"] == wanted[dense]["tokens"]
-            said = "the greedy tokens of the dense model" if same else f"OTHER TOKENS: {found['tokens']}"
-        except ValueError as error:
-            same, said = False, f"FAILED: {tail(str(error))}"
-        failed += not same
-        print(f"{case}: {said}", flush=True)
+        find = partial(tokens, python, models[name], ranks, compiled)
+        failed += told(f"{name}, {how(ranks, compiled)}", wanted[name], lambda find=find: find()["tokens"])
+    for ranks, compiled in SERVED:
+        find = partial(served_tokens, python, models["float"], ranks, compiled)
+        failed += told(f"the guide's line for a server, {how(ranks, compiled)}", wanted["float"], find)
     return failed + check_refusals(python, models)
+
+
+def how(ranks: int, compiled: bool) -> str:
+    return f"{ranks} rank{'s' * (ranks > 1)}, {'compiled' if compiled else 'eager'}"
+
+
+def told(case: str, wanted: list[list[int]], find: Callable[[], list[list[int]]]) -> bool:
+    """Prints whether these are the dense model's tokens; whether not."""
+    try:
+        found = find()
+        said = SAME if found == wanted else f"OTHER TOKENS: {found}"
+    except (OSError, ValueError) as error:
+        said = f"FAILED: {tail(str(error))}"
+    print(f"{case}: {said}", flush=True)
+    return said != SAME
 
 
 def check_refusals(python: Path, models: dict[str, Path]) -> int:

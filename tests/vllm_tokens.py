@@ -12,9 +12,24 @@ import statistics
 import sys
 from time import perf_counter
 
+CLIENTS, NEW = 3, 16
+
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def prompts(clients: int) -> list[list[int]]:
+    """Tokens, more of them for each client."""
+    return [list(range(3 + n, 8 + 3 * n)) for n in range(clients)]
+
+
+def binding(ranks: int) -> str:
+    """Cores of each rank, as many as there are; vLLM itself gives each a NUMA node, and fails if there are fewer."""
+    cores = sorted(os.sched_getaffinity(0))
+    each = max(1, len(cores) // ranks)
+    own = [cores[rank * each : (rank + 1) * each] or cores for rank in range(ranks)]
+    return "|".join(",".join(map(str, part)) for part in own)
 
 
 def main() -> int:
@@ -23,14 +38,11 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--clients", type=int, default=3)
-    parser.add_argument("--new", type=int, default=16)
+    parser.add_argument("--clients", type=int, default=CLIENTS)
+    parser.add_argument("--new", type=int, default=NEW)
     parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()
-    cores = sorted(os.sched_getaffinity(0))
-    each = max(1, len(cores) // options.ranks)  # vLLM itself gives each rank a NUMA node, and fails if there are fewer
-    own = [cores[rank * each : (rank + 1) * each] or cores for rank in range(options.ranks)]
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, part)) for part in own))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", binding(options.ranks))
     import torch
     import vllm
 
@@ -43,12 +55,12 @@ def main() -> int:
         max_num_seqs=max(4, options.clients),
         enable_prefix_caching=False,
     )
-    prompts = [{"prompt_token_ids": list(range(3 + n, 8 + 3 * n))} for n in range(options.clients)]
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts(options.clients)]
     greedy = vllm.SamplingParams(temperature=0, max_tokens=options.new, ignore_eos=True)
     rates, tokens = [], []
     for _ in range(options.rounds):
         started = perf_counter()
-        found = model.generate(prompts, greedy, use_tqdm=False)
+        found = model.generate(asked, greedy, use_tqdm=False)
         rates.append(options.clients * options.new / (perf_counter() - started))
         tokens = [list(one.outputs[0].token_ids) for one in found]
     said = {"tokens": tokens, "rates": rates, "median": statistics.median(rates)}
