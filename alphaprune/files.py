@@ -8,15 +8,20 @@ from pathlib import Path
 
 
 def atomic_write_text(path: "str | Path", text: str) -> None:
-    """Writes `text` as UTF-8 beside `path`, flushes it to the disk, and renames it into place.
+    """`atomic_write` of `text` as UTF-8."""
+    atomic_write(path, text.encode())
+
+
+def atomic_write(path: "str | Path", content: bytes) -> None:
+    """Writes a file beside `path`, flushes it to the disk, and renames it into place.
 
     Raises ValueError in one sentence if the disk is full or the place is not writable; `path` is then as it was.
     """
     path = Path(path)
     beside = path.with_name(path.name + ".part")
     try:
-        with beside.open("w", encoding="utf-8") as handle:
-            handle.write(text)
+        with beside.open("wb") as handle:
+            handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
         beside.replace(path)

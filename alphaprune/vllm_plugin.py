@@ -6,7 +6,7 @@ layer that ranks share, each cuts its slice from the mapped file. Tried with the
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from importlib import metadata
 from typing import Any
@@ -35,16 +35,21 @@ def _version() -> str:
     return "of unknown version"
 
 
+def _moved(what: Exception) -> str:
+    """Why a version of vLLM that differs from the ones tried does not do, and which do."""
+    return (
+        f"alphaprune's plugin works with vLLM {TRIED}; a hook that it needs has another place in vLLM {_version()} "
+        f"({what}): install one of those"
+    )
+
+
 try:
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
     from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 except ImportError as error:
-    raise ImportError(
-        f"alphaprune's plugin works with vLLM {TRIED}; a hook that it needs has another place in vLLM {_version()} "
-        f"({error}): install one of those"
-    ) from error
+    raise ImportError(_moved(error)) from error
 
 
 class AlphaPruneVllmConfig(QuantizationConfig):
@@ -135,8 +140,10 @@ class AlphaPruneLinearMethod(LinearMethodBase):
         self.found.setdefault(part, {})[suffix] = tensor
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
+        if self.parts is not None:
+            return  # called again
         if not self.found:
-            return  # called again, or weights that never come (load_format dummy)
+            raise ValueError(f"{self.prefix}: vLLM gave it no weights; packed layers are not loaded with dummy ones")
         device = layer.weight.device
         held: list[Packed | Tensor] = []
         for part in sorted(self.found, key=lambda part: ORDER.get(part, part)):  # in the order of the layer's rows
@@ -145,6 +152,8 @@ class AlphaPruneLinearMethod(LinearMethodBase):
             except ValueError as problem:
                 name = self.prefix if part is None else f"{self.prefix} ({part})"
                 raise ValueError(f"{name}: {problem}") from problem
+            except AttributeError as problem:
+                raise ImportError(_moved(problem)) from problem
         self.found = {}
         self.parts = Parts(self.prefix, [weight.to(device) for weight in held])
 
@@ -160,15 +169,15 @@ class AlphaPruneLinearMethod(LinearMethodBase):
         whole = self.whole(tensors, shape)
         if by_columns:
             first, last = slices.share(shape[1], ranks, rank, "columns")
-            held = (
-                whole[:, first:last].contiguous() if isinstance(whole, Tensor) else slices.columns(whole, first, last)
-            )
+            held = whole[:, first:last] if isinstance(whole, Tensor) else slices.columns(whole, first, last)
         elif ranks > 1:
             first, last = slices.share(shape[0], ranks, rank)
             held = whole[first:last] if isinstance(whole, Tensor) else slices.rows(whole, first, last)
         else:
             held = whole
-        if isinstance(held, Tensor) or held.scale is not None:
+        if isinstance(held, Tensor):
+            return held.contiguous()
+        if held.scale is not None:
             return held
         return held.map(lambda tensor: tensor.to(self.dtype) if tensor.is_floating_point() else tensor)
 
@@ -188,7 +197,9 @@ class AlphaPruneLinearMethod(LinearMethodBase):
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y [..., N of this rank] in x's dtype."""
-        return torch.ops.alphaprune.vllm_linear(x, self.parts.name, self.parts.rows, bias)
+        if torch.compiler.is_compiling():
+            return torch.ops.alphaprune.vllm_linear(x, self.parts.name, self.parts.rows, bias)
+        return self.parts(x, bias)
 
 
 class Parts:
@@ -198,6 +209,8 @@ class Parts:
     """
 
     def __init__(self, name: str, weights: Sequence[Packed | Tensor]) -> None:
+        if all(isinstance(weight, Tensor) for weight in weights):
+            weights = [weights[0] if len(weights) == 1 else torch.cat(weights)]  # one product, as in a dense model
         self.sizes = [weight.shape[0] for weight in weights]
         self.rows = sum(self.sizes)
         self.weights = [weight if isinstance(weight, Tensor) else spmm.prepare(weight, name) for weight in weights]
@@ -210,16 +223,12 @@ class Parts:
         if self.packed:
             found = spmm.spmm_group(x, self.weights, None if bias is None else biases)
         else:
-            found = [_product(weight)(x, part) for weight, part in zip(self.weights, biases, strict=True)]
+            found = [_product(weight, x, part) for weight, part in zip(self.weights, biases, strict=True)]
         return found[0] if len(found) == 1 else torch.cat(found, -1)
 
 
-def _product(weight: "spmm.Prepared | Tensor") -> Callable[[Tensor, Tensor | None], Tensor]:
-    return partial(_dense, weight) if isinstance(weight, Tensor) else weight
-
-
-def _dense(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    return functional.linear(x, weight, bias)
+def _product(weight: "spmm.Prepared | Tensor", x: Tensor, bias: Tensor | None) -> Tensor:
+    return functional.linear(x, weight, bias) if isinstance(weight, Tensor) else weight(x, bias)
 
 
 # A compiled graph holds the name of a layer, as vLLM's own attention has it, not twelve tensors; the same in each run.

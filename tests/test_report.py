@@ -129,8 +129,7 @@ def evaluation(model: str, perplexity: float) -> dict:
     return {"kind": "eval", "model": model, "perplexity": perplexity, "tokens": 9, "windows": 1, "data_sha256": "0"}
 
 
-@pytest.fixture
-def files(tmp_path: Path) -> list[Path]:
+def write_files(tmp_path: Path) -> list[Path]:
     """One file of every kind, of one model."""
     stats = made_up()
     stats.save(tmp_path / "analysis.json")
@@ -142,6 +141,11 @@ def files(tmp_path: Path) -> list[Path]:
     for name, found in others.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(found))
     return sorted(tmp_path.glob("*.json"))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    return write_files(tmp_path)
 
 
 class Checker(HTMLParser):

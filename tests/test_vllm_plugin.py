@@ -67,8 +67,19 @@ def weights(rows: list[int], seed: int) -> list[torch.Tensor]:
     return [torch.randn(n, K, generator=generator) * (torch.rand(n, K, generator=generator) < 0.4) for n in rows]
 
 
-def built(plugin: types.ModuleType, parts: dict, ranks: int, rank: int, by_columns: bool = False, copies: int = 1):
-    """(layer, method) of one rank, loaded from parts: name → (whole weight, its tensors in the file)."""
+def built(
+    plugin: types.ModuleType,
+    parts: dict,
+    ranks: int,
+    rank: int,
+    by_columns: bool = False,
+    copies: int = 1,
+    forget: str | None = None,
+):
+    """(layer, method) of one rank, loaded from parts: name → (whole weight, its tensors in the file).
+
+    forget: an attribute that this vLLM's layers do not have.
+    """
     layer = sys.modules["vllm.model_executor.layers.linear"].LinearBase()
     layer.tp_size, layer.tp_rank, layer.num_kv_head_replicas = ranks, rank, copies
     method = config(plugin).get_quant_method(layer, "model.layers.0.x")
@@ -85,6 +96,8 @@ def built(plugin: types.ModuleType, parts: dict, ranks: int, rank: int, by_colum
                 parameter.weight_loader(parameter, tensor)
             else:
                 parameter.weight_loader(parameter, tensor, part)
+    if forget:
+        delattr(layer, forget)
     method.process_weights_after_loading(layer)
     return layer, method
 
@@ -192,6 +205,31 @@ def test_damaged_directories_are_refused_by_layer(plugin: types.ModuleType) -> N
         broken = {suffix: t for suffix, t in (tensors | changes).items() if t is not None}
         with pytest.raises(ValueError, match=sentence):
             built(plugin, {None: (weight, broken)}, 1, 0)
+
+
+def test_layers_without_weights_are_refused(plugin: types.ModuleType) -> None:
+    with pytest.raises(ValueError, match=r"model.layers.0.x: vLLM gave it no weights"):
+        built(plugin, {None: (torch.zeros(32, K), {})}, 1, 0)
+
+
+def test_an_eager_call_does_not_go_through_the_dispatcher(plugin: types.ModuleType, monkeypatch) -> None:
+    layer, method = built(plugin, {None: packed(weights([32], 3)[0])}, 1, 0)
+    x = torch.randn(2, K)
+    wanted = torch.ops.alphaprune.vllm_linear(x, method.parts.name, 32, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops, "alphaprune", None)
+        found = method.apply(layer, x)
+    assert torch.equal(found, wanted)
+
+
+def test_dense_parts_are_one_product(plugin: types.ModuleType) -> None:
+    _, method = built(plugin, {0: dense(torch.ones(16, K)), 1: dense(torch.ones(16, K))}, 1, 0)
+    assert [weight.shape for weight in method.parts.weights] == [(32, K)] and method.parts.rows == 32
+
+
+def test_a_vllm_whose_layers_have_other_attributes_is_named(plugin: types.ModuleType) -> None:
+    with pytest.raises(ImportError, match=r"works with vLLM 0\.\d+; a hook .*no attribute 'tp_size'"):
+        built(plugin, {None: packed(weights([32], 3)[0])}, 2, 0, forget="tp_size")
 
 
 def test_a_vllm_whose_hooks_moved_is_named(plugin: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,20 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from types import UnionType
+from typing import Any, Literal
 
 # law: a line without marks; stem: one from the axis to each mark; area: filled down to the axis.
 Kind = Literal["line", "points", "stem", "area", "law"]
 Ticks = tuple[tuple[float, str], ...]
 LABELS_PER_AXIS = 12  # of blocks; more would touch each other
+
+
+def _check(what: str, kind: "type | UnionType", values: Iterable[Any]) -> None:
+    """TypeError here rather than where it is drawn, when nobody knows any more which file it came from."""
+    for value in values:
+        if not isinstance(value, kind):
+            raise TypeError(f"wanted {what}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,10 @@ class Series:
     flagged: tuple[bool, ...] = ()
     says: tuple[str, ...] = ()
     hollow: bool = False
+
+    def __post_init__(self) -> None:
+        _check("texts", str, (self.name, *self.says))
+        _check("numbers", int | float, (*self.x, *self.y, *self.error))
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,10 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     closed: bool = True
+
+    def __post_init__(self) -> None:
+        for row in (self.columns, *self.rows):
+            _check("texts", str, row)
 
 
 @dataclass(frozen=True)

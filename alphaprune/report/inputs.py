@@ -13,6 +13,7 @@ from alphaprune.plan_file import Plan
 KINDS = "analysis, plan, comparison, curves, bench, eval, info and demo"
 COMPARISON = ("results.json", "analysis.json", "curves.json")  # of a comparison's folder, beside its plans
 RECIPE = "alphaprune.json"  # of a pruned model's folder
+MALFORMED = (KeyError, TypeError, AttributeError, IndexError, ArithmeticError)  # what reading a part that is not raises
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,20 @@ def _read(path: Path) -> Input:
     kind = _kind(found)
     need(kind is not None, f"{path}: is none of {KINDS} as this release writes them")
     try:
-        return READERS[kind](path, found)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else f"{error}"
-        raise ValueError(
-            f"{path}: looks like the file of {kind}, but part of it is not as it should be: {what}"
-        ) from error
+        made = READERS[kind](path, found)
+        _shapes(made)
+    except MALFORMED as error:
+        raise malformed(path, kind, error) from error
+    for name in ("model", "fingerprint"):
+        value = getattr(made, name)
+        need(value is None or isinstance(value, str), f"{path}: {name}: wanted a text, got {value!r}")
+    return made
+
+
+def malformed(file: "str | Path", kind: str, error: Exception) -> ValueError:
+    """What is said of a file that is of a kind, but not as this release writes it. error: one of MALFORMED."""
+    what = f"no {error}" if isinstance(error, KeyError) else f"{error}"
+    return ValueError(f"{file}: looks like the file of {kind}, but part of it is not as it should be: {what}")
 
 
 def _kind(found: dict[str, Any]) -> str | None:

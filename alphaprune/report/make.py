@@ -1,7 +1,8 @@
 """Files → a report: its sections in the order in which a reader needs them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from alphaprune import __version__
 from alphaprune.files import atomic_write_text
@@ -9,9 +10,33 @@ from alphaprune.report import inputs, origin, page, plans, quality, spectra, spe
 from alphaprune.report.chart import Section
 from alphaprune.report.inputs import Input, Inputs
 
+FAULTS = (*inputs.MALFORMED, ValueError)  # of numbers that are none
+Drawn = TypeVar("Drawn")
+
 
 def sections(found: Inputs) -> list[Section]:
-    """All that the files give, and where they come from."""
+    """All that the files give, and where they come from; ValueError naming a file that lacks what is drawn."""
+    return _explained(_sections, found)
+
+
+def facts(found: Inputs) -> list[tuple[str, str]]:
+    """What stands at the top; ValueError as of `sections`."""
+    return _explained(_facts, found)
+
+
+def _explained(draw: Callable[[Inputs], Drawn], found: Inputs) -> Drawn:
+    try:
+        return draw(found)
+    except FAULTS:
+        for one in found.found:  # which of them?
+            try:
+                draw(Inputs((one,), found.layers))
+            except FAULTS as error:
+                raise inputs.malformed(one.file, one.kind, error) from error
+        raise
+
+
+def _sections(found: Inputs) -> list[Section]:
     by_fit: dict[str | None, Input] = {}  # the last of each fit, as one may have been made again
     for one in found.of("analysis"):
         by_fit[one.content.fit] = one
@@ -21,8 +46,7 @@ def sections(found: Inputs) -> list[Section]:
     return [*alphas, *rest, *drawn, origin.section(found)]
 
 
-def facts(found: Inputs) -> list[tuple[str, str]]:
-    """What stands at the top."""
+def _facts(found: Inputs) -> list[tuple[str, str]]:
     rows = [("model", found.model)]
     if found.layers:
         rows.append(("prunable layers", f"{len(found.layers)} in {len(set(found.layers.values()))} blocks"))
@@ -46,8 +70,10 @@ def read(files: Sequence["str | Path"]) -> Inputs:
 
 
 def write(found: Inputs, made: Sequence[Section], output: "str | Path") -> None:
-    """Writes the page; it appears whole or not at all."""
-    text = page.html(
-        f"{Path(found.model).name or found.model}: pruning report", facts(found), made, f"alphaprune {__version__}"
-    )
+    """Writes the page; it appears whole or not at all. ValueError for a number that no picture holds."""
+    title = f"{Path(found.model).name or found.model}: pruning report"
+    try:
+        text = page.html(title, facts(found), made, f"alphaprune {__version__}")
+    except OverflowError as error:
+        raise ValueError(f"a number in these files is too large to be drawn: {error}") from error
     atomic_write_text(output, text)

@@ -1,11 +1,13 @@
 """Sections → PNG files, by matplotlib: the same charts as svg.py draws."""
 
+import io
 import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from alphaprune.files import atomic_write
 from alphaprune.report.chart import Chart, Section, Series, extent, ticks
 from alphaprune.report.svg import DASHES
 
@@ -49,13 +51,11 @@ def draw(charts: Sequence[Chart], file: Path) -> None:
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for axes, chart in zip(panels, charts, strict=False):
         _panel(axes, chart)
-    for axes in list(panels)[len(charts) :]:
-        axes.set_axis_off()
-    for spare in list(figure.axes)[len(charts) :]:
+    for spare in figure.axes[len(charts) :]:
         spare.set_axis_off()
-    beside = file.with_suffix(".part.png")
-    figure.savefig(beside, dpi=140)
-    beside.replace(file)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=140, format="png")
+    atomic_write(file, drawn.getvalue())
 
 
 def _panel(axes: Any, chart: Chart) -> None:

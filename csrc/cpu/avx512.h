@@ -64,10 +64,47 @@ inline void store_sums(const Product& p, int64_t row_tile, int64_t token, __m512
   _mm256_mask_storeu_epi16(static_cast<uint16_t*>(p.y) + at, mask, halves);
 }
 
-inline float sum8(__m256 v) {
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+// `Count` vectors as they lie in memory.
+template <int kCount>
+struct Vectors {
+  __m512 v[kCount];
+  explicit Vectors(const float* from) {
+    for (int i = 0; i < kCount; ++i) v[i] = _mm512_load_ps(from + i * 16);
+  }
+};
+
+// Two quarters of one vector and two of another.
+template <int kControl>
+inline __m512 quarters(__m512 a, __m512 b) {
+  return _mm512_castsi512_ps(_mm512_shuffle_i32x4(_mm512_castps_si512(a), _mm512_castps_si512(b), kControl));
+}
+
+// The sums of 16 rows from 4 lanes of each, in 4 vectors of four rows.
+inline __m512 sum_fours(const __m512* v) {
+  const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+  const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+  const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
+  const __m512 out = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)),
+                                   _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));  // [row % 4][row / 4]
+  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), out);
+}
+
+// From 8 lanes of each, in 8 vectors of two rows.
+inline __m512 sum_eights(const __m512* pair) {
+  __m512 four[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = pair[2 * i], b = pair[2 * i + 1];
+    four[i] = _mm512_add_ps(quarters<0x88>(a, b), quarters<0xdd>(a, b));
+  }
+  return sum_fours(four);
+}
+
+// From a vector of each.
+inline __m512 sum_rows(const __m512* row) {
+  __m512 pair[8];
+  for (int q = 0; q < 8; ++q)
+    pair[q] = _mm512_add_ps(quarters<0x44>(row[2 * q], row[2 * q + 1]), quarters<0xee>(row[2 * q], row[2 * q + 1]));
+  return sum_eights(pair);
 }
 
 }  // namespace

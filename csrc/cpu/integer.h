@@ -59,10 +59,7 @@ inline bool is_nan(float v) { return v != v; }
 
 // Sixteen accumulators, one per row, into y.
 inline void store_accumulators(const Product& p, int64_t row_tile, int64_t token, const __m512* sum) {
-  alignas(64) float out[sbt::kTileRows];
-  for (int64_t r = 0; r < sbt::kTileRows; ++r)
-    out[r] = sum8(_mm256_add_ps(_mm512_castps512_ps256(sum[r]), _mm512_extractf32x8_ps(sum[r], 1)));
-  store_sums(p, row_tile, token, _mm512_load_ps(out));
+  store_sums(p, row_tile, token, sum_rows(sum));
 }
 
 // One token with int8 weights in float32 from the caller's own activations: what float32 asks for, and the way out for
@@ -211,18 +208,6 @@ struct Integer {
     }
   }
 
-  // The sums of 4 lanes per row as 16 rows.
-  static __m512 rows(const float* sums) {
-    const __m512 v0 = _mm512_load_ps(sums), v1 = _mm512_load_ps(sums + 16);
-    const __m512 v2 = _mm512_load_ps(sums + 32), v3 = _mm512_load_ps(sums + 48);
-    const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(v0, v1), _mm512_unpackhi_ps(v0, v1));
-    const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(v2, v3), _mm512_unpackhi_ps(v2, v3));
-    const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
-    const __m512 out = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)),
-                                     _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));  // [row % 4][row / 4]
-    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), out);
-  }
-
   template <int T>
   static inline void clear(Accumulators<T>& sum) {
 #pragma GCC unroll 4
@@ -258,7 +243,7 @@ struct Integer {
         fold<T>(sum, rounded.units(p.x, c / 2, 0), p.weight.grouped() ? &scales : nullptr, sums);
       }
 #pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) store_sums(p, row_tile, t, rows(sums + t * kSums));
+      for (int t = 0; t < T; ++t) store_sums(p, row_tile, t, sum_fours(Vectors<kVectors>(sums + t * kSums).v));
     }
   }
 
@@ -317,7 +302,8 @@ struct Integer {
           if (t + 2 == pass) block<2>(to, offsets, width, rounded, p.x, token + t, c, factor, sums + t * kSums);
           if (t + 1 == pass) block<1>(to, offsets, width, rounded, p.x, token + t, c, factor, sums + t * kSums);
         }
-        for (int64_t t = 0; t < pass; ++t) store_sums(p, row_tile, token + t, rows(sums + t * kSums));
+        for (int64_t t = 0; t < pass; ++t)
+          store_sums(p, row_tile, token + t, sum_fours(Vectors<kVectors>(sums + t * kSums).v));
       }
     }
   }

@@ -40,7 +40,7 @@ inline void store_rows(const Product& p, int64_t row_tile, int64_t token, float*
 //   kPanelTiles macro tiles per panel, kBlock tokens that fit the registers beside kGroup vectors of weights;
 //   weights(p), activations(p), multiply(w, x, sum) -> sum;
 //   expand(view, tile, panel): one macro tile, integers unscaled;
-//   rows(accumulators, out): the 16 sums of one token.
+//   finish(p, row_tile, token, accumulators): adds up their lanes and stores the 16 sums of one token.
 template <class Math>
 struct Panel {
   using Element = typename Math::Element;
@@ -102,12 +102,6 @@ struct Panel {
     }
   }
 
-  static void finish(const Product& p, int64_t row_tile, int64_t token, const float* sums) {
-    alignas(64) float out[sbt::kTileRows];
-    Math::rows(sums, out);
-    store_rows(p, row_tile, token, out);
-  }
-
   // Scales that change along the rows, applied to an expanded tile: [step][16 rows][kStep].
   static void scale(const sbt::View& weight, int64_t row_tile, int64_t col_tile, Element* tile) {
     float scales[sbt::kTileRows];
@@ -136,7 +130,7 @@ struct Panel {
           const Element* x = static_cast<const Element*>(p.x) + token * p.x_stride + first * sbt::kTileCols;
           blocks(panel, width * (sbt::kTileCols / Math::kStep), x, p.x_stride, pass, sums);
         }
-        for (int64_t t = 0; t < pass; ++t) finish(p, row_tile, token + t, sums + t * kSums);
+        for (int64_t t = 0; t < pass; ++t) Math::finish(p, row_tile, token + t, sums + t * kSums);
       }
     }
   }

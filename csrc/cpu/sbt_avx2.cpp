@@ -27,8 +27,10 @@ struct Float32 {
       });
     });
   }
-  static void rows(const float* sums, float* out) {
+  static void finish(const Product& p, int64_t row_tile, int64_t token, const float* sums) {
+    float out[sbt::kTileRows];
     for (int64_t r = 0; r < sbt::kTileRows; ++r) out[r] = sum8(_mm256_load_ps(sums + r * kLanes));
+    store_rows(p, row_tile, token, out);
   }
 };
 
@@ -99,8 +101,8 @@ void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
   if (p.tokens > 2) return Panel<Float32>::product(p, begin, end, scratch);
   by_value(p.weight.dtype, [&](auto value) {
     using Value = decltype(value);
-    if (p.tokens == 1) return Fused<Value, 1, 4>::product(p, begin, end, scratch, Panel<Float32>::finish);
-    Fused<Value, 2, 2>::product(p, begin, end, scratch, Panel<Float32>::finish);
+    if (p.tokens == 1) return Fused<Value, 1, 4>::product(p, begin, end, scratch, Float32::finish);
+    Fused<Value, 2, 2>::product(p, begin, end, scratch, Float32::finish);
   });
 }
 

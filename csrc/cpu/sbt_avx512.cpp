@@ -60,9 +60,8 @@ struct Float32 {
     if (weight.dtype == Dtype::int8) return expand_integers(weight, tile, panel);
     expand_tile<Float16, uint16_t>(weight, tile, panel);
   }
-  static void rows(const float* sums, float* out) {
-    for (int64_t r = 0; r < sbt::kTileRows; ++r)
-      out[r] = sum8(_mm256_add_ps(_mm256_load_ps(sums + r * 16), _mm256_load_ps(sums + r * 16 + 8)));
+  static void finish(const Product& p, int64_t row_tile, int64_t token, const float* sums) {
+    store_sums(p, row_tile, token, sum_rows(Vectors<kVectors>(sums).v));
   }
 };
 
@@ -103,14 +102,13 @@ struct SplitBfloat16 {
       _mm512_store_ps(panel + 16, w.odd);
     }
   }
-  static void rows(const float* sums, float* out) {
-    for (int64_t r = 0; r < sbt::kTileRows; ++r) out[r] = sum8(_mm256_load_ps(sums + r * 8));
+  static void finish(const Product& p, int64_t row_tile, int64_t token, const float* sums) {
+    store_sums(p, row_tile, token, sum_eights(Vectors<kVectors>(sums).v));
   }
 };
 
 template <class Value, class T>
-void fused_float32(const Product& p, int64_t begin, int64_t end, void* scratch) {
-  auto* sums = static_cast<float*>(scratch);
+void fused_float32(const Product& p, int64_t begin, int64_t end) {
   const int64_t tiles = p.weight.col_tiles();
   for (int64_t row_tile = begin; row_tile < end; ++row_tile) {
     __m512 sum[16];
@@ -132,8 +130,7 @@ void fused_float32(const Product& p, int64_t begin, int64_t end, void* scratch) 
         }
       }
     }
-    for (int r = 0; r < 16; ++r) _mm512_store_ps(sums + r * 16, sum[r]);
-    Panel<Float32>::finish(p, row_tile, 0, sums);
+    store_sums(p, row_tile, 0, sum_rows(sum));
   }
 }
 
@@ -148,8 +145,8 @@ void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
   if (rounds(p.given, p.weight)) return Integer<ExpandedBytes>::product(p, begin, end, scratch);
   if (p.tokens > 1) return Panel<Float32>::product(p, begin, end, scratch);
   if (p.weight.dtype == Dtype::int8) return exact_integers<ExpandedBytes>(p, begin, end, 0);
-  if (p.weight.dtype == Dtype::float32) return fused_float32<Float32Value, uint32_t>(p, begin, end, scratch);
-  fused_float32<Float16, uint16_t>(p, begin, end, scratch);
+  if (p.weight.dtype == Dtype::float32) return fused_float32<Float32Value, uint32_t>(p, begin, end);
+  fused_float32<Float16, uint16_t>(p, begin, end);
 }
 
 struct Words {

@@ -32,8 +32,8 @@ struct PairsOfBfloat16 {
       _mm512_store_si512(panel, expand16(value, mask[word]));
     }
   }
-  static void rows(const float* sums, float* out) {
-    for (int64_t r = 0; r < sbt::kTileRows; ++r) out[r] = sum8(_mm256_load_ps(sums + r * 8));
+  static void finish(const Product& p, int64_t row_tile, int64_t token, const float* sums) {
+    store_sums(p, row_tile, token, sum_eights(Vectors<kVectors>(sums).v));
   }
 };
 

@@ -23,9 +23,11 @@ struct Float32 {
       each_eight<decltype(value)>(weight, tile, [&](int64_t byte, __m256 w) { _mm256_store_ps(panel + byte * 8, w); });
     });
   }
-  static void rows(const float* sums, float* out) {
+  static void finish(const Product& p, int64_t row_tile, int64_t token, const float* sums) {
+    alignas(64) float out[sbt::kTileRows];
     for (int64_t r = 0; r < sbt::kTileRows; ++r)
       out[r] = sum8(_mm256_add_ps(_mm256_load_ps(sums + r * 16), _mm256_load_ps(sums + r * 16 + 8)));
+    store_rows(p, row_tile, token, out);
   }
 };
 

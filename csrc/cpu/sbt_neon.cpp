@@ -234,8 +234,10 @@ struct Float32 {
   static void expand(const sbt::View& weight, int64_t tile, float* panel) {
     by_value(weight.dtype, [&](auto value) { expand_tile<decltype(value)>(weight, tile, panel); });
   }
-  static void rows(const float* sums, float* out) {
+  static void finish(const Product& p, int64_t row_tile, int64_t token, const float* sums) {
+    float out[sbt::kTileRows];
     for (int64_t r = 0; r < sbt::kTileRows; ++r) out[r] = vaddvq_f32(vld1q_f32(sums + r * kLanes));
+    store_rows(p, row_tile, token, out);
   }
 };
 
@@ -320,7 +322,7 @@ struct Fused {
     auto* sums = static_cast<float*>(scratch);
     for (int64_t r = begin; r < end; ++r) {
       row_tile(p, r, sums, sums + kSums);
-      for (int t = 0; t < T; ++t) Panel<Float32>::finish(p, r, t, sums + t * sbt::kTileRows * kLanes);
+      for (int t = 0; t < T; ++t) Float32::finish(p, r, t, sums + t * sbt::kTileRows * kLanes);
     }
   }
 };

@@ -49,7 +49,8 @@ struct Float32 {
       return expand_tile<int8_t>(weight, tile, panel, [](int8_t v) { return static_cast<float>(v); });
     expand_tile<uint16_t>(weight, tile, panel, float16_to_float);
   }
-  static void rows(const float* sums, float* out) {
+  static void finish(const Product& p, int64_t row_tile, int64_t token, const float* sums) {
+    float out[sbt::kTileRows];
     for (int64_t r = 0; r < sbt::kTileRows; ++r) {
       float sum[16];
       for (int i = 0; i < 16; ++i) sum[i] = sums[r * 16 + i];
@@ -57,6 +58,7 @@ struct Float32 {
         for (int i = 0; i < width; ++i) sum[i] += sum[i + width];
       out[r] = sum[0];
     }
+    store_rows(p, row_tile, token, out);
   }
 };
 

@@ -110,7 +110,7 @@ void fused_pairs(const Product& p, int64_t begin, int64_t end, void* scratch) {
   for (int64_t row_tile = begin; row_tile < end; ++row_tile) {
 #pragma GCC unroll 4
     for (int first = 0; first < 8; first += kWords) fused_turn<Math, T, kWords>(p, row_tile, first, sums);
-    for (int t = 0; t < T; ++t) Panel<Math>::finish(p, row_tile, t, sums + t * 128);
+    for (int t = 0; t < T; ++t) Math::finish(p, row_tile, t, sums + t * 128);
   }
 }
 
