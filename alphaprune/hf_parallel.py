@@ -112,11 +112,9 @@ def ranks_of(model: nn.Module) -> Ranks | None:
     ValueError if the version of transformers cannot do it, or ranks would have to share an attention head.
     """
     config = getattr(model.config, "distributed_config", None)
-    if isinstance(config, dict):
-        count, override = config.get("tp_size"), config.get("tp_plan")
-    else:
-        count, override = getattr(config, "tp_size", None), getattr(config, "tp_plan", None)
-    if count in (None, 1):
+    config = config if isinstance(config, dict) else getattr(config, "__dict__", {})
+    count, override = config.get("tp_size"), config.get("tp_plan")
+    if count in (None, 1) or override == {}:  # an empty plan cuts nothing
         return None
     if Version(transformers.__version__) < Version(OLDEST):
         raise ValueError(
@@ -126,11 +124,10 @@ def ranks_of(model: nn.Module) -> Ranks | None:
     plan = {**(model.tp_plan or {}), **(override if isinstance(override, dict) else {})}
     ranks = Ranks(count, torch.distributed.get_rank() % count, plan)  # the last dimension of transformers' mesh
     text = model.config.get_text_config()
-    for what in ("num_attention_heads", "num_key_value_heads"):
-        heads = getattr(text, what, None)
-        attention = [name for name, style in plan.items() if name.endswith(("q_proj", "k_proj")) and style == "colwise"]
-        if heads and attention:
-            slices.share(heads, count, ranks.own, what.removeprefix("num_").replace("_", " "))
+    if any(name.endswith(("q_proj", "k_proj")) and style == "colwise" for name, style in plan.items()):
+        for what in ("num_attention_heads", "num_key_value_heads"):
+            if heads := getattr(text, what, None):
+                slices.share(heads, count, ranks.own, what.removeprefix("num_").replace("_", " "))
     return ranks
 
 

@@ -206,6 +206,8 @@ def test_the_guide_as_written(folders: dict[str, Path], tmp_path: Path) -> None:
 def test_older_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = zeros_model(**SIZES)
     assert hf_parallel.ranks_of(model) is None
+    model.config.distributed_config = {"tp_size": 2, "tp_plan": {}}  # transformers then cuts nothing
+    assert hf_parallel.ranks_of(model) is None
     model.config.distributed_config = {"tp_size": 2, "tp_plan": "auto"}
     monkeypatch.setattr(hf_parallel.transformers, "__version__", "5.8.1")  # other tests import it anew
     with pytest.raises(ValueError, match=r"transformers 5\.8\.1 cannot share .*: install transformers 5\.16 or newer"):
