@@ -3,10 +3,10 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,11 @@ from alphaprune.files import atomic_write_text
 from alphaprune.journal import Journal
 from alphaprune.model import Block, Description, Source, check_finite
 from alphaprune.states import Room
-from alphaprune.weight_stats import WeightStats, cost
+from alphaprune.weight_stats import Units, WeightStats, cost
 
 VERSION = 1
 NO_SPECTRUM = "they have no spectrum"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def analyze(
     magnitudes: adds the series of sketches.py.   windows: adds the column of farms.py, from windows of such a size.
     inputs: in place of text what a module tree is fed with, such as images (see trees.py).
     statistics: what is known already of the inputs of a block's layers, Gram matrices included, in place of tokens.
-    progress: called `steps` times, with the name of a finished block. One block is in memory at a time.
+    progress: called `steps` times, with the name of a finished block. One block is in memory at a time, and the next.
     journal: the file that the result will be saved as; beside it lies what is finished, and an interrupted analysis
     goes on there. It is deleted at the end, unless it is to be kept.   room: of hidden states, see states.py.
 
@@ -157,11 +158,17 @@ def _by_weights(
     for unit in units:
         if owners.get(unit) == ranks.world().rank:
             own.setdefault(known.block_of[units[unit][0]], []).append(unit)
-    for block in _passed(source, own, progress):
-        names = {name for unit in own[block.index] for name in units[unit]}
-        check_finite(replace(block, linears={n: m for n, m in block.linears.items() if n in names}), NO_SPECTRUM)
-        weights = {u: {n: block.linears[n].weight.detach() for n in units[u]} for u in own[block.index]}
-        for unit, entry in work.entries(weights).items():
+
+    def weights() -> Iterator[Units]:
+        for block in source.blocks(own):
+            names = {name for unit in own[block.index] for name in units[unit]}
+            check_finite(replace(block, linears={n: m for n, m in block.linears.items() if n in names}), NO_SPECTRUM)
+            yield {u: {n: block.linears[n].weight.detach() for n in units[u]} for u in own[block.index]}
+
+    shapes = [known.shapes[units[unit][0]] for of_block in own.values() for unit in of_block]
+    for entries in _passed(source, zip(sorted(own), work.of_blocks(weights(), shapes), strict=True), progress):
+        source.check_unchanged()  # their files were read until now, while those of the next block were
+        for unit, entry in entries.items():
             done.add(unit, entry)
 
 
@@ -180,7 +187,8 @@ def _by_activity(
     if left and statistics is None and tokens is not None:
         activations = calibrate.first_inputs(source, tokens, room)
     end = max(left, default=-1) + 1
-    for block in _passed(source, range(end) if activations else left, progress):
+    wanted = range(end) if activations else left
+    for block in _passed(source, ((block.index, block) for block in source.blocks(wanted)), progress):
         check_finite(block, NO_SPECTRUM)
         where = None if device == "cpu" or statistics else device
         with calibrate.on(block, where):
@@ -198,8 +206,9 @@ def _by_activity(
                 calibrate.run(block, activations)
 
 
-def _passed(source: Source, wanted: Collection[int], progress: Callable[[str], None] | None) -> Iterator[Block]:
-    """The wanted blocks; `progress` hears of every block that is done with, of those in between, too."""
+def _passed(source: Source, found: Iterable[tuple[int, T]], progress: Callable[[str], None] | None) -> Iterator[T]:
+    """What is found of each block of these numbers; `progress` hears of every block that is done with, of those in
+    between, too."""
     heard = 0
 
     def hear(end: int) -> None:
@@ -209,10 +218,10 @@ def _passed(source: Source, wanted: Collection[int], progress: Callable[[str], N
                 progress(source.block_name(heard))
             heard += 1
 
-    for block in source.blocks(wanted):
-        hear(block.index)
-        yield block
-        hear(block.index + 1)
+    for index, of_block in found:
+        hear(index)
+        yield of_block
+        hear(index + 1)
     hear(source.block_count())
 
 

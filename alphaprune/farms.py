@@ -70,14 +70,14 @@ def pooled(weight: Tensor, windows: Windows, device: str = "auto") -> tuple[Tens
 
     def grams() -> Iterator[Tensor]:
         for top in tops:
-            strip = scaled[0, top : top + size].to(used.dtype)  # [size, short]
+            strip = scaled[0, top : top + size].to(used.gram)  # [size, short]
             gram = spectrum.lower_gram(strip.mT[None])[0]  # [short, short]
             blocks = gram.unfold(0, size, lefts.step).unfold(1, size, lefts.step)
             yield blocks.diagonal().movedim(-1, 0)[: len(lefts)]  # [windows, size, size], views of gram
 
     found, places = [], ((top, left) for top in tops for left in lefts)
     for (top, left), values in zip(places, _eigenvalues(grams(), target), strict=True):
-        if used.dtype == torch.float32 and spectrum.too_steep(values):
+        if not used.exact_enough(values, "tail"):
             window = scaled[0, top : top + size, left : left + size]
             values = spectrum.eigenvalues(window, "float64", str(target))
         found.append(values)

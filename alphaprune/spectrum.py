@@ -3,7 +3,8 @@
 λ = σ(W)² are had from the Gram matrix of the smaller side. One in float32 has an absolute error of some 1e-7·λ_max:
 nothing to a fit of the upper tail, everything to one that reads the logarithm of the smallest eigenvalue of a square
 matrix, where λ_min/λ_max is about 1/n². One in float64 keeps that one, too, with more digits than the float32 singular
-values of the published estimator, and costs a fifth of them where a library has no fast way to singular values.
+values of the published estimator. So does one in float32 of a matrix twice as long as it is wide, λ_min/λ_max ≈ 0.03,
+if its eigenvalues are found in float64: what is left are the products' own errors, which are independent of each other.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from alphaprune import cusolver
+from alphaprune import cusolver, two_stage
 from alphaprune.gram import full_float32
 
 Need = Literal["tail", "all"]  # what must be exact: the eigenvalues around and above the median, or the smallest, too
@@ -27,28 +28,53 @@ BATCHED_UP_TO = 256  # smaller side, on a CPU; above, one call per matrix is as 
 BYTES_PER_WEIGHT = 16  # at most: as it came, scaled in float32, and in float64
 STRIP = 256  # rows of a Gram matrix at once, at least: narrower ones do not fill the machine
 WORST_RATIO = 1e-3  # median λ / λ_max below which a float32 Gram matrix is not exact enough for a tail
+LONG = 2  # sides' ratio from which one is tried even where the smallest eigenvalue counts,
+WORST_SMALLEST = 1e-5  # and λ_min / λ_max below which it was in vain
 
 
 @dataclass(frozen=True)
 class Solver:
-    """How eigenvalues are had: from the Gram matrix, in which precision."""
+    """How eigenvalues are had: from a Gram matrix in the dtype `gram`, in the dtype `eigen`."""
 
-    dtype: torch.dtype
+    gram: torch.dtype
+    eigen: torch.dtype
 
     def __str__(self) -> str:
-        return f"gram {str(self.dtype).removeprefix('torch.')}"
+        both = f"gram {_short(self.gram)}"
+        return both if self.gram == self.eigen else f"{both} solved in {_short(self.eigen)}"
 
     @property
     def noise(self) -> float:
         """λ/λ_max below which an eigenvalue is round-off: 16 ε."""
-        return 16 * torch.finfo(self.dtype).eps
+        return 16 * torch.finfo(self.gram).eps
+
+    def exact_enough(self, values: Tensor, need: Need) -> bool:
+        """Whether round-off, some 1e-7·λ_max of a float32 Gram matrix, is not felt in the ascending `values` that are
+        needed."""
+        if self.gram == torch.float64:
+            return True
+        if need == "all":
+            return bool(values[0] >= WORST_SMALLEST * values[-1])
+        return bool(values[values.numel() // 2] >= WORST_RATIO * values[-1])
 
 
-def choose(need: Need, device: torch.device, solver: str = "auto") -> Solver:
-    """The cheapest solver that is exact enough for `need`: float32 where only the tail counts, else float64. On devices
-    where float64 is cheap, and on request, always float64."""
-    cheap = device.type == "cuda" and torch.cuda.get_device_capability(device) in CHEAP_FLOAT64
-    return Solver(torch.float64 if need == "all" or solver == "float64" or cheap else torch.float32)
+TAIL = Solver(torch.float32, torch.float32)
+LONG_SIDED = Solver(torch.float32, torch.float64)
+EXACT = Solver(torch.float64, torch.float64)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def choose(need: Need, shape: tuple[int, int], device: torch.device, solver: str = "auto") -> Solver:
+    """The cheapest solver that may be exact enough for `need` of a matrix [N, K]; float64 on request, and on devices
+    where it is cheap."""
+    if solver == "float64" or (device.type == "cuda" and torch.cuda.get_device_capability(device) in CHEAP_FLOAT64):
+        return EXACT
+    if need == "tail":
+        return TAIL
+    return LONG_SIDED if max(shape) >= LONG * min(shape) else EXACT
 
 
 def eigenvalues(
@@ -74,7 +100,7 @@ def solve(
     if len(shapes) != 1 or any(len(s) != 2 or 0 in s for s in shapes):
         raise ValueError(f"weights: wanted matrices of one shape [N, K], got {sorted(shapes)}")
     shape = shapes.pop()
-    chosen = choose(need, target, solver)
+    chosen = choose(need, shape, target, solver)
     step = together(shape, len(weights), cusolver.free_bytes(target) if target.type == "cuda" else None)
     found: list[tuple[Tensor, Solver]] = []
     for start in range(0, len(weights), step):
@@ -82,8 +108,8 @@ def solve(
         part, scale = scaled(torch.stack(part) if len(part) > 1 else part[0][None])  # [b, N, K]
         for row, values in enumerate(_solve(part, chosen)):
             used = chosen
-            if need == "tail" and chosen.dtype == torch.float32 and too_steep(values):
-                used = Solver(torch.float64)
+            if not chosen.exact_enough(values, need):
+                used = EXACT
                 values = _solve(part[row : row + 1], used)[0]
             found.append((values * scale[row] ** 2, used))
     return found
@@ -136,9 +162,14 @@ def scaled(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 def _solve(weights: Tensor, solver: Solver) -> Tensor:
     """[b, min(N, K)] float64 ascending, on the CPU, of weights [b, N, K]."""
-    weights = weights.to(solver.dtype)
+    weights = weights.to(solver.gram)
     side = weights if weights.shape[1] <= weights.shape[2] else weights.mT  # [b, small, large]
-    return cusolver.eigvalsh(lower_gram(side)).double().clamp_min(0).cpu()
+    gram = lower_gram(side).to(solver.eigen)
+    if two_stage.serves(gram):
+        values = torch.stack([two_stage.eigvalsh(matrix) for matrix in gram])
+    else:
+        values = cusolver.eigvalsh(gram)
+    return values.double().clamp_min(0).cpu()
 
 
 @contextmanager
@@ -158,14 +189,9 @@ def lower_gram(side: Tensor) -> Tensor:
     """The lower triangle of side·sideᵀ, [b, small, small], by strips of rows: little more than half of the work."""
     small = side.shape[1]
     gram = side.new_zeros(side.shape[0], small, small)
-    strip = max(STRIP, -(-small // 8))
+    strip = max(STRIP, -(-small // 16))
     with full_float32():
         for top in range(0, small, strip):
             end = min(top + strip, small)
             gram[:, top:end, :end] = side[:, top:end] @ side[:, :end].mT
     return gram
-
-
-def too_steep(values: Tensor) -> bool:
-    """Whether round-off, some 1e-7·λ_max, is felt around the median of ascending `values`."""
-    return bool(values[values.numel() // 2] < WORST_RATIO * values[-1])

@@ -1,11 +1,20 @@
 """Weights → columns and series of their layers: what is found out of weights alone, of many layers side by side."""
 
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from alphaprune import alpha, farms, metrics, sketches, spectrum
+
+Layers = dict[str, Tensor]
+Units = dict[str, Layers]
+Entries = dict[str, dict[str, Any]]
+Submitted = list[tuple[str, "Future[dict[str, Any]]"]]
 
 AT_ONCE_BYTES = 4 << 30  # that layers side by side may take on a CPU
 
@@ -24,26 +33,36 @@ class WeightStats:
     def reads(self) -> bool:
         return self.fit is not None or self.magnitudes or self.windows is not None
 
-    def entries(self, units: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Any]]:
-        """The entry of every unit, which is some layers of one shape.
+    def of_blocks(self, blocks: Iterable[Units], shapes: Iterable[tuple[int, int]]) -> Iterator[Entries]:
+        """For every block, in order, the entry of each of its units, which are some layers of one shape.
 
-        On a CPU large layers are worked on side by side, each with its part of the threads, the most costly first, so
-        that none is left alone at the end.
+        shapes: of all that come. On a CPU large layers are worked on side by side, each with its part of the threads,
+        the most costly of a block first; and the next block is read, and begun with where threads are free, before a
+        block is done.
         """
         if self.device != "cpu":
-            return {unit: self.entry(layers) for unit, layers in units.items()}
-        parts = [(unit, part) for unit, layers in units.items() for part in _parts(layers)]
-        parts.sort(key=lambda part: sum(cost(tuple(weight.shape)) for weight in part[1].values()), reverse=True)
-        working = [spectrum.working_bytes(tuple(w.shape)) for layers in units.values() for w in layers.values()]
-        with spectrum.threads(max(1, min(len(parts), AT_ONCE_BYTES // max(working)))) as pool:
-            made = list(zip(parts, pool.map(lambda part: self.entry(part[1]), parts), strict=True))
-        found = {}
-        for unit, layers in units.items():
-            own = [entry for (of, _), entry in made if of == unit]
-            known = {name: layer for entry in own for name, layer in entry["layers"].items()}
-            solvers = {solver for entry in own for solver in entry["solvers"]}
-            found[unit] = {"layers": {name: known[name] for name in layers}, "solvers": sorted(solvers)}
-        return found
+            for units in blocks:
+                yield {unit: self.entry(layers) for unit, layers in units.items()}
+            return
+        blocks = iter(blocks)
+        first = next(blocks, None)
+        if first is None:
+            return
+        room = AT_ONCE_BYTES // max(spectrum.working_bytes(shape) for shape in shapes)
+        waiting: deque[tuple[Units, Submitted]] = deque()
+        with spectrum.threads(max(1, min(2 * len(_parts(first)), room))) as pool:
+            try:
+                for units in itertools.chain([first], blocks):
+                    parts = [(unit, pool.submit(self.entry, part)) for unit, part in _parts(units)]
+                    waiting.append((units, parts))
+                    if len(waiting) > 1:
+                        yield _joined(*waiting.popleft())
+                while waiting:
+                    yield _joined(*waiting.popleft())
+            finally:
+                for _, parts in waiting:
+                    for _, part in parts:
+                        part.cancel()
 
     def entry(self, layers: dict[str, Tensor]) -> dict[str, Any]:
         """Columns, series and solvers of layers of one shape."""
@@ -61,10 +80,25 @@ class WeightStats:
         return {"layers": found, "solvers": sorted(solvers)}
 
 
-def _parts(layers: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Layers of one shape as they go to the solver: small ones together, large ones alone."""
-    together = spectrum.together(tuple(next(iter(layers.values())).shape), len(layers), None)
-    return [layers] if together == len(layers) else [{name: weight} for name, weight in layers.items()]
+def _parts(units: Units) -> list[tuple[str, Layers]]:
+    """Each unit's layers as they go to the solver, small ones together and large ones alone; the most costly first, so
+    that none is left alone at the end."""
+    parts = []
+    for unit, layers in units.items():
+        alone = spectrum.together(tuple(next(iter(layers.values())).shape), len(layers), None) < len(layers)
+        parts += [(unit, {name: weight}) for name, weight in layers.items()] if alone else [(unit, layers)]
+    return sorted(parts, key=lambda part: sum(cost(tuple(weight.shape)) for weight in part[1].values()), reverse=True)
+
+
+def _joined(units: Units, parts: Submitted) -> Entries:
+    """The entries of units whose parts were submitted."""
+    found = {}
+    for unit, layers in units.items():
+        own = [part.result() for of, part in parts if of == unit]
+        known = {name: layer for entry in own for name, layer in entry["layers"].items()}
+        solvers = {solver for entry in own for solver in entry["solvers"]}
+        found[unit] = {"layers": {name: known[name] for name in layers}, "solvers": sorted(solvers)}
+    return found
 
 
 def cost(shape: tuple[int, int]) -> float:

@@ -57,7 +57,7 @@ def measure(shape: tuple[int, int], rounds: int, device: torch.device) -> list[d
             "seconds": median,
             "ratio": median / medians["svdvals"],
             "target": TARGETS.get(name),
-            "solver": _solver(name, device),
+            "solver": _solver(name, shape, device),
             "rounds": rounds,
             "device": str(device),
             "threads": torch.get_num_threads(),
@@ -67,8 +67,8 @@ def measure(shape: tuple[int, int], rounds: int, device: torch.device) -> list[d
     ]
 
 
-def _solver(name: str, device: torch.device) -> str:
-    return "svd float32" if name == "svdvals" else str(spectrum.choose(alpha.NEED[name], device))
+def _solver(name: str, shape: tuple[int, int], device: torch.device) -> str:
+    return "svd float32" if name == "svdvals" else str(spectrum.choose(alpha.NEED[name], shape, device))
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ def test_every_layer_has_the_fit_of_its_own_spectrum(fit: str) -> None:
 def test_solver_is_recorded_and_float64_is_had_on_request() -> None:
     live = make_model(1)
     assert analyze(live, device="cpu").solver == "gram float32"
-    assert analyze(live, "reference", device="cpu").solver == "gram float64"
+    assert analyze(live, "reference", device="cpu").solver == "gram float32 solved in float64, gram float64"
     exact = analyze(live, device="cpu", solver="float64")
     assert exact.solver == "gram float64"
     for name, stat in analyze(live, device="cpu").layers.items():

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from alphaprune import spectrum
-from alphaprune.spectrum import Solver
+from alphaprune.spectrum import EXACT, LONG_SIDED, TAIL
 
 CPU = torch.device("cpu")
 
@@ -30,8 +30,8 @@ def test_every_route_gives_the_squared_singular_values(shape, need, solver) -> N
     wanted = truth(weight)
     assert found.dtype == torch.float64 and found.shape == (min(shape),)
     assert (found.diff() >= 0).all() and (found >= 0).all()
-    used = spectrum.choose(need, CPU, solver)
-    absolute = {"gram float32": 2e-6, "gram float64": 1e-14}[str(used)] * wanted[-1]
+    used = spectrum.choose(need, shape, CPU, solver)
+    absolute = {TAIL: 2e-6, LONG_SIDED: 1e-6, EXACT: 1e-14}[used] * wanted[-1]
     assert ((found - wanted).abs() <= absolute).all()
 
 
@@ -42,7 +42,7 @@ def test_what_needs_the_smallest_gets_the_smallest() -> None:
         weight = gaussian(256, 256, seed)
         smallest = truth(weight)[0]
         kept = spectrum.eigenvalues(weight, device="cpu", need="all")[0]
-        lost = spectrum._solve(weight[None], Solver(torch.float32))[0, 0]
+        lost = spectrum._solve(weight[None], TAIL)[0, 0]
         errors = {
             k: max(e, float(abs(v / smallest - 1))) for (k, e), v in zip(errors.items(), (kept, lost), strict=True)
         }
@@ -97,12 +97,21 @@ def test_steep_spectra_are_solved_in_float64() -> None:
     assert [str(used) for _, used in both] == ["gram float32", "gram float64"]
 
 
+def test_a_long_matrix_with_a_small_eigenvalue_is_solved_in_float64() -> None:
+    weight = gaussian(60, 200, 7)
+    weight[3] = weight[4] + 3e-3 * gaussian(1, 200, 8)[0]
+    ((found, used),) = spectrum.solve([weight], "all", "cpu")
+    assert str(used) == "gram float64"
+    torch.testing.assert_close(found, truth(weight), rtol=1e-7, atol=0)
+
+
 def test_policy() -> None:
-    def chosen(need, solver="auto"):
-        return str(spectrum.choose(need, CPU, solver))
+    def chosen(need, shape=(40, 60), solver="auto"):
+        return str(spectrum.choose(need, shape, CPU, solver))
 
     assert chosen("tail") == "gram float32" and chosen("all") == "gram float64"
-    assert chosen("tail", "float64") == chosen("all", "float64") == "gram float64"
+    assert chosen("all", (120, 60)) == chosen("all", (60, 120)) == "gram float32 solved in float64"
+    assert chosen("tail", solver="float64") == chosen("all", (9, 60), "float64") == "gram float64"
 
 
 @pytest.mark.parametrize("torch_has, most, wanted", [(1, 4, 1), (3, None, 1), (5, 2, 2), (2, 2, 1)])
@@ -137,9 +146,9 @@ def test_the_users_precision_is_neither_used_nor_changed() -> None:
 @pytest.mark.parametrize("need", ["tail", "all"])
 def test_cuda_agrees(shape, need) -> None:
     weight = gaussian(*shape)
-    used = spectrum.choose(need, torch.device("cuda"))
+    used = spectrum.choose(need, shape, torch.device("cuda"))
     found = spectrum.eigenvalues(weight, need=need)
-    tolerance = 1e-13 if used.dtype == torch.float64 else 2e-6
+    tolerance = 1e-13 if used.gram == torch.float64 else 2e-6
     assert found.device.type == "cpu"
     assert ((found - truth(weight)).abs() <= tolerance * found[-1]).all()
 

@@ -26,6 +26,10 @@ def units() -> dict[str, dict[str, Tensor]]:
     }
 
 
+def shapes(*blocks: dict[str, dict[str, Tensor]]) -> set[tuple[int, ...]]:
+    return {tuple(weight.shape) for block in blocks for layers in block.values() for weight in layers.values()}
+
+
 @pytest.fixture(autouse=True)
 def same_threads():
     before = torch.get_num_threads()
@@ -46,7 +50,7 @@ def test_side_by_side_is_as_alone(room: int, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(spectrum, "solve", watched)
     torch.set_num_threads(2)
-    found = ALL.entries(made)
+    (found,) = ALL.of_blocks([made], shapes(made))
     assert torch.get_num_threads() == 2
     assert list(found) == list(made) and [list(f["layers"]) for f in found.values()] == [list(u) for u in made.values()]
     assert {(shape, count) for shape, count, *_ in seen} == {((270, 270), 1), ((40, 60), 3), ((270, 600), 1)}
@@ -68,7 +72,7 @@ def test_the_most_costly_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
         WeightStats, "entry", lambda _, part: order.append(list(part)) or {"layers": part, "solvers": []}
     )
     torch.set_num_threads(1)
-    ALL.entries(units())
+    list(ALL.of_blocks([units()], shapes(units())))
     assert order == [["down"], ["q"], ["k"], ["a", "b", "c"]]
 
 
@@ -76,4 +80,43 @@ def test_the_layer_without_a_spectrum_is_named() -> None:
     made = units()
     made["square"]["k"] = torch.zeros(270, 270)
     with pytest.raises(ValueError, match=r"^k: "):
-        ALL.entries(made)
+        list(ALL.of_blocks([made], shapes(made)))
+
+
+def test_the_next_block_is_begun_with_before_one_is_done_and_no_third_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two threads and three layers a block: the thread that is free takes the first of the next block."""
+    read, begun, go = [], [], threading.Event()
+
+    def entry(_, part: dict[str, Tensor]) -> dict:
+        begun.extend(part)
+        if "0 c" in part:  # the last of the first block waits until one of the second is begun with
+            assert go.wait(30)
+        if any(name.startswith("1") for name in part):
+            go.set()
+        return {"layers": dict.fromkeys(part, len(read)), "solvers": []}
+
+    def blocks():
+        for block in range(3):
+            read.append(block)
+            yield {f"{block}": {f"{block} {name}": torch.ones(270, 270) for name in "abc"}}
+
+    monkeypatch.setattr(WeightStats, "entry", entry)
+    torch.set_num_threads(2)
+    found = ALL.of_blocks(blocks(), {(270, 270)})
+    first = next(found)
+    assert list(first["0"]["layers"]) == ["0 a", "0 b", "0 c"] and read == [0, 1]
+    assert [list(entries) for entries in found] == [["1"], ["2"]] and read == [0, 1, 2]
+    assert sorted(begun) == [f"{block} {name}" for block in range(3) for name in "abc"]
+
+
+def test_of_nothing_comes_nothing() -> None:
+    assert list(ALL.of_blocks([], [])) == []
+
+
+def test_what_fails_in_a_later_block_comes_after_what_was_found() -> None:
+    made = units()
+    made["square"]["k"] = torch.zeros(270, 270)
+    found = ALL.of_blocks([units(), made, units()], shapes(made))
+    assert list(next(found)) == list(made)
+    with pytest.raises(ValueError, match=r"^k: "):
+        next(found)
