@@ -1,4 +1,4 @@
-"""A report from files of which a part is wrong: a page or a sentence, never a traceback."""
+"""A report from files of which a part is wrong, or that are not about the same: a sentence, never a traceback."""
 
 import functools
 import json
@@ -6,9 +6,9 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from test_report import made_up, write_files
+from test_report import evaluation, made_up, write_files
 
-from alphaprune.report import make
+from alphaprune.report import inputs, make
 
 
 def parts(found: object, at: tuple = ()) -> Iterator[tuple]:
@@ -42,3 +42,12 @@ def test_no_part_that_is_wrong_ends_in_a_traceback(tmp_path: Path) -> None:
                 refused += 1
                 assert "\n" not in str(error) and ("changed.json" in str(error) or "too large" in str(error))
     assert refused > 100
+
+
+def test_perplexities_on_other_texts_are_not_drawn_together(tmp_path: Path) -> None:
+    for name, text, length in (("a", "0" * 64, 64), ("b", "0" * 64, 64), ("c", "1" * 64, 64), ("d", "0" * 64, 32)):
+        found = {**evaluation(name, 9.0), "data_sha256": text, "length": length}
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    sections = make.sections(inputs.read([tmp_path / f"{name}.json" for name in "abcd"]))
+    rows = {s.title: [row[0] for t in s.tables for row in t.rows] for s in sections if "Quality" in s.title}
+    assert list(rows.values()) == [["a", "b"], ["c"], ["d"]] and all("text" in title for title in rows)

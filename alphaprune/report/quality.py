@@ -31,8 +31,10 @@ def sections(inputs: Inputs) -> list[Section]:
     for one in inputs.of("demo"):
         points, measure = _demo_points(one.content)
         found += _curves(f"Quality, size and speed: {one.file}", points, measure)
-    if inputs.of("eval"):
-        found += _curves("Quality, size and speed of the models", _measured_points(inputs), "perplexity")
+    texts = _by_text(inputs.of("eval"))
+    for (text, length), judged in texts.items():
+        on = f", text {text[:12]}… in windows of {length}" if len(texts) > 1 else ""
+        found += _curves(f"Quality, size and speed of the models{on}", _measured_points(inputs, judged), "perplexity")
     return found + [_tasks(inputs)] * bool(inputs.of("tasks"))
 
 
@@ -178,7 +180,15 @@ def _demo_points(found: dict[str, Any]) -> tuple[list[Point], str]:
     return points, "bits per byte"
 
 
-def _measured_points(inputs: Inputs) -> list[Point]:
+def _by_text(judged: list[Input]) -> dict[tuple[str, int | None], list[Input]]:
+    """Evaluations that may be compared: on the same text, in windows of the same length."""
+    found: dict[tuple[str, int | None], list[Input]] = {}
+    for one in judged:
+        found.setdefault((one.content["data_sha256"], one.content.get("length")), []).append(one)
+    return found
+
+
+def _measured_points(inputs: Inputs, judged: list[Input]) -> list[Point]:
     """Models that were judged, with what `info` and `bench` say of the same folder."""
     infos = {_folder(one.model): one.content for one in inputs.of("info")}
     rates = {}
@@ -189,7 +199,7 @@ def _measured_points(inputs: Inputs) -> list[Point]:
                 row["decode_tokens_per_second"] for row in timed if row["weights"] == timed[0]["weights"]
             )
     points = []
-    for one in inputs.of("eval"):
+    for one in judged:
         key = _folder(one.model)
         info = infos.get(key)
         name = Path(one.model).name if one.model else Path(one.file).stem
