@@ -102,7 +102,6 @@ def analyze(
     progress: called `steps` times, with the name of a finished block. One block is in memory at a time, and the next.
     journal: the file that the result will be saved as; beside it lies what is finished, and an interrupted analysis
     goes on there. It is deleted at the end, unless it is to be kept.   room: of hidden states, see states.py.
-
     Several processes share the work (ranks.py), and each gets the whole result, the same as one process finds.
     Raises ValueError naming the layer if its weights hold NaN or infinity or have no spectrum to fit.
     """
@@ -117,6 +116,7 @@ def analyze(
     identity = {"fingerprint": known.fingerprint, "dtype": known.dtype, **versions, "threads": torch.get_num_threads()}
     read = None if tokens is None else hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()
     identity |= {"work": repr(work), "calibration": calibration, "active": active, "tokens": read}
+    identity |= {"files": source.stamps()}
     done = Journal(journal, identity)
     try:
         if work.reads:

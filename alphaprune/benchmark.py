@@ -11,6 +11,7 @@ import torch
 
 from alphaprune import decoding, formats, hf, throughput, timing
 from alphaprune import model as models
+from alphaprune.families import text_config
 from alphaprune.kernels import base
 from alphaprune.layer import SparseLinear
 from alphaprune.pattern import NM, parse
@@ -144,7 +145,7 @@ def _load(
     model: torch.nn.Module, prompt: int | None, new: int | None, batch: int, seconds: float, warmup: float
 ) -> throughput.Load:
     """What is asked for; by default a prompt of 128 tokens and 32 new ones, fewer where the context is short."""
-    context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    context = getattr(text_config(model.config), "max_position_embeddings", None) or 1 << 30
     new = new or min(32, context // 4)
     prompt = prompt or min(128, context // 2)
     if prompt + new > context:

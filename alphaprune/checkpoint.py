@@ -1,18 +1,8 @@
-"""Packed directories: finished blocks in, a Hugging Face folder out, whole or not at all.
-
-While a run is under way everything lies in `OUT.part` beside the goal: one safetensors file per finished block and a
-journal that names the run. Only a complete folder is renamed to OUT. A run that was interrupted finds its journal,
-refuses to go on if it is not the same run, and skips the blocks that are done. For the moment of the renaming the
-journal lies beside both, as `OUT.journal`, so that an interruption there costs nothing either. A run that is refused
-leaves nothing: what it has would be of use to the same run alone, which would be refused again.
-"""
+"""Packed directories: a model's blocks, finished one after another, and all that lies beside them in a folder."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,146 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from alphaprune import formats, ranks, shapes, shards
-from alphaprune.files import atomic_write_text, explained, fsync_folder, is_refusal
 from alphaprune.formats import PACKED_SUFFIXES, Packed
 from alphaprune.formats.quantize import Error
 from alphaprune.layer import SparseLinear, pack_weight, worth_packing
 from alphaprune.model import Block, LiveSource, Source
 from alphaprune.pruning import Finish, PrunedBlock, Restore
+from alphaprune.unfinished import FILES, RECIPE, Writer, Written, journal_beside
 
-RECIPE = "alphaprune.json"  # how the directory was made
-JOURNAL = "journal.json"
 SETTINGS = {"quant_method": "alphaprune", "format": "sbt", "format_version": formats.VERSION}
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "tokenizer*")
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a directory holds: bytes of the prunable layers, dense and as stored; how many of them are packed.
-
-    errors: of the layers that were rounded to int8, what that lost.
-    """
-
-    folder: Path
-    dense_bytes: int
-    stored_bytes: int
-    packed_layers: int
-    layers: int
-    errors: dict[str, Error] = field(default_factory=dict)
-
-
-class Writer:
-    """Builds one output directory, block by block."""
-
-    def __init__(
-        self, out: "str | Path", identity: dict[str, Any], blocks: int, stored_name: Callable[[str], str] = str
-    ) -> None:
-        """identity: what makes this run this run; a started OUT.part with another identity is refused.
-
-        stored_name: what a tensor of the module is called in files.
-        """
-        self.out, self.identity, self.total, self.stored_name = Path(out), identity, blocks + 1, stored_name
-        self.work, self.beside = unfinished(self.out), journal_beside(self.out)
-        self.done: dict[str, dict[str, int]] = {}  # file → {tensor: bytes}
-        self.errors: dict[str, Error] = {}  # layer → what rounding it to int8 lost
-        self.stage = "blocks"  # then "finishing", when only the last files and the name are missing, then "finished"
-        check_free(self.out)
-        with explained(self.out):
-            if self.beside.exists() and not (self.work.exists() or any_in(self.out)):
-                self.beside.unlink()  # somebody has taken the result away
-            journal = self.beside if self.beside.exists() else self.work / JOURNAL
-            if journal.exists():
-                self._continue(json.loads(journal.read_text(encoding="utf-8")))
-                if not self.work.exists():
-                    self.stage = "finished"
-                    self.beside.unlink()
-            else:
-                self.work.mkdir(parents=True, exist_ok=True)
-                fsync_folder(self.out.parent)
-                self._remember()
-
-    def file(self, index: int) -> str:
-        return f"model-{index + 1:05d}-of-{self.total:05d}.safetensors"
-
-    def has(self, index: int) -> bool:
-        return self.file(index) in self.done
-
-    def write(self, index: int, tensors: dict[str, Tensor], errors: dict[str, Error] | None = None) -> None:
-        """Stores the tensors of block `index` (block count: what is outside the blocks), durably."""
-        with explained(self.out):
-            named = [(self.stored_name(name), tensor) for name, tensor in tensors.items()]
-            self.done[self.file(index)] = shards.write(self.work / self.file(index), named)
-            self.errors |= errors or {}
-            self._remember()
-
-    def losses(self) -> dict[str, Any]:
-        """What the recipe says of layers that were rounded to int8."""
-        return {"quantization_error": {name: e._asdict() for name, e in self.errors.items()}} if self.errors else {}
-
-    def finish(self, config: dict[str, Any], recipe: dict[str, Any], companions: Callable[[Path], None]) -> None:
-        """Index, config and recipe; then the folder gets its name."""
-        sizes = {name: size for tensors in self.done.values() for name, size in tensors.items()}
-        weight_map = {name: file for file in sorted(self.done) for name in self.done[file]}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        with explained(self.out):
-            self.stage = "finishing"
-            self._remember()
-            companions(self.work)
-            atomic_write_text(self.work / shards.INDEX, json.dumps(index, indent=2) + "\n")
-            atomic_write_text(self.work / "config.json", json.dumps(config, indent=2) + "\n")
-            atomic_write_text(self.work / RECIPE, json.dumps(recipe, indent=2) + "\n")
-            # Of a run that was killed while writing, and what runs keep here until they are through.
-            for leftover in (*self.work.glob("*.part"), *self.work.glob("*.started-*")):
-                leftover.unlink()
-            for file in self.work.iterdir():
-                if file.name not in (*self.done, JOURNAL):  # these were flushed when they were written
-                    _fsync(file)
-            check_free(self.out)
-            os.replace(self.work / JOURNAL, self.beside)
-            fsync_folder(self.work)
-            fsync_folder(self.out.parent)
-            os.replace(self.work, self.out)
-            fsync_folder(self.out.parent)
-            self.beside.unlink()
-            fsync_folder(self.out.parent)
-
-    def _continue(self, journal: dict[str, Any]) -> None:
-        for key in {**journal["identity"], **self.identity}:
-            before, now = journal["identity"].get(key), self.identity.get(key)
-            if before != now and not self.work.exists():
-                raise ValueError(f"{self.out}: this folder exists and is not empty; name another, or delete it")
-            if before != now:
-                raise ValueError(
-                    f"{self.work}: an interrupted run with another {key} lies here "
-                    f"({_short(before)}, now {_short(now)}); "
-                    f"repeat it as it was to finish it, or delete the folder to start anew"
-                )
-        where = self.work if self.work.exists() else self.out
-        self.done = {f: t for f, t in journal["done"].items() if (where / f).is_file()}
-        self.stage = journal.get("stage", "blocks") if len(self.done) == len(journal["done"]) else "blocks"
-        self.errors = {name: Error(*error) for name, error in journal.get("errors", {}).items()}
-
-    def _remember(self) -> None:
-        journal = {"identity": self.identity, "done": self.done, "errors": self.errors, "stage": self.stage}
-        atomic_write_text(self.work / JOURNAL, json.dumps(journal, indent=1) + "\n")
-
-
-def unfinished(out: "str | Path") -> Path:
-    """Where the directory `out` lies until it is whole; files in it that end in .part never become part of it."""
-    return Path(out).with_name(Path(out).name + ".part")
-
-
-@contextmanager
-def nothing_left(out: "str | Path") -> Iterator[None]:
-    """What is refused inside (files.is_refusal) leaves no OUT.part that was not there before."""
-    work = unfinished(out)
-    new = not work.exists()
-    try:
-        yield
-    except ValueError as error:
-        if new and is_refusal(error):
-            shutil.rmtree(work, ignore_errors=True)
-        raise
 
 
 def write_pruned(
@@ -181,7 +40,7 @@ def write_pruned(
     again: `prune` adds to the recipe, so it is asked even where all its blocks are there and only the name is missing.
     Of several processes (ranks.py) the first one reads and writes OUT, and the others need not see it.
     """
-    blocks = source.block_count()
+    blocks, identity = source.block_count(), identity | {FILES: source.stamps()}
     writer = Writer(out, identity, blocks, source.family.stored_name) if ranks.world().leads else None
     found = None if writer is None else (writer.stage, [index for index in range(blocks) if writer.has(index)])
     stage, there = ranks.share(found)
@@ -210,11 +69,13 @@ def write_pruned(
     asked = stage == "blocks" or (again and stage == "finishing")
     for pruned in prune(restore, finish) if asked else ():
         if writer is not None and not pruned.restored:
+            source.check_unchanged()
             writer.write(pruned.block.index, block_tensors(pruned.block, made), errors)
     if writer is None:
         return ranks.share(None)
     if not writer.has(blocks):
         writer.write(blocks, dict(source.outside_tensors()))
+    source.check_unchanged()
     written = _summary(writer, source)
     if stage != "finished":
         config = output_config(source, packed, values if writer.errors else None)
@@ -335,25 +196,6 @@ def copy_companions(source: Source, folder: Path) -> None:
                 shutil.copyfile(file, folder / file.name)
 
 
-def check_free(out: Path) -> None:
-    """ValueError if there is something at `out` that writing there would overwrite."""
-    if out.is_file():
-        raise ValueError(f"{out}: is a file; name a folder that does not exist yet") from FileExistsError(str(out))
-    if any_in(out) and not journal_beside(out).is_file():
-        reason = "this folder exists and is not empty; name another, or delete it"
-        raise ValueError(f"{out}: {reason}") from FileExistsError(str(out))
-
-
-def any_in(folder: Path) -> bool:
-    """Whether there is such a folder with something in it."""
-    return folder.is_dir() and any(folder.iterdir())
-
-
-def journal_beside(out: Path) -> Path:
-    """Where the journal lies while the folder gets its name."""
-    return out.with_name(out.name + ".journal")
-
-
 def _summary(writer: Writer, source: Source) -> Written:
     shapes = {}
     sizes = {name: size for tensors in writer.done.values() for name, size in tensors.items()}
@@ -368,13 +210,3 @@ def _summary(writer: Writer, source: Source) -> Written:
     stored = sum(sizes.get(f"{name}.{suffix}", 0) for name in shapes for suffix in PACKED_SUFFIXES)
     packed = sum(f"{name}.weight_mask" in sizes for name in shapes)
     return Written(writer.out, dense, stored, packed, len(shapes), writer.errors)
-
-
-def _fsync(file: Path) -> None:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 24 else text[:21] + "…"

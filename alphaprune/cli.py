@@ -9,6 +9,7 @@ import sys
 from alphaprune import __version__
 from alphaprune.console import COMMAND
 
+ALONE = ("convert", "compress", "recover", "compare")  # that several processes would do over each other
 SHAPES = "NxK[,NxK…] or llama2-7b, llama3-8b, mistral-7b"
 
 
@@ -327,6 +328,8 @@ def main(arguments: list[str] | None = None) -> int:
     command = options.pop("command")
     typed = COMMAND.set(shlex.join(["alphaprune", *arguments]))
     try:
+        if command in ALONE and (size := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+            raise ValueError(f"is done by one process, and {size} were started; leave out torchrun")
         module = {"eval": "evaluate"}.get(command, command)
         importlib.import_module(f"alphaprune.commands.{module}").run(**options)
     except ValueError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from alphaprune import __version__, checkpoint, hf, stored
+from alphaprune import __version__, checkpoint, hf, stored, unfinished
 from alphaprune import model as models
 from alphaprune.formats import quantize
 from alphaprune.layer import worth_packing
@@ -128,7 +128,7 @@ def convert(
     quantize.check(values, group)
     if values is not None and not packed:
         raise ValueError(f"values {values} is a way to pack weights: leave it out where everything becomes dense")
-    checkpoint.check_free(Path(new))
+    unfinished.check_free(Path(new))
     source = old if isinstance(old, StoredSource) else open_stored(old)
     layouts = Counter(source.shards.layout(name) for name in source.layers())
     _check_change(source, layouts, packed, values)
@@ -150,7 +150,7 @@ def convert(
     identity = {"checkpoint": source.fingerprint(), "format": "sbt" if packed else "dense", "values": values}
     identity |= {"group": group, "negative_zeros": negative_zeros}
     recipe = {"alphaprune": __version__, "converted_from": source.name, "layouts": dict(layouts), **identity}
-    with checkpoint.nothing_left(new):
+    with unfinished.nothing_left(new):
         written = checkpoint.write_pruned(source, new, identity, recipe, run, packed, values, group)
     return Converted(written, dict(layouts), masks.count)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from alphaprune import calibrate
 from alphaprune.data import Text
+from alphaprune.families import text_config
 from alphaprune.model import Block, Source
 from alphaprune.states import Room, States
 
@@ -71,7 +72,7 @@ def evaluate(
     In every window tokens 2…length are predicted; perplexity = exp(mean over windows of the mean loss).
     windows: only the first so many.   Raises ValueError if the text is shorter than one window.
     """
-    context = getattr(model.config, "max_position_embeddings", length)
+    context = getattr(text_config(model.config), "max_position_embeddings", length)
     if length > context:
         raise ValueError(f"length {length} is more than the {context} positions of this model; give --length {context}")
     tokens = windows_of(text, length, windows)

@@ -111,6 +111,11 @@ class NamedShards:
         stored, part = self._place(name)
         return self.raw.tensor(stored) if part is None else self.raw.part(stored, part[0], part[1])
 
+    def loaded(self, name: str) -> Tensor:
+        """The values, read into memory."""
+        stored, part = self._place(name)
+        return self.raw.loaded(stored) if part is None else self.raw.part(stored, part[0], part[1])
+
     def rows(self, name: str, rows: list[int]) -> Tensor:
         """Some rows of a matrix; the rest is not read."""
         stored, part = self._place(name)
@@ -121,6 +126,9 @@ class NamedShards:
 
     def check_unchanged(self) -> None:
         self.raw.check_unchanged()
+
+    def stamps(self) -> dict[str, list[int]]:
+        return self.raw.stamps()
 
     def _place(self, name: str) -> tuple[str, tuple[int, slice] | None]:
         return self._places.get(name) or (name, None)  # `raw` says that it is missing

@@ -1,14 +1,18 @@
 """What is known of every family of models, by the `model_type` of its config. Nothing is guessed from names.
 
-A family that is not here is refused. To add one: a line in FAMILIES, and a small config in tests/family_models.py, with
-which it goes through analysis, pruning, packing and generation; `python bench/families.py` writes docs/families.md.
+A family that is not here is refused. To add one: a line in FAMILIES, or in MULTIMODAL where a text model is one part of
+the whole, and a small config in tests/family_models.py, with which it goes through analysis, pruning, packing and
+generation; `python bench/families.py` writes docs/families.md.
 """
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
+
+HEAD = "lm_head"  # what multimodal models call it
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Family:
     tensors, so that blocks may have fewer of them than the config says, see shapes.py.
     stored: what parts of tensor names are called in the module and in checkpoints, where that differs; one that starts
     with a dot may stand anywhere, any other begins the name.
+    text: path of the text model, where there are others beside it, such as for pictures, which stay as they are.
     """
 
     blocks: str
@@ -55,6 +60,7 @@ class Family:
     dense: tuple[str, ...] = ()
     resizable: bool = False
     stored: tuple[tuple[str, str], ...] = ()
+    text: str = ""
 
     def prunes(self, inner: str) -> bool:
         """Whether a layer of this name inside a block is pruned; so are the layers that one consists of."""
@@ -69,12 +75,21 @@ class Family:
             for index in range(experts) if isinstance(experts, int) else (experts,):
                 yield from self.experts.groups(index)
 
+    def is_text(self, name: str) -> bool:
+        """Whether a tensor of the module belongs to the text model or its head."""
+        return not self.text or name.startswith((f"{self.text}.", f"{HEAD}."))
+
     def stored_name(self, name: str) -> str:
         """What a tensor of the module is called in a checkpoint."""
         return _renamed(name, self.stored)
 
     def module_name(self, name: str) -> str:
-        """What a tensor of a checkpoint is called in the module; the inverse of `stored_name`."""
+        """What a tensor of a checkpoint is called in the module; the inverse of `stored_name`.
+
+        Some checkpoints have the names of the module already.
+        """
+        if any(name.startswith(here) for here, _ in self.stored if not here.startswith(".")):
+            return name
         return _renamed(name, tuple((there, here) for here, there in self.stored))
 
 
@@ -85,6 +100,18 @@ def _renamed(name: str, parts: tuple[tuple[str, str], ...]) -> str:
         if not before.startswith(".") and name.startswith(before):
             return after + name.removeprefix(before)
     return name
+
+
+@dataclass(frozen=True)
+class Multimodal:
+    """A model that holds a text model, of which the layers are pruned, beside others that are copied as they are.
+
+    stored: as of a family.   like: the family that its text model is of, where `model_type` of `text_config` has a name
+    that only stands there; by default that is it.
+    """
+
+    stored: tuple[tuple[str, str], ...] = ()
+    like: str | None = None
 
 
 _ATTENTION = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",))
@@ -128,6 +155,61 @@ FAMILIES = {
     ),
     "qwen3_moe": Family("model.layers", GATED, _QWEN_EXPERTS, dense=("mlp.gate",)),
 }
+
+_LLAVA_NAMES = (
+    ("model.language_model.", "language_model.model."),
+    (f"{HEAD}.", f"language_model.{HEAD}."),
+    ("model.vision_tower.", "vision_tower."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.image_newline", "image_newline"),
+)
+_QWEN_NAMES = (("model.language_model.", "model."), ("model.visual.", "visual."))
+TEXT = "model.language_model"  # path of the text model in all of these
+MULTIMODAL = {
+    "gemma3": Multimodal(_LLAVA_NAMES),
+    "llava": Multimodal(_LLAVA_NAMES),
+    "llava_next": Multimodal(_LLAVA_NAMES),
+    "mistral3": Multimodal(_LLAVA_NAMES),
+    "paligemma": Multimodal(_LLAVA_NAMES),
+    "qwen2_vl": Multimodal(_QWEN_NAMES, like="qwen2"),
+    "qwen2_5_vl": Multimodal(_QWEN_NAMES, like="qwen2"),
+    "qwen3_vl": Multimodal(like="qwen3"),
+}
+
+
+def text_config(config: Any) -> Any:
+    """What a config of transformers says of the text model: all of it, but in multimodal models."""
+    return config.get_text_config()
+
+
+def of(config: Any) -> Family | None:
+    """The line of a model's family, with the paths that there are in a multimodal model; None if there is none."""
+    if (whole := MULTIMODAL.get(config.model_type)) is None:
+        return FAMILIES.get(config.model_type)
+    family = FAMILIES.get(whole.like or text_config(config).model_type)
+    if family is None or family.stored:
+        return None
+    _, _, inside = family.blocks.partition(".")
+    return replace(family, blocks=f"{TEXT}.{inside}", stored=whole.stored, text=TEXT)
+
+
+def kind(config: Any) -> str:
+    """The model type in quotes, with that of the text model where it is one part of the whole."""
+    if config.model_type not in MULTIMODAL:
+        return repr(config.model_type)
+    return f"{config.model_type!r} with a text model {text_config(config).model_type!r}"
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that makes a causal language model of a config, pictures included where it has them."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if config.model_type in MULTIMODAL else AutoModelForCausalLM
+
+
+def known() -> str:
+    """The model types that there are lines for, in a list with commas."""
+    return ", ".join((*FAMILIES, *MULTIMODAL))
 
 
 def linears_of(name: str, block: nn.Module, family: Family) -> dict[str, nn.Linear]:

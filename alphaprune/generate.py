@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from alphaprune import ragged, rollout
 from alphaprune.decoder import Decoder, State, why_not
+from alphaprune.families import text_config
 from alphaprune.graphs import Steps
 
 OURS = "alphaprune"
@@ -196,8 +197,8 @@ def step_seconds(model: nn.Module, prompt: int = 16, new: int = 48, ours: bool =
 
     new + 1 tokens are made; the first comes with the prompt and is not timed.
     """
-    tokens = torch.randint(0, model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
-    tokens = tokens.to(model.device)
+    vocabulary, generator = text_config(model.config).vocab_size, torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, vocabulary, (1, prompt), generator=generator).to(model.device)
     clock = _Clock()
     with torch.inference_mode():
         if ours and why_not(model.config, model) is None:

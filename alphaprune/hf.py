@@ -16,9 +16,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from alphaprune import bitmask, formats, hf_parallel, shapes
+from alphaprune import bitmask, families, formats, hf_parallel, shapes
 from alphaprune.experts import FUSED, separate
-from alphaprune.families import FAMILIES
 from alphaprune.files import first_line
 from alphaprune.formats import quantize
 from alphaprune.kernels import base
@@ -144,7 +143,7 @@ class AlphaPruneQuantizer(HfQuantizer):
         for file in checkpoint_files or ():
             if str(file).endswith(".safetensors"):
                 entries.update(read_header(Path(file)))
-        if family := FAMILIES.get(model.config.model_type):
+        if family := families.of(model.config):
             entries = {family.module_name(name): entry for name, entry in entries.items()}
             self.separated = separate(model, family)
             if self.separated:
@@ -303,8 +302,11 @@ def check_shapes(model: "PreTrainedModel", entries: dict[str, dict[str, Any]]) -
 
     Some versions of transformers take it as it is once there is a quantizer. A head may be another one on purpose.
     """
-    body = {id(parameter) for parameter in model.base_model.parameters()}
+    body, family = {id(parameter) for parameter in model.base_model.parameters()}, families.of(model.config)
+    above = "" if model.base_model is not model else f"{model.base_model_prefix}."
     for name, parameter in model.named_parameters():
+        if family is not None and not family.is_text(above + name):
+            continue  # files may have it in another form
         if id(parameter) in body and name in entries and entries[name]["shape"] != list(parameter.shape):
             raise ValueError(
                 f"{name}: has shape {entries[name]['shape']} in the file, config.json describes "
@@ -328,12 +330,11 @@ def load(
     layers that are faster dense are expanded; None keeps all packed, as from_pretrained does.
     Raises ValueError in one sentence if the files are unreadable.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     check_tokens(tokens)
     folder = resolve(path)
-    read_config(folder)
+    config = read_config(folder)
     stored = Shards(folder).names()  # truncated and missing files are found here, by name
     if layers := bitmask.find(stored):
         raise ValueError(
@@ -344,7 +345,7 @@ def load(
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what its report would say is said below, in one sentence
     try:
-        made: Any = AutoModelForCausalLM.from_pretrained(
+        made: Any = families.auto_class(config).from_pretrained(
             folder, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
         )
         model, found = made
@@ -370,5 +371,5 @@ def check_loaded(folder: Path, model: "PreTrainedModel", found: dict[str, Any]) 
         )
     for name in sorted(found["missing_keys"]):
         raise ValueError(f"{folder}: no tensor {name} in its safetensors files, though config.json needs it")
-    if model.config.model_type in FAMILIES:
+    if families.of(model.config):
         check_places(sorted(found["unexpected_keys"]), (), decoder_of(model), str(folder))

@@ -31,15 +31,16 @@ class Journal:
             lines = [{"identity": self.identity}, *({"key": k, "value": v} for k, v in self.entries.items())]
             self._own = self.goal.with_name(f"{self.goal.name}.started-{ranks.world().rank}")
             atomic_write_text(self._own, "".join(json.dumps(line) + "\n" for line in lines))
-            self._handle = self._own.open("a", encoding="utf-8")
+            self._handle = self._own.open("ab", buffering=0)  # or closing it would fail once more on a full disk
 
     def add(self, key: str, value: Any) -> None:
         """Keeps a value for good; ValueError in one sentence if the disk is full."""
         self.entries[key] = value
         if self._handle is not None:
             with explained(self.goal):
-                self._handle.write(json.dumps({"key": key, "value": value}) + "\n")
-                self._handle.flush()
+                line = memoryview(json.dumps({"key": key, "value": value}).encode() + b"\n")
+                while line:  # a disk that is nearly full takes a part
+                    line = line[self._handle.write(line) :]
                 os.fsync(self._handle.fileno())
 
     def all(self) -> dict[str, Any]:

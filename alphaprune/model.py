@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alphaprune import shapes, stored
+from alphaprune import families, shapes, stored
 from alphaprune.experts import named_shards, separate
-from alphaprune.families import FAMILIES, Family, linears_of, module_lists
+from alphaprune.families import Family, linears_of, module_lists
 from alphaprune.files import first_line
 from alphaprune.shards import dtype_name
 
@@ -79,6 +79,10 @@ class Source(ABC):
 
     def check_unchanged(self) -> None:  # noqa: B027 - a live model has no files
         """ValueError if what the blocks come from was changed since it was opened."""
+
+    def stamps(self) -> dict[str, list[int]]:
+        """What tells the files that the blocks come from, from others in their place; nothing of a live model."""
+        return {}
 
     def _load(self, name: str, module: nn.Module) -> None:  # noqa: B027 - a live model has nothing to load
         ...
@@ -181,7 +185,7 @@ class DirectorySource(Source):
                 delattr(self.config, name)
         plain = getattr(self.config, "dtype", None) or torch.float32  # of int8 layers when they were dense
         self.shards = stored.Stored(named_shards(folder, self.family), self.skeleton, plain)
-        self.shards.check_floating()
+        self.shards.check_floating(self.family.is_text)
         check_shapes(self.shards, self.skeleton, self.prefix, self.name)
 
     def outside_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -193,9 +197,16 @@ class DirectorySource(Source):
     def check_unchanged(self) -> None:
         self.shards.check_unchanged()
 
+    def stamps(self) -> dict[str, list[int]]:
+        return self.shards.stamps()
+
     def load_outside(self) -> None:
-        """Gives the skeleton its embeddings, final norm and head, to run tokens into the first block."""
-        tensors = {name: self._placed(tensor) for name, tensor in self.outside_tensors()}
+        """Gives the skeleton its embeddings, final norm and head, to run tokens into the first block.
+
+        Of a multimodal model those of the text model: no picture is ever shown to it.
+        """
+        is_text = self.family.is_text
+        tensors = {name: self._placed(tensor) for name, tensor in self.outside_tensors() if is_text(name)}
         self.skeleton.load_state_dict(tensors, strict=False, assign=True)
         self.skeleton.tie_weights()
 
@@ -216,7 +227,7 @@ class DirectorySource(Source):
             module.to(self.device)  # buffers
 
     def _tensor(self, name: str) -> Tensor:
-        return self.shards.tensor(name)
+        return self.shards.tensor_and_mask(name)[0]
 
     def _placed(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
@@ -306,13 +317,12 @@ def make_skeleton(config: Any) -> nn.Module:
     Blocks have the sizes of its `quantization_config`, see shapes.py.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     try:
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config).eval()
-            if config.model_type in FAMILIES:
-                separate(model, FAMILIES[config.model_type])
+            model = families.auto_class(config).from_config(config).eval()
+            if family := families.of(config):
+                separate(model, family)
             if wanted := shapes.of(config):
                 prefix = family_of(config, config.model_type)
                 shapes.reshape(model.get_submodule(prefix), prefix, config, wanted)
@@ -338,8 +348,12 @@ def check_places(names: Iterable[str], places: Collection[str], prefix: str, mod
 
 
 def check_shapes(found: stored.Stored, skeleton: nn.Module, prefix: str, model: str) -> None:
-    """ValueError naming the first tensor of a folder that its config.json has no place for, or one of another shape."""
-    names, parameters = found.names(), dict(skeleton.named_parameters())
+    """ValueError naming the first tensor of a folder that its config.json has no place for, or one of another shape.
+
+    Of a multimodal model the text model is looked at; what is beside it may have other names in files.
+    """
+    names, is_text = found.names(), find_family(skeleton.config, model).is_text
+    parameters = {name: parameter for name, parameter in skeleton.named_parameters() if is_text(name)}
     check_places(names, parameters, prefix, model)
     tied = set(getattr(skeleton, "all_tied_weights_keys", None) or ()) - set(names)
     for name, parameter in parameters.items():
@@ -365,24 +379,19 @@ def family_of(config: Any, name: str) -> str:
 
 def find_family(config: Any, name: str) -> Family:
     """The line of a model's family; if there is none, a ValueError with what is known of its modules."""
-    if config.model_type in FAMILIES:
-        return FAMILIES[config.model_type]
+    if family := families.of(config):
+        return family
     try:
         lists = module_lists(make_skeleton(config))
     except (ValueError, OSError, ImportError):  # no causal language model, or one whose code is elsewhere
         lists = ""
     raise ValueError(
-        f"{name}: model type {config.model_type!r} is not known here; known: {', '.join(FAMILIES)}. {lists}To add it, "
-        f"write its line into FAMILIES in alphaprune/families.py"
+        f"{name}: model type {families.kind(config)} is not known here; known: {families.known()}. {lists}"
+        f"To add it, write its line into FAMILIES in alphaprune/families.py"
     )
 
 
 def is_packed(folder: Path) -> bool:
     """Whether a folder holds our packed weights; "dense" ones are of other shapes only, see shapes.py."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    settings = config.get("quantization_config") if isinstance(config, dict) else None
-    ours = isinstance(settings, dict) and settings.get("quant_method") == "alphaprune"
-    return ours and settings.get("format") != "dense"
+    settings = stored.read_settings(folder).get("quantization_config", {})
+    return settings.get("quant_method") == "alphaprune" and settings.get("format") != "dense"

@@ -17,17 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alphaprune import scores
+from alphaprune import families, scores
 from alphaprune.calibrate import InputStat
-from alphaprune.families import FAMILIES, GATED
+from alphaprune.families import FAMILIES, GATED, Family
 from alphaprune.gram import Gram
 from alphaprune.model import Block
 from alphaprune.pattern import NM
 from alphaprune.planning import LayerPlan
 
-# By model_type. Their blocks have the layers below and nothing between them that tells one channel of v or the MLP from
-# another.
-LAYOUTS = tuple(name for name, family in FAMILIES.items() if family.prunable == GATED and family.experts is None)
+
+def _is_known(family: Family | None) -> bool:
+    """Whether nothing but the layers below tells one channel of v or the MLP from another in the blocks."""
+    return family is not None and family.prunable == GATED and family.experts is None
+
+
+LAYOUTS = tuple(name for name, family in FAMILIES.items() if _is_known(family))
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -39,9 +43,9 @@ LEAST = 1e-6  # gain of a swap relative to what the two groups keep: above the r
 
 def check(config: Any, name: str, plan_layers: Mapping[str, LayerPlan]) -> None:
     """ValueError in one sentence if channels of this model cannot be permuted, or for nothing."""
-    if config.model_type not in LAYOUTS:
+    if not _is_known(families.of(config)):
         raise ValueError(
-            f"{name}: --channel-permute knows the blocks of {', '.join(LAYOUTS)}, not of {config.model_type!r}; "
+            f"{name}: --channel-permute knows the blocks of {', '.join(LAYOUTS)}, not of {families.kind(config)}; "
             f"leave it out"
         )
     patterns = {layer: _pattern(wanted) for layer, wanted in plan_layers.items()}
@@ -194,6 +198,7 @@ def _pattern(wanted: LayerPlan) -> NM | None:
 
 def _heads(config: Any) -> tuple[int, int, int]:
     """Query heads, KV heads and channels of a head."""
+    config = families.text_config(config)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_attention_heads, config.num_key_value_heads, width
 

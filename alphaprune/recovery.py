@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from alphaprune import __version__, checkpoint, evaluate, hf, shards
+from alphaprune import __version__, checkpoint, evaluate, hf, shards, unfinished
 from alphaprune import model as models
 from alphaprune.data import Text
+from alphaprune.files import explained
 from alphaprune.formats import quantize, sbt
 from alphaprune.layer import SparseLinear, names_of, put, replace_each
 from alphaprune.pruning import PrunedBlock
@@ -291,7 +292,7 @@ class _Run:
         for place, (name, parameter) in enumerate(self.adapters.items()):
             tensors[f"value {name}"] = parameter
             tensors |= {f"{entry} {name}": tensor for entry, tensor in known[place].items()}
-        with checkpoint.explained(file):
+        with explained(file):
             shards.write(file, tensors.items())
 
     def load(self, file: Path) -> None:
@@ -339,7 +340,7 @@ def write(
     """
     settings.check()
     check_peft()
-    checkpoint.check_free(Path(out))
+    unfinished.check_free(Path(out))
     quantize.check(values, group)
     check_tokens(tokens, settings.batch)
     model, masks, fingerprint = _open(folder, device, values)
@@ -356,7 +357,7 @@ def write(
     found: dict[str, Any] = {}
 
     def run(restore: Any, finish: Any) -> Iterator[PrunedBlock]:
-        state = checkpoint.unfinished(out) / STATE
+        state = unfinished.place(out) / STATE
         given = (tokens, dtype, progress, state, save_seconds, teacher)
         found["losses"] = recover(model, masks, *given, **asdict(settings))
         for block in source.blocks():
@@ -368,7 +369,7 @@ def write(
         found["after"] = _judge(model, held_out, dtype)  # of the weights as they were written, int8 included
         recipe["loss"] = {"before": math.log(before.perplexity), "after": math.log(found["after"].perplexity)}
 
-    with checkpoint.nothing_left(out):
+    with unfinished.nothing_left(out):
         written = checkpoint.write_pruned(source, out, identity, recipe, run, packed, values, group, again=True)
     if "after" not in found:  # the run before this one was cut off when everything was there
         found = {"after": _judge(hf.load(out, device=device, tokens=None), held_out, dtype), "losses": []}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alphaprune.families import FAMILIES
+from alphaprune import families
 
 # The layers of a block of resizable families.
 QUERY, KEY, VALUE, OUT = (f"self_attn.{part}_proj" for part in "qkvo")
@@ -117,11 +117,11 @@ def reshape(decoder: nn.Module, prefix: str, config: Any, shapes: Shapes) -> Non
 def observe(decoder: nn.Module, prefix: str, config: Any) -> Shapes:
     """What of a model's blocks is not as its config says."""
     ranks = {f"{prefix}.{n}": m.rank for n, m in decoder.named_modules() if isinstance(m, LowRankLinear)}
-    if not _resizable(config.model_type):
+    if not _resizable(config):
         return Shapes(ranks=ranks)
     blocks = list(decoder.children())
     heads = tuple(kv_heads(block, config) for block in blocks)
-    channels = tuple(block.get_submodule(DOWN).in_features for block in blocks)
+    channels, config = tuple(block.get_submodule(DOWN).in_features for block in blocks), families.text_config(config)
     return Shapes(
         None if all(count == config.num_key_value_heads for count in heads) else heads,
         None if all(count == config.intermediate_size for count in channels) else channels,
@@ -135,33 +135,34 @@ def kv_heads(block: nn.Module, config: Any) -> int:
 
 
 def head_dim(config: Any) -> int:
+    config = families.text_config(config)
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def queries_per_key(config: Any) -> int:
+    config = families.text_config(config)
     return config.num_attention_heads // config.num_key_value_heads
 
 
 def check_layout(config: Any) -> None:
     """ValueError unless heads and channels of this kind of model are known."""
-    if not _resizable(config.model_type):
+    if not _resizable(config):
+        known = ", ".join(name for name, family in families.FAMILIES.items() if family.resizable)
         raise ValueError(
-            f"model type {config.model_type!r}: heads and channels can be removed from "
-            f"{', '.join(filter(_resizable, FAMILIES))} (resizable in families.py); use --bits or --rank-ratio for "
-            f"this one"
+            f"model type {families.kind(config)}: heads and channels can be removed from {known} (resizable in "
+            f"families.py); use --bits or --rank-ratio for this one"
         )
 
 
-def _resizable(model_type: str) -> bool:
-    return model_type in FAMILIES and FAMILIES[model_type].resizable
+def _resizable(config: Any) -> bool:
+    family = families.of(config)
+    return family is not None and family.resizable
 
 
 def _resize_attention(where: str, block: nn.Module, config: Any, count: int) -> None:
     width, queries = head_dim(config), queries_per_key(config)
-    if count > config.num_key_value_heads:
-        raise ValueError(
-            f"{where}: {count} kv_heads, config.json has {config.num_key_value_heads}; one of them is another model's"
-        )
+    if count > (most := families.text_config(config).num_key_value_heads):
+        raise ValueError(f"{where}: {count} kv_heads, config.json has {most}; one of them is another model's")
     for name, rows in ((QUERY, queries * count * width), (KEY, count * width), (VALUE, count * width)):
         _resize(block.get_submodule(name), rows=rows)
     _resize(block.get_submodule(OUT), columns=queries * count * width)

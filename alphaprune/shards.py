@@ -6,9 +6,11 @@ safetensors aligns only to 8 bytes; this writer pads the header with spaces and 
 """
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from alphaprune.files import fsync_folder
 
+AGAIN = "repeat the command when nothing writes there any more"
 ALIGNMENT = 64  # bytes: one cache line, one AVX-512 register
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -31,6 +34,13 @@ DTYPES = {
     "int8": "I8",
     "uint8": "U8",
     "bool": "BOOL",
+    # No weight of a layer that is pruned may be of these; what is beside them is copied as it is.
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e8m0fnu": "F8_E8M0",
+    "uint16": "U16",
+    "uint32": "U32",
+    "uint64": "U64",
 }
 BY_CODE = {code: name for name, code in DTYPES.items()}
 
@@ -51,9 +61,13 @@ def read_header(file: Path) -> dict[str, dict]:
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > size - 8:
                 raise ValueError(f"{file}: truncated, or no safetensors file ({size} bytes); copy it again")
-            header = json.loads(handle.read(length))
+            header = json.loads(handle.read(length), object_pairs_hook=partial(_once, file))
         header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        end = 0
+        for first, last, nbytes in sorted((*entry["data_offsets"], _nbytes(entry)) for entry in header.values()):
+            if first != end or last - first != nbytes:
+                raise ValueError(f"{file}: its header has tensors with holes between or other sizes; copy it again")
+            end = last
     except FileNotFoundError as error:
         raise ValueError(f"{file}: missing, although the index or config names it") from error
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -61,6 +75,22 @@ def read_header(file: Path) -> dict[str, dict]:
     if size != 8 + length + end:
         raise ValueError(f"{file}: has {size} bytes, its header describes {8 + length + end}; copy it again")
     return header
+
+
+def _once(file: Path, pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; ValueError if a name stands in it twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{file}: names {twice} twice, so which values count is not said; copy or write it again")
+    return found
+
+
+def _nbytes(entry: dict) -> int:
+    """The bytes that a tensor of this header takes; of a dtype that is not known here those that it says."""
+    first, last = entry["data_offsets"]
+    name, count = BY_CODE.get(entry["dtype"]), math.prod(entry["shape"])
+    return last - first if name is None else count * getattr(torch, name).itemsize
 
 
 class Shards:
@@ -73,12 +103,13 @@ class Shards:
         self._stamps: dict[str, tuple[int, ...]] = {}
         index = read_index(folder)
         for file in checkpoint_files(folder):
-            self._headers[file.name] = read_header(file)
-            self._stamps[file.name] = _stamp(file)
-            for name in self._headers[file.name]:
+            place = str(file.relative_to(folder))
+            self._headers[place] = read_header(file)
+            self._stamps[place] = _stamp(file)
+            for name in self._headers[place]:
                 if name in self._file_of:
-                    raise ValueError(f"{folder}: {name} is in both {self._file_of[name]} and {file.name}")
-                self._file_of[name] = file.name
+                    raise ValueError(f"{folder}: {name} is in both {self._file_of[name]} and {place}")
+                self._file_of[name] = place
         for name, named in index.items():
             if (found := self._file_of.get(name, named)) != named:
                 raise ValueError(f"{folder / INDEX}: says that {name} is in {named}, it is in {found}; copy both again")
@@ -98,6 +129,28 @@ class Shards:
         with self._open(name) as file:
             return file.get_tensor(name)
 
+    def loaded(self, name: str) -> Tensor:
+        """The values, read into memory.
+
+        Whoever computes with a mapped file while another program cuts it off is ended by a signal; a read says so.
+        """
+        entry, file = self._entry(name), self.folder / self._file_of[name]
+        first, last = entry["data_offsets"]
+        data = torch.empty(last - first, dtype=torch.uint8)
+        view, done = memoryview(data.numpy()), 0
+        with file.open("rb", buffering=0) as handle:
+            handle.seek(8 + int.from_bytes(handle.read(8), "little") + first)
+            while done < len(view):  # one call reads 2 GB at most
+                count = handle.readinto(view[done:])
+                if not count:
+                    raise ValueError(f"{file}: was cut off while it was read; {AGAIN}")
+                done += count
+        return data.view(getattr(torch, BY_CODE[entry["dtype"]])).reshape(entry["shape"])
+
+    def stamps(self) -> dict[str, list[int]]:
+        """Of every file its bytes and when it was written, in nanoseconds: by which a later run knows it again."""
+        return {place: list(stamp[:2]) for place, stamp in self._stamps.items()}
+
     def rows(self, name: str, rows: list[int]) -> Tensor:
         """Some rows of a matrix; the rest is not read."""
         with self._open(name) as file:
@@ -112,8 +165,7 @@ class Shards:
                 raise ValueError(f"{file}: was removed while it was read; put it back and repeat the command")
             if _stamp(file) != stamp:
                 raise ValueError(
-                    f"{file}: was changed while it was read, so a part of it would be of another model; repeat the "
-                    f"command when nothing writes there any more"
+                    f"{file}: was changed while it was read, so a part of it would be of another model; {AGAIN}"
                 )
 
     def part(self, name: str, index: int, rows: slice) -> Tensor:
@@ -149,20 +201,11 @@ def read_index(folder: Path) -> dict[str, str]:
     index = folder / INDEX
     if not index.is_file():
         return {}
-    twice: list[str] = []
-
-    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        twice.extend(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        return dict(pairs)
-
     try:
-        found = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=once)["weight_map"]
-        names = {name: str(Path(file)) for name, file in found.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        found = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=partial(_once, index))["weight_map"]
+        return {name: str(Path(file)) for name, file in found.items()}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: is no index of safetensors files; copy it again") from error
-    if twice:
-        raise ValueError(f"{index}: names {twice[0]} twice, so which values count is not said; copy or write it again")
-    return names
 
 
 def checkpoint_files(folder: Path) -> list[Path]:

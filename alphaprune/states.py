@@ -98,12 +98,19 @@ class States(MutableSequence):
         return slot
 
     def _write(self, tensor: Tensor, start: int) -> "_Slot":
-        if self._file is None:
-            self._file = tempfile.TemporaryFile(dir=self._room.folder, buffering=0)  # noqa: SIM115 - lives as this does
         data = memoryview(tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy())
         done = 0
-        while done < len(data):  # one call writes 2 GB at most
-            done += os.pwrite(self._file.fileno(), data[done:], start + done)
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(dir=self._room.folder, buffering=0)  # noqa: SIM115 - lives on
+            while done < len(data):  # one call writes 2 GB at most
+                done += os.pwrite(self._file.fileno(), data[done:], start + done)
+        except OSError as error:
+            where = self._room.folder or tempfile.gettempdir()
+            raise ValueError(
+                f"{where}: hidden states between blocks, {self._end / 1e9:.3g} GB by now, do not fit there: "
+                f"{error.strerror or error}; give --spill DIR with more room, or keep more in --memory GB"
+            ) from error
         return _Slot(start, tensor.shape, tensor.dtype, tensor.device, tensor.nbytes)
 
     def _read(self, slot: "_Slot") -> Tensor:

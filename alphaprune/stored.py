@@ -40,6 +40,7 @@ class Stored:
         self.raw, self.plain = raw, plain
         self._names = set(raw.names())
         self.bitmasks = bitmask.find(self._names)
+        self.floating = [n for n, p in skeleton.named_parameters() if p.is_floating_point()]
         self.linears = {n: m for n, m in skeleton.named_modules() if isinstance(m, nn.Linear)}
         self.packed = {name: layer for name, layer in self.linears.items() if f"{name}.weight_mask" in self._names}
         for name, layer in self.packed.items():
@@ -71,10 +72,12 @@ class Stored:
 
     def tensor(self, name: str) -> Tensor:
         """The dense values; of a dense tensor mapped from the file."""
-        return self.tensor_and_mask(name)[0]
+        layer = name.removesuffix(".weight")
+        plain = layer not in self.bitmasks and layer not in self.packed
+        return self.raw.tensor(name) if plain else self.tensor_and_mask(name)[0]
 
     def tensor_and_mask(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """The dense values, and which of them the files keep, bool [N, K]; None where the tensor is dense there."""
+        """The dense values in memory, and which of them the files keep, bool [N, K], or None where all are there."""
         layer = name.removesuffix(".weight")
         if layer in self.bitmasks:
             found = bitmask.read(self.raw, layer, self.bitmasks[layer])
@@ -83,7 +86,7 @@ class Stored:
             packed = self._packed(layer)
             formats.get("sbt").validate(packed, layer)
             return formats.get("sbt").dense(packed, None if packed.scale is None else self.plain)
-        return self.raw.tensor(name), None
+        return self.raw.loaded(name), None
 
     def rows(self, name: str, rows: list[int]) -> Tensor:
         """Some rows of a matrix, dense; of a packed one only the tiles that they lie in are read."""
@@ -109,15 +112,21 @@ class Stored:
     def check_unchanged(self) -> None:
         self.raw.check_unchanged()
 
-    def check_floating(self) -> None:
-        """ValueError naming the first layer whose dense values are no floating-point numbers that are read here."""
-        for layer in self.linears:
-            name = f"{layer}.weight"
-            if self.layout(layer) == "dense" and name in self._names:
-                code = self.raw.dtype(name)
-                if code not in (*VALUE_TYPES, "float64"):
+    def stamps(self) -> dict[str, list[int]]:
+        return self.raw.stamps()
+
+    def check_floating(self, is_text: Callable[[str], bool]) -> None:
+        """ValueError naming the first layer whose dense values are no floating-point numbers that are read here.
+
+        is_text: which tensors are looked at, by name; what multimodal models have beside them is copied as it is.
+        """
+        for name in self.floating:
+            layer = name.removesuffix(".weight")
+            if self.layout(layer) == "dense" and name in self._names and is_text(name):
+                kind = self.raw.dtype(name)
+                if kind not in (*VALUE_TYPES, "float64"):
                     raise ValueError(
-                        f"{layer}: its weights are {code}, quantized by another method; wanted float32, float16 or "
+                        f"{layer}: its weights are {kind}, quantized by another method; wanted float32, float16 or "
                         f"bfloat16: take the checkpoint from before that, or dequantize it first"
                     )
 

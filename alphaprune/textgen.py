@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from alphaprune import data, generate, hf, text_request
 from alphaprune import model as models
 from alphaprune.detokenize import Detokenizer
+from alphaprune.families import text_config
 from alphaprune.text_request import Config, Request
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class TextGeneration:
             folder = models.resolve(model)
             self.tokenizer = tokenizer or data.load_tokenizer(folder)
             self.model = hf.load(folder, dtype, device)
-        self.context: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        self.context: int | None = getattr(text_config(self.model.config), "max_position_embeddings", None)
         self._lock = threading.Lock()
 
     def __call__(
@@ -138,7 +139,7 @@ class TextGeneration:
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a prompt; one at least."""
-        return list(self.tokenizer(text, verbose=False).input_ids) or [self.model.config.bos_token_id or 0]
+        return list(self.tokenizer(text, verbose=False).input_ids) or [text_config(self.model.config).bos_token_id or 0]
 
     def request(
         self,

@@ -17,6 +17,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 
 from alphaprune import formats, timing
 from alphaprune.decoder import Decoder, why_not
+from alphaprune.families import text_config
 from alphaprune.generate import in_graphs
 from alphaprune.graphs import Steps
 from alphaprune.layer import SparseLinear
@@ -112,8 +113,8 @@ def cache_bytes(model: nn.Module, load: Load) -> int:
 
 
 def _turn(model: nn.Module, decoder: str, load: Load) -> Turn:
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, model.config.vocab_size, (load.batch, load.prompt), generator=generator).to(model.device)
+    generator, vocabulary = torch.Generator().manual_seed(0), text_config(model.config).vocab_size
+    tokens = torch.randint(0, vocabulary, (load.batch, load.prompt), generator=generator).to(model.device)
     return (_ours if decoder == "alphaprune" else _theirs)(model, tokens, load)
 
 

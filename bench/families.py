@@ -9,10 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from family_models import KINDS, METHODS, NOT_SERVED  # noqa: E402
+from family_models import KINDS, METHODS, NOT_SERVED, WHOLES  # noqa: E402
 
 from alphaprune import decoder, permute  # noqa: E402
-from alphaprune.families import FAMILIES, Family  # noqa: E402
+from alphaprune.families import FAMILIES, MULTIMODAL, TEXT, Family  # noqa: E402
 
 PAGE = ROOT / "docs" / "families.md"
 NAMES = {
@@ -20,6 +20,10 @@ NAMES = {
     **{"gemma2": "Gemma 2", "gemma3_text": "Gemma 3, text", "phi3": "Phi-3, Phi-4"},
     **{"opt": "OPT", "falcon": "Falcon", "mpt": "MPT", "mixtral": "Mixtral", "qwen2_moe": "Qwen 2 MoE"},
     "qwen3_moe": "Qwen 3 MoE",
+}
+PICTURES = {
+    **{"gemma3": "Gemma 3", "llava": "LLaVA 1.5", "llava_next": "LLaVA-NeXT", "mistral3": "Mistral Small 3.1"},
+    **{"paligemma": "PaliGemma", "qwen2_vl": "Qwen 2 VL", "qwen2_5_vl": "Qwen 2.5 VL", "qwen3_vl": "Qwen 3 VL"},
 }
 HEAD = """# Families of models
 
@@ -42,6 +46,18 @@ block, as though they had been, and a warning names it: more calibration text is
 
 Packed experts are loaded by transformers 5.8 and newer, and not shared by ranks (`tp_plan`).
 
+## Models that read pictures
+
+In these a text model, `{text}`, is one part of the whole. Its layers are analyzed, planned, pruned,
+packed and run as those of its family above are; calibration and evaluation read text alone. All that is beside it
+(towers, projectors) is copied bit by bit under the names that it has in the files. `alphaprune.load` gives the whole
+model, and so does `AutoModelForImageTextToText.from_pretrained` after `import alphaprune`: it reads pictures as before.
+The decoder is that of transformers; `serve` takes text, with the batching of transformers.
+
+{pictures}
+A text model of another family than the table's above is refused, with its name. To add a model: a line in MULTIMODAL.
+Such models were not run in vLLM.
+
 ## What is run for each of them
 
 For every kind below a small random model of two blocks, in float32, goes through analysis, an alpha plan, Wanda,
@@ -50,6 +66,9 @@ other tests are made, through {methods} with uniform plans. Logits must be as ne
 error of the dense model of transformers that has the same zeros, and greedy tokens the same:
 `pytest tests/test_families.py tests/test_experts.py tests/test_families_run.py`, with `-m slow` for the rest. Kinds:
 {variants}.
+
+Models that read pictures go through the same with Wanda, `pytest tests/test_multimodal.py`: what is beside the text
+model must have the same bits, and a picture must give the logits that it gives with dense layers (Gemma 3, LLaVA).
 
 No published checkpoint of these families was pruned for this page.
 """
@@ -64,6 +83,17 @@ def row(name: str, family: Family) -> list[str]:
     return [f"{NAMES[name]} (`{name}`)", f"`{family.blocks}`", layers, dense, where, served, permuted]
 
 
+def _pictures() -> str:
+    """The table of multimodal models; what was tried inside each is what the tests make."""
+    rows = [["model (`model_type`)", "text models tried inside", "names in files"], ["---"] * 3]
+    for name, whole in MULTIMODAL.items():
+        inside = {text for kind, (text, _, _) in WHOLES.items() if kind.partition(":")[0] == name}
+        inside = ", ".join(f"`{text}`" + (f", as `{whole.like}`" if whole.like else "") for text in sorted(inside))
+        names = next((f"`{there}`" for here, there in whole.stored if here == f"{TEXT}."), f"`{TEXT}.`")
+        rows.append([f"{PICTURES[name]} (`{name}`)", inside, f"{names}…"])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+
+
 def page() -> str:
     """The text of docs/families.md."""
     head = ["family (`model_type`)", "blocks", "pruned; layers with a comma between them share their input"]
@@ -72,8 +102,9 @@ def page() -> str:
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
     methods = [f"{m} ({pattern})" if pattern != "unstructured" else m for m, pattern in METHODS.items() if m != "wanda"]
     kinds = ", ".join(f"`{kind}`" for kind in KINDS)
-    reasons = "".join(f"- `{name}`: {why}\n" for name, why in NOT_SERVED.items())
-    text = EXPERTS.format(methods=", ".join(methods), variants=kinds)
+    inside = {"paligemma": ", with Gemma 2 inside"}
+    reasons = "".join(f"- `{name}`{inside.get(name, '')}: {why}\n" for name, why in NOT_SERVED.items())
+    text = EXPERTS.format(methods=", ".join(methods), variants=kinds, text=TEXT, pictures=_pictures())
     return (
         f"{HEAD}\n{table}\n`serve` refuses these, with what stops transformers' continuous batching:\n\n{reasons}{text}"
     )

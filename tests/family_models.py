@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
 import alphaprune
-from alphaprune import checkpoint
+from alphaprune import checkpoint, families
 from alphaprune.model import open_source
 from alphaprune.pruning import Recipe, prune_blocks
 
@@ -55,6 +55,32 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "mlp_only_layers": [1]},
 }
+# Multimodal models: what holds the text model, which is one of those above or, of Qwen's, like them.
+PICTURES = {
+    **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2},
+    **{"image_size": 16, "patch_size": 4},
+}
+SIGLIP, CLIP = ({**PICTURES, "model_type": f"{name}_vision_model"} for name in ("siglip", "clip"))
+PIXTRAL = {**PICTURES, "model_type": "pixtral", "head_dim": 8}
+QWEN = {"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+QWEN_2 = {**QWEN, "embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2}
+QWEN_25 = {**QWEN, "hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32}
+QWEN_3 = {**QWEN_25, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+IMAGE = {"image_token_index": 257}
+QWEN_IMAGE = {"image_token_id": 257, "video_token_id": 258, "vision_start_token_id": 259, "vision_end_token_id": 260}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+# Kind of the text model, what is particular of it, and the rest.
+WHOLES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "gemma3": ("gemma3_text", {}, {"vision_config": SIGLIP, "mm_tokens_per_image": 4, **IMAGE}),
+    "llava": ("llama", {}, {"vision_config": CLIP, **IMAGE}),
+    "llava:mistral": ("mistral", {}, {"vision_config": CLIP, **IMAGE}),
+    "llava_next": ("mistral", {}, {"vision_config": CLIP, "image_grid_pinpoints": [[16, 16]], **IMAGE}),
+    "mistral3": ("mistral", {}, {"vision_config": PIXTRAL, **IMAGE}),
+    "paligemma": ("gemma2", {}, {"vision_config": SIGLIP, "projection_dim": 32, **IMAGE}),
+    "qwen2_vl": ("qwen2_vl_text", MROPE, {"vision_config": QWEN_2, **QWEN_IMAGE}),
+    "qwen2_5_vl": ("qwen2_5_vl_text", MROPE, {"vision_config": QWEN_25, **QWEN_IMAGE}),
+    "qwen3_vl": ("qwen3_vl_text", MROPE, {"vision_config": QWEN_3, **QWEN_IMAGE}),
+}
 TOKENS = torch.randint(3, 257, (5, 40), generator=torch.Generator().manual_seed(5))
 PROMPT = TOKENS[:1, :12]
 
@@ -69,22 +95,32 @@ def skip_older(kind: str) -> None:
         pytest.skip("MPT has no float64 before transformers 5.8")
 
 
-def make(kind: str, seed: int = 0, **changes: Any) -> nn.Module:
-    """A model of this kind in float32; layer norms and biases are no trivial ones."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def config_of(kind: str, **changes: Any) -> Any:
+    """The config of a model of this kind; changes: of its text model."""
+    from transformers import AutoConfig
 
     family = kind.partition(":")[0]
+    if kind in WHOLES:
+        text, more, whole = WHOLES[kind]
+        inside = {**COMMON, **KINDS.get(text, {}), **more, **changes, "model_type": text}
+        return AutoConfig.for_model(family, text_config=inside, tie_word_embeddings=False, **whole)
     common = {n: v for n, v in COMMON.items() if family not in ("opt", "falcon", "mpt") or n not in OTHER_NAMES}
+    return AutoConfig.for_model(family, **{**common, **KINDS[kind], **changes})
+
+
+def make(kind: str, seed: int = 0, **changes: Any) -> nn.Module:
+    """A model of this kind in float32; layer norms and biases are no trivial ones."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(family, **{**common, **KINDS[kind], **changes})
-    ).eval()
+    config = config_of(kind, **changes)
+    model = families.auto_class(config).from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
             elif name.endswith("gate.weight") and "mlp.gate." in name:  # a router with opinions
                 parameter.normal_()
+            elif not parameter.any():  # a projector that would see no picture
+                parameter.normal_(0, 0.2)
     return model
 
 
@@ -131,6 +167,7 @@ NOT_SERVED = {
     "opt": "no attribute 'get_seq_length'",
     "falcon": "no attribute 'get_seq_length'",
     "mpt": "'NoneType' object has no attribute 'to'",
+    "paligemma": "it leaves the cap on attention scores out",
 }
 # Which methods are run for every kind, with which pattern.
 METHODS = {

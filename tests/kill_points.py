@@ -101,8 +101,14 @@ def main() -> int:
     import torch
 
     import alphaprune.commands.analyze
+    import alphaprune.commands.compress
+    import alphaprune.commands.convert
     import alphaprune.commands.prune
-    import alphaprune.hf  # noqa: F401 - children take over what is imported
+    import alphaprune.commands.recover
+    import alphaprune.hf  # children take over what is imported
+
+    if command[0] == "recover":
+        import alphaprune.masked_lora  # noqa: F401
 
     torch.set_num_threads(1)
     print(f"seed {seed}")

@@ -2,9 +2,9 @@
 
     python tests/rank_runs.py RUNS.json
 
-A run is {"commands": one list of words per rank, "patch": {rank: "exit" | "threads"}}; its line holds the exit status
-of each rank and what each said on stderr. "exit": this rank dies like a killed one when it comes to the weights;
-"code": it takes itself for other sources.
+A run is {"commands": one list of words per rank, "patch": {rank: word}}; its line holds the exit status of each rank
+and what each said on stderr. "exit": this rank dies like a killed one when it comes to the weights; "code": it takes
+itself for other sources; "text": it has another text in the same file.
 """
 
 import json
@@ -30,12 +30,15 @@ def start(rank: int, size: int, port: int, words: list[str], patch: str | None, 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    from alphaprune import analysis, cli, ranks
+    from alphaprune import analysis, cli, data, ranks
 
     if patch == "exit":
         analysis._by_weights = lambda *_: os._exit(9)
     elif patch == "code":
         ranks.code = lambda: "other sources"
+    elif patch == "text":
+        read = data.read_text
+        data.read_text = lambda file: read(file) + "x"
     os._exit(cli.main(words))
 
 

@@ -12,7 +12,7 @@ from test_checkpoint import make_plan, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import alphaprune
-from alphaprune import SparseLinear, checkpoint, cli, hf, inspection, shards
+from alphaprune import SparseLinear, cli, hf, inspection, shards, unfinished
 from alphaprune.formats import quantize, sbt
 from alphaprune.model import make_skeleton, open_source, read_config
 from alphaprune.pruning import Recipe, prune_blocks
@@ -73,7 +73,7 @@ def test_written_directory_holds_the_rounded_weights(directory: Path, tmp_path: 
             assert torch.equal(module.weight, live.get_submodule(name).weight)
     settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert settings == {"quant_method": "alphaprune", "format": "sbt", "format_version": 1, "values": "int8"}
-    recipe = json.loads((tmp_path / "out" / checkpoint.RECIPE).read_text())
+    recipe = json.loads((tmp_path / "out" / unfinished.RECIPE).read_text())
     assert recipe["quantization_error"][LAYER] == written.errors[LAYER]._asdict()
 
 
@@ -137,7 +137,7 @@ def test_a_live_model_saves_its_errors(directory: Path, tmp_path: Path) -> None:
     model = alphaprune.sparsify(alphaprune.load(directory, torch.bfloat16), values="int8")
     written = alphaprune.save(model, tmp_path / "out")
     assert written.errors[LAYER] == model.get_submodule(LAYER).quantization_error
-    assert json.loads((tmp_path / "out" / checkpoint.RECIPE).read_text())["quantization_error"].keys() >= {LAYER}
+    assert json.loads((tmp_path / "out" / unfinished.RECIPE).read_text())["quantization_error"].keys() >= {LAYER}
     assert written.dense_bytes == 2 * sum(m.in_features * m.out_features for m in sparse_layers(model))
     assert torch.equal(logits(alphaprune.load(tmp_path / "out")), logits(model))
     info = inspection.describe_model(tmp_path / "out")
@@ -195,7 +195,7 @@ def prune(tmp_path: Path, directory: Path, monkeypatch: pytest.MonkeyPatch, caps
 def test_the_command_says_what_was_lost(prune) -> None:
     status, out, _ = prune("--values", "int8", "--group", "128", "--json")
     found = json.loads(out)
-    recipe = json.loads(Path("out", checkpoint.RECIPE).read_text())
+    recipe = json.loads(Path("out", unfinished.RECIPE).read_text())
     assert status == 0 and found["quantization_error"] == recipe["quantization_error"]
     assert len(found["quantization_error"]) == found["packed_layers"] == 21
     assert (recipe["values"], recipe["group"]) == ("int8", 128) and "errors" not in found
@@ -213,7 +213,7 @@ def test_a_run_with_other_values_is_another_run(prune, monkeypatch: pytest.Monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.Writer, "finish", stop)
+        patch.setattr(unfinished.Writer, "finish", stop)
         assert prune("--values", "int8")[0] == 130
     for arguments, message in (
         ((), "another values lies here (int8, now None)"),

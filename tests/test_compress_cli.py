@@ -15,7 +15,7 @@ from conftest import make_model
 from guides import DOCS, blocks
 
 import alphaprune
-from alphaprune import checkpoint, hf, recovery
+from alphaprune import hf, recovery, unfinished
 from alphaprune.compressions import export
 
 PAGE = DOCS / "compressions.md"
@@ -158,7 +158,7 @@ def test_cut_off_after_the_folder_has_its_name(run, directory: Path, tmp_path: P
     wanted = run(*command)
     content = {file.name: file.read_bytes() for file in Path("out").iterdir()}
     shutil.rmtree("out")
-    replace_file = checkpoint.os.replace
+    replace_file = unfinished.os.replace
 
     def cut_off(source, target) -> None:
         replace_file(source, target)
@@ -166,7 +166,7 @@ def test_cut_off_after_the_folder_has_its_name(run, directory: Path, tmp_path: P
             raise ValueError("cut off")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "replace", cut_off)
+        patch.setattr(unfinished.os, "replace", cut_off)
         assert run(*command)[0] == 2
     assert run(*command) == wanted
     assert {file.name: file.read_bytes() for file in Path("out").iterdir()} == content

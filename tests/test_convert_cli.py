@@ -72,7 +72,7 @@ BAD = {
     "no norm": (("no norm", "o"), "no tensor model.norm.weight"),
     "damaged bits": (("damaged", "o"), "model.layers.2.self_attn.q_proj: its bitmask keeps"),
     "truncated": (("truncated", "o"), "copy it again"),
-    "float8": (("float8", "o"), "model.layers.0.mlp.up_proj: its weights are F8_E4M3, .* wanted float32"),
+    "float8": (("float8", "o"), "model.layers.0.mlp.up_proj: its weights are float8_e4m3fn, .* wanted float32"),
     "another family": (("family", "o"), "gpt2"),
     "fewer blocks": (("fewer", "o"), r"tensor model\.layers\.2\..* no place for it"),
     "no such activation": (("activation", "o"), "config.json cannot be used: .*gellu"),

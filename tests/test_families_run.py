@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, write_tokenizer
-from family_models import KINDS, NOT_SERVED, PROMPT, TOKENS, make, plan_of
+from family_models import KINDS, NOT_SERVED, PROMPT, TOKENS, WHOLES, make, plan_of
 
 import alphaprune
 from alphaprune import data, decoder, generate
-from alphaprune.families import FAMILIES
+from alphaprune.families import FAMILIES, MULTIMODAL
 
 sys.path.insert(0, str(ROOT / "bench"))
 import families as page
@@ -105,11 +105,11 @@ def test_a_family_is_refused_by_the_server(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gemma2"])
+@pytest.mark.parametrize("kind", [kind for kind in (*KINDS, *WHOLES) if kind != "gemma2"])
 def test_the_others_are_served_or_refused(kind: str, tmp_path: Path) -> None:
     serve(kind, tmp_path / "packed")
 
 
 def test_the_page_of_families_is_of_this_table() -> None:
     assert (ROOT / "docs" / "families.md").read_text(encoding="utf-8") == page.page()
-    assert all(f"`{name}`" in page.page() for name in FAMILIES)
+    assert all(f"`{name}`" in page.page() for name in (*FAMILIES, *MULTIMODAL))

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 from conftest import make_model, write_tokenizer
 
+import alphaprune
+
 KILLS = 6
+OPTIONS = {
+    "analyze": ["--samples", "4"],
+    "prune": ["--samples", "4", "--sparsity", "0.6", "--allocator", "owl", "--values", "int8"],
+    "convert": ["--values", "int8"],
+    "compress": ["--samples", "4", "--rank-ratio", "0.6", "--allocator", "uniform"],
+    "recover": ["--steps", "3", "--batch", "2", "--rank", "4", "--save-seconds", "0", "--windows", "2"],
+}
 
 
 def command(folder: Path, out: str) -> list[str]:
@@ -53,17 +62,24 @@ def test_killed_at_random_moments(tmp_path: Path, text_file: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("what", "kills"), [("analyze", 14), ("prune", 36)])
+@pytest.mark.parametrize(
+    ("what", "kills"), [("analyze", 14), ("prune", 36), ("convert", 10), ("compress", 10), ("recover", 8)]
+)
 def test_killed_at_any_call_and_without_power(what: str, kills: int, tmp_path: Path, text_file: Path) -> None:
-    """50 random moments in all, each before or after a call to the file system: see kill_points.py."""
+    """50 random moments and more, each before or after a call to the file system: see kill_points.py."""
     changes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 8}
-    make_model(3, **changes).save_pretrained(tmp_path / "model")
+    model = make_model(3, **changes)
+    if what in ("convert", "recover"):
+        alphaprune.prune(
+            model, alphaprune.plan(alphaprune.analyze(model, fit=None), 0.6, allocator="uniform"), "magnitude"
+        )
+    model.save_pretrained(tmp_path / "model")
     write_tokenizer(tmp_path / "model")
     goal, whole = (tmp_path / what / name for name in ("out", "whole"))
     goal.parent.mkdir()
-    options = [str(tmp_path / "model"), "-o", str(goal), "--calibration", str(text_file)]
-    options += ["--samples", "4", "--length", "32", *(["--sparsity", "0.6"] if what == "prune" else [])]
-    options += ["--allocator", "owl", "--values", "int8"] if what == "prune" else []
+    options = [str(tmp_path / "model"), *(["-o"] if what != "convert" else []), str(goal), *OPTIONS[what]]
+    if what in ("analyze", "prune", "compress", "recover"):
+        options += ["--calibration", str(text_file), "--length", "32"]
     seed = random.randrange(1 << 30)
     script = [sys.executable, str(Path(__file__).with_name("kill_points.py")), str(seed), str(kills)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

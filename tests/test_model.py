@@ -143,5 +143,5 @@ def test_weights_that_others_quantized_are_refused_with_the_remedy(directory: Pa
         tensors = load_file(file)
         fp8 = {n: t.to(torch.float8_e4m3fn) if n.endswith("proj.weight") else t for n, t in tensors.items()}
         save_file(fp8, file)
-    with pytest.raises(ValueError, match=r"0\.\S+_proj: its weights are F8_E4M3, quantized by another method"):
+    with pytest.raises(ValueError, match=r"0\.\S+_proj: its weights are float8_e4m3fn, quantized by another method"):
         models.open_source(tmp_path / "m")

@@ -1,10 +1,13 @@
 """Masks against the published rules, exact counts, the pruned prefix, patterns, and refusals."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, write_tokenizer
 from torch import Tensor, nn
 
 import alphaprune
@@ -198,3 +201,42 @@ def test_prune_keeps_what_its_analysis_found(
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["out"]
     wanted = {f.name: f.read_bytes() for f in (tmp_path / "whole").iterdir()}
     assert {f.name: f.read_bytes() for f in (tmp_path / "new" / "out").iterdir()} == wanted
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+from alphaprune.cli import main
+
+def peak():
+    return 1024 * int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])
+
+folder, text = Path(sys.argv[1]), ["--calibration", sys.argv[2], "--samples", "4", "--length", "64", "--memory", "0"]
+prune = [["--method", "magnitude"], text, [*text, "--method", "sparsegpt"]]
+grown = []
+for model in ("small", "large"):  # the first one for imports
+    for index, options in enumerate(prune):
+        before = peak()
+        out = ["-o", str(folder / f"{model}-{index}"), "--sparsity", "0.6", "--allocator", "uniform"]
+        assert main(["prune", str(folder / model), *out, *options]) == 0
+        grown.append(peak() - before)
+print(max(grown[len(prune):]))
+"""
+
+
+@pytest.mark.slow
+def test_never_the_whole_model_in_memory(tmp_path: Path, text_file: Path) -> None:
+    """The peak of a process grows by a few blocks of sixteen, with hidden states in a file."""
+    changes = {"hidden_size": 512, "intermediate_size": 1536, "head_dim": 64}
+    changes |= {"num_attention_heads": 8, "num_key_value_heads": 8}
+    model = make_model(3, num_hidden_layers=16, **changes)
+    size = sum(p.nbytes for p in model.model.layers.parameters())
+    model.save_pretrained(tmp_path / "large", max_shard_size="50MB")
+    del model
+    make_model(3, num_hidden_layers=1, **changes).save_pretrained(tmp_path / "small")
+    for name in ("small", "large"):
+        write_tokenizer(tmp_path / name)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}  # freed is given back
+    command = [sys.executable, "-c", MEASURED, str(tmp_path), str(text_file)]
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
+    assert int(found.splitlines()[-1]) < 3 / 16 * size, (found, size)

@@ -103,15 +103,20 @@ def test_who_does_not_belong_is_refused_and_who_dies_takes_the_others_along(plac
         {"commands": [same, words(place, "analyze", "x.json", "--seed", "1")]},
         {"commands": [same, same], "patch": {"1": "code"}},
         {"commands": [same, same, same], "patch": {"2": "exit"}},
+        {"commands": [same, same], "patch": {"1": "text"}},
+        {"commands": [words(place, "prune", "out", "--sparsity", "0.5")] * 2, "patch": {"1": "text"}},
     ]
-    other_arguments, other_code, dead = results(place, runs)
+    other_arguments, other_code, dead, *other_text = results(place, runs)
+    for found in other_text:
+        assert found["codes"] == [2, 2], found
+        assert all("rank 1 has another calibration than rank 0" in text for text in found["stderr"])
     assert other_arguments["codes"] == other_code["codes"] == [2, 2]
     assert all("rank 1 has another --seed than rank 0: 1, not 0" in text for text in other_arguments["stderr"])
     assert all("rank 1 has another code than rank 0" in text for text in other_code["stderr"])
     assert dead["codes"] == [2, 2, 9]
     for text in dead["stderr"][:2]:
         assert "another process of this run is gone" in text and "Traceback" not in text, text
-    assert not (place / "x.json").exists()
+    assert not (place / "x.json").exists() and not list(place.glob("out*.part"))
 
 
 @pytest.mark.slow

@@ -108,6 +108,48 @@ def test_an_index_that_contradicts_itself_or_the_files(tmp_path: Path) -> None:
         shards.Shards(tmp_path)
 
 
+HEADERS = {
+    "twice": '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": '
+    '{"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+    "hole": '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+    "overlap": '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": '
+    '{"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+    "shape": '{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}',
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_headers_that_cannot_be_meant(tmp_path: Path, kind: str) -> None:
+    text = HEADERS[kind].encode()
+    (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    message = "names a twice" if kind == "twice" else "tensors with holes between or other sizes"
+    with pytest.raises(ValueError, match=rf"x\.safetensors: .*{message}.*copy"):
+        shards.read_header(tmp_path / "x.safetensors")
+
+
+def test_what_is_loaded_is_what_is_mapped(tmp_path: Path) -> None:
+    more = {"f8": torch.randn(3, 5).to(torch.float8_e5m2), "none": torch.empty(0, 7), "one": torch.tensor(3.0)}
+    tensors = {**TENSORS, **more, "yes": torch.tensor([[True, False]])}
+    shards.write(tmp_path / shards.SINGLE, tensors.items())
+    found = shards.Shards(tmp_path)
+    for name, tensor in tensors.items():
+        loaded = found.loaded(name)
+        assert loaded.dtype == tensor.dtype == found.tensor(name).dtype and loaded.shape == tensor.shape
+        assert bytes(loaded.reshape(-1).view(torch.uint8)) == bytes(tensor.reshape(-1).view(torch.uint8)), name
+    os.truncate(tmp_path / shards.SINGLE, 700)
+    with pytest.raises(ValueError, match=r"model\.safetensors: was cut off while it was read"):
+        [found.loaded(name) for name in tensors]
+
+
+def test_an_index_may_name_files_in_folders(tmp_path: Path) -> None:
+    index = two_files(tmp_path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.safetensors").rename(tmp_path / "sub" / "b.safetensors")
+    index.write_text(json.dumps({"weight_map": {"a": "sub/b.safetensors", "b": "b.safetensors"}}))
+    found = shards.Shards(tmp_path)
+    assert torch.equal(found.tensor("a"), torch.ones(4)) and torch.equal(found.loaded("a"), torch.ones(4))
+
+
 def test_a_file_that_changes_or_goes_away_is_noticed(tmp_path: Path) -> None:
     two_files(tmp_path)
     found = shards.Shards(tmp_path)

@@ -55,6 +55,7 @@ def _analyze(
     tokens, identity = None, None
     if calibration is not None:
         tokens, identity = calibration_windows(source, calibration, samples, window_length(length, source.config), seed)
+        ranks.agree(identity)  # files of one name may differ between machines
     room = room_for(memory, spill, output)
     total = analysis.steps(source.block_count(), fit, magnitudes, sampled, tokens is not None)
     with bar(total, "analyze", "block") as tick:

@@ -71,12 +71,12 @@ def run(
 
 
 def _check_places(output: str | None, save_plan: str | None) -> None:
-    from alphaprune import checkpoint
+    from alphaprune import unfinished
 
     if output is None and save_plan is None:
         raise ValueError("give -o OUT for the compressed model, or --save-plan FILE for its plan, or both")
     if output is not None:
-        checkpoint.check_free(Path(output))
+        unfinished.check_free(Path(output))
     if save_plan is not None:
         check_file(save_plan)
 
@@ -139,7 +139,7 @@ def _planned(
 
 
 def _written(source: models.Source, output: str, plan: Any, recipe: Any, identity: dict[str, Any], tokens: Any) -> Any:
-    from alphaprune import __version__, checkpoint, compressions
+    from alphaprune import __version__, compressions, unfinished
 
     how = {name: value for name, value in vars(recipe).items() if name != "device"}
     recipe.need(plan)  # what does not go together is said before the model is read
@@ -147,7 +147,7 @@ def _written(source: models.Source, output: str, plan: Any, recipe: Any, identit
     identity["plan"] = hashlib.sha256(plan.to_json().encode()).hexdigest()
     made = {"alphaprune": __version__, "source": source.name, **identity, "plan": plan.to_dict()}
     progress = bar(source.block_count(), f"compress ({plan.method})", "block")
-    with checkpoint.nothing_left(output), progress as tick:
+    with unfinished.nothing_left(output), progress as tick:
         return compressions.write(source, output, plan, recipe, identity, made, tokens, tick)
 
 

@@ -34,9 +34,9 @@ def run(
     check_values(values, group, format)
     if format == "dense" and negative_zeros is not None:
         raise ValueError("--negative-zeros is about packing: leave out --format dense")
-    from alphaprune import checkpoint, convert
+    from alphaprune import convert, unfinished
 
-    checkpoint.check_free(Path(new))
+    unfinished.check_free(Path(new))
     with bar(None, "check", "layer") as tick:
         source = convert.open_stored(old, tick)
     with bar(source.block_count(), "convert", "block") as tick:

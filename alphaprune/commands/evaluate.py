@@ -6,6 +6,7 @@ from typing import Any
 from alphaprune import model as models
 from alphaprune.commands.shared import dump, origin, window
 from alphaprune.console import bar, table
+from alphaprune.families import text_config
 
 BLANK_ROW = "\n" * 4  # an empty row between two joints
 
@@ -79,7 +80,7 @@ def _tasks(
 
     evaluation.check_numbers(limit, batch)
     place = models.resolve(model)
-    config = models.read_config(place)
+    config = text_config(models.read_config(place))
     length = window(length, config) if length is not None else getattr(config, "max_position_embeddings", 2048)
     tokenizer = data.load_tokenizer(place)
     loaded = evaluation.load([name.strip() for name in names.split(",")], folder, shots)

@@ -56,7 +56,7 @@ def _prune(
     **options: Any,
 ) -> tuple[Any, float]:
     """What was written, and the sparsity of it."""
-    from alphaprune import checkpoint, permute, pruning, ranks
+    from alphaprune import permute, pruning, ranks, unfinished
 
     device = ranks.device(device)
     recipe = pruning.Recipe(_method(method, calibration), select, refit, prefix, device, channel_permute)
@@ -69,10 +69,9 @@ def _prune(
     if channel_permute and plan is None and options["pattern"] == "unstructured":
         raise ValueError(permute.NEEDS_PATTERN)
     if ranks.world().leads:
-        checkpoint.check_free(Path(output))
+        unfinished.check_free(Path(output))
     source = models.open_source(model)
     fingerprint, room = source.description().fingerprint, room_for(memory, spill, output)
-    ranks.agree({"model": fingerprint})
     tokens, identity = None, {"method": pruner.name, "selection": select or pruner.selection, "refit": refit}
     identity |= {"channel_permute": channel_permute, "prefix": prefix, "format": format}
     if values is not None:
@@ -80,16 +79,18 @@ def _prune(
     if calibration is not None:
         tokens, read = calibration_windows(source, calibration, samples, window(length, source.config), seed)
         identity |= read
-    with checkpoint.nothing_left(output):
+    ranks.agree({"model": fingerprint, **identity})  # files of one name may differ between machines
+    with unfinished.nothing_left(output):
         chosen = _chosen_plan(source, plan, analysis, options, tokens, device, Path(output), room)
         if channel_permute:
             permute.check(source.config, source.name, chosen.layers)
         identity |= {"model": fingerprint, "plan": hashlib.sha256(chosen.to_json().encode()).hexdigest()}
+        ranks.agree({"plan": identity["plan"]})
         written = _write(source, output, identity, chosen, recipe, tokens, room, values, group)
     if not ranks.world().leads:  # on a machine of its own, perhaps, where nobody else tidies up
-        journal.delete(checkpoint.unfinished(output) / ANALYSIS)
+        journal.delete(unfinished.place(output) / ANALYSIS)
         with suppress(OSError):
-            checkpoint.unfinished(output).rmdir()
+            unfinished.place(output).rmdir()
     return written, chosen.realized
 
 
@@ -155,7 +156,8 @@ def _chosen_plan(
     room: Any,
 ) -> Any:
     """The plan of a file, or one made from an analysis, of which what is finished lies where OUT is being made."""
-    from alphaprune import checkpoint, planning, ranks
+    from alphaprune import planning, ranks, unfinished
+    from alphaprune.files import explained
 
     if plan is not None:
         if is_compression(plan):
@@ -163,10 +165,10 @@ def _chosen_plan(
         chosen = planning.Plan.load(plan)
     else:
         kept: dict[str, Any] = {"room": room}
-        if not ranks.share(checkpoint.journal_beside(out).exists()):  # nothing is missing but its name
-            with checkpoint.explained(out):
-                checkpoint.unfinished(out).mkdir(parents=True, exist_ok=True)
-            kept |= {"journal": checkpoint.unfinished(out) / ANALYSIS, "keep_journal": True}
+        if not ranks.share(unfinished.journal_beside(out).exists()):  # nothing is missing but its name
+            with explained(out):
+                unfinished.place(out).mkdir(parents=True, exist_ok=True)
+            kept |= {"journal": unfinished.place(out) / ANALYSIS, "keep_journal": True}
         chosen = make_plan(analyzed(source, analysis, options["allocator"], tokens, device, **kept), **options)
     chosen.check(source.description())
     return chosen

@@ -7,6 +7,7 @@ from typing import Any
 from alphaprune import model as models
 from alphaprune.commands.shared import check_values, dump, rounding_loss, window, written_as_dict
 from alphaprune.console import bar, size
+from alphaprune.families import text_config
 
 HELD_OUT = 10  # without a text of its own, one window of so many is held out
 
@@ -33,13 +34,13 @@ def run(
 ) -> None:
     import torch
 
-    from alphaprune import checkpoint, data, evaluate, hf, recovery
+    from alphaprune import data, evaluate, hf, recovery, unfinished
 
     if distil and dense is None:
         raise ValueError("--distil learns from the dense model: give --dense MODEL")
     check_values(values, group, format)
     recovery.check_peft()
-    checkpoint.check_free(Path(output))
+    unfinished.check_free(Path(output))
     folder = models.resolve(model)
     length = window(length, models.read_config(folder))
     tokenizer = data.load_tokenizer(folder)
@@ -92,7 +93,7 @@ def _steps(steps: int | None, epochs: float | None, windows: int, batch: int) ->
 
 def _check_vocabulary(folder: Any, dense: str | None, whole: Any) -> None:
     if whole is not None:
-        sizes = [models.read_config(folder).vocab_size, whole.config.vocab_size]
+        sizes = [text_config(config).vocab_size for config in (models.read_config(folder), whole.config)]
         if sizes[0] != sizes[1]:
             raise ValueError(f"--dense {dense}: has a vocabulary of {sizes[1]}, {folder} one of {sizes[0]}")
 

@@ -7,14 +7,15 @@ from typing import Any
 
 from alphaprune import __version__
 from alphaprune import model as models
-from alphaprune.checkpoint import RECIPE
 from alphaprune.console import COMMAND
+from alphaprune.families import text_config
+from alphaprune.unfinished import RECIPE
 
 LONGEST = 2048  # tokens per window, unless the model's context is shorter
 
 
 def window(length: int | None, config: Any) -> int:
-    context = getattr(config, "max_position_embeddings", LONGEST)
+    context = getattr(text_config(config), "max_position_embeddings", LONGEST)
     if length is None:
         return min(LONGEST, context)
     if not 2 <= length <= context:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from alphaprune import calibrate
 from alphaprune.calibrate import InputStat, Need
-from alphaprune.checkpoint import Writer, Written, block_tensors, copy_companions, output_config
+from alphaprune.checkpoint import FILES, Writer, Written, block_tensors, copy_companions, output_config
 from alphaprune.compressions import layers, parts
 from alphaprune.compressions.layers import Score
 from alphaprune.compressions.parts import plan
@@ -110,14 +110,17 @@ def write(
 
     identity: what makes this run this run.   made: what the directory says of how it was made.
     """
+    identity = identity | {FILES: source.stamps()}
     writer = Writer(out, identity, source.block_count(), source.family.stored_name)
     description = source.description()
     left = blocks(source, plan, recipe, tokens, progress, writer.has) if writer.stage == "blocks" else ()
     for done in left:
         if not done.skipped and not writer.has(done.block.index):
+            source.check_unchanged()
             writer.write(done.block.index, block_tensors(done.block, done.packed), done.errors)
     if not writer.has(source.block_count()):
         writer.write(source.block_count(), dict(source.outside_tensors()))
+    source.check_unchanged()
     rounded = plan.method == "bits" and recipe.packed
     config = output_config(source, rounded, "int8" if rounded else None)
     written = _summary(writer, description)
