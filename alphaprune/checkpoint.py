@@ -172,15 +172,19 @@ def save(model: nn.Module, path: "str | Path", tokenizer: Any = None) -> Written
     return written
 
 
-def output_config(source: Source, packed: bool, values: str | None = None) -> dict[str, Any]:
+def output_config(
+    source: Source, packed: bool, values: str | None = None, own: shapes.Shapes | None = None
+) -> dict[str, Any]:
     """config.json of the new directory: the source's own, with our `quantization_config` where it needs one.
 
-    values: said in it where packed layers hold other values than the source had.
+    values: said in it where packed layers hold other values than the source had.   own: sizes that its config does not
+    say, where they are others than those of the source.
     """
     config = json.loads(source.config.to_json_string(use_diff=False))
     config.pop("_name_or_path", None)
     config.pop("quantization_config", None)
-    own = shapes.observe(source.skeleton.get_submodule(source.prefix), source.prefix, source.config)
+    if own is None:
+        own = shapes.observe(source.skeleton.get_submodule(source.prefix), source.prefix, source.config)
     settings = SETTINGS | ({} if packed else {"format": "dense"}) | ({} if values is None else {"values": values})
     return {**config, "quantization_config": settings | own.settings()} if packed or own else config
 

@@ -121,7 +121,12 @@ def observe(decoder: nn.Module, prefix: str, config: Any) -> Shapes:
         return Shapes(ranks=ranks)
     blocks = list(decoder.children())
     heads = tuple(kv_heads(block, config) for block in blocks)
-    channels, config = tuple(block.get_submodule(DOWN).in_features for block in blocks), families.text_config(config)
+    return unlike(config, heads, tuple(block.get_submodule(DOWN).in_features for block in blocks), ranks)
+
+
+def unlike(config: Any, heads: tuple[int, ...], channels: tuple[int, ...], ranks: dict[str, int]) -> Shapes:
+    """What of these sizes of all blocks is not as a config says."""
+    config = families.text_config(config)
     return Shapes(
         None if all(count == config.num_key_value_heads for count in heads) else heads,
         None if all(count == config.intermediate_size for count in channels) else channels,

@@ -15,7 +15,7 @@ from conftest import make_model
 from guides import DOCS, blocks
 
 import alphaprune
-from alphaprune import hf, recovery, unfinished
+from alphaprune import hf, recovery, shards, unfinished
 from alphaprune.compressions import export
 
 PAGE = DOCS / "compressions.md"
@@ -153,8 +153,13 @@ def test_the_page_as_written(run, directory: Path, text_file: Path, tmp_path: Pa
     assert alphaprune.load("by-hand").config.quantization_config.format == "dense"
 
 
-def test_cut_off_after_the_folder_has_its_name(run, directory: Path, tmp_path: Path, monkeypatch) -> None:
-    command = ("compress", directory, "-o", "out", "--bits", 4, "--allocator", "uniform", "--json")
+BUDGETS = {"bits": ("--bits", 4), "rank": ("--rank-ratio", 0.6), "structured": ("--structured", 0.3, "--parts", "both")}
+
+
+@pytest.mark.parametrize("method", BUDGETS)
+@pytest.mark.parametrize("cut", ["between blocks", "before it has its name", "after it has its name"])
+def test_cut_off_and_gone_on_with(run, directory: Path, tmp_path: Path, monkeypatch, method: str, cut: str) -> None:
+    command = ("compress", directory, "-o", "out", *BUDGETS[method], "--allocator", "uniform", "--json")
     wanted = run(*command)
     content = {file.name: file.read_bytes() for file in Path("out").iterdir()}
     shutil.rmtree("out")
@@ -163,14 +168,27 @@ def test_cut_off_after_the_folder_has_its_name(run, directory: Path, tmp_path: P
     def cut_off(source, target) -> None:
         replace_file(source, target)
         if Path(target) == Path("out"):
-            raise ValueError("cut off")
+            raise KeyboardInterrupt
+
+    def stop(*_) -> None:
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(unfinished.os, "replace", cut_off)
-        assert run(*command)[0] == 2
+        if cut == "after it has its name":
+            patch.setattr(unfinished.os, "replace", cut_off)
+        elif cut == "before it has its name":
+            text = unfinished.atomic_write_text
+            patch.setattr(
+                unfinished, "atomic_write_text", lambda p, t: stop() if p.name == shards.INDEX else text(p, t)
+            )
+        else:
+            write = unfinished.Writer.write
+            patch.setattr(unfinished.Writer, "write", lambda self, i, *given: stop() if i else write(self, i, *given))
+        assert run(*command)[0] == 130
     assert run(*command) == wanted
     assert {file.name: file.read_bytes() for file in Path("out").iterdir()} == content
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    alphaprune.load("out")
 
 
 def test_factors_are_recovered_as_factors(run, directory: Path, text_file: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from alphaprune import calibrate
 from alphaprune.calibrate import InputStat, Need
-from alphaprune.checkpoint import FILES, Writer, Written, block_tensors, copy_companions, output_config
+from alphaprune.checkpoint import block_tensors, copy_companions, output_config
 from alphaprune.compressions import layers, parts
 from alphaprune.compressions.layers import Score
 from alphaprune.compressions.parts import plan
@@ -18,6 +18,7 @@ from alphaprune.compressions.plans import CompressionPlan
 from alphaprune.formats import Packed, quantize
 from alphaprune.layer import SparseLinear
 from alphaprune.model import Block, Description, Source, check_finite, open_source
+from alphaprune.unfinished import FILES, Writer, Written
 
 __all__ = ["CompressionPlan", "Recipe", "compress", "plan", "write"]
 
@@ -114,6 +115,7 @@ def write(
     writer = Writer(out, identity, source.block_count(), source.family.stored_name)
     description = source.description()
     left = blocks(source, plan, recipe, tokens, progress, writer.has) if writer.stage == "blocks" else ()
+    own = parts.shapes_of(source, plan if recipe.packed else None)  # before blocks get theirs, or are skipped
     for done in left:
         if not done.skipped and not writer.has(done.block.index):
             source.check_unchanged()
@@ -122,7 +124,7 @@ def write(
         writer.write(source.block_count(), dict(source.outside_tensors()))
     source.check_unchanged()
     rounded = plan.method == "bits" and recipe.packed
-    config = output_config(source, rounded, "int8" if rounded else None)
+    config = output_config(source, rounded, "int8" if rounded else None, own)
     written = _summary(writer, description)
     if writer.stage != "finished":
         writer.finish(config, made | writer.losses(), lambda folder: copy_companions(source, folder))

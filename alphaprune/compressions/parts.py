@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from alphaprune import shapes
@@ -87,6 +88,21 @@ def parts_of(
             amounts, costs = (*gaining, min(n, k)), (*(rank * (n + k) for rank in gaining), n * k)
         found[name] = Part((name,), n * k, amounts, costs)
     return found
+
+
+def shapes_of(source: Source, plan: CompressionPlan | None) -> shapes.Shapes:
+    """What of a model's blocks is not as its config says, when a plan is carried out; None: as they are."""
+    own = shapes.observe(source.skeleton.get_submodule(source.prefix), source.prefix, source.config)
+    if plan is not None and plan.method == "rank":
+        lower = {name: kept.amount for name, kept in plan.parts.items() if kept.amount < kept.of}
+        return replace(own, ranks=own.ranks | lower)
+    if plan is not None and plan.method == "structured":
+        blocks = [source.block_name(index) for index in range(source.block_count())]
+        heads, channels = (
+            tuple(plan.parts[f"{block}.{part}"].amount for block in blocks) for part in ("self_attn", "mlp")
+        )
+        return shapes.unlike(source.config, heads, channels, own.ranks)
+    return own
 
 
 def check(plan: CompressionPlan, source: Source) -> None:
