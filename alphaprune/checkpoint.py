@@ -15,7 +15,7 @@ from alphaprune.formats.quantize import Error
 from alphaprune.layer import SparseLinear, pack_weight, worth_packing
 from alphaprune.model import Block, LiveSource, Source
 from alphaprune.pruning import Finish, PrunedBlock, Restore
-from alphaprune.unfinished import FILES, RECIPE, Writer, Written, journal_beside
+from alphaprune.unfinished import RECIPE, Writer, Written, identified, journal_beside
 
 SETTINGS = {"quant_method": "alphaprune", "format": "sbt", "format_version": formats.VERSION}
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "tokenizer*")
@@ -40,7 +40,7 @@ def write_pruned(
     again: `prune` adds to the recipe, so it is asked even where all its blocks are there and only the name is missing.
     Of several processes (ranks.py) the first one reads and writes OUT, and the others need not see it.
     """
-    blocks, identity = source.block_count(), identity | {FILES: source.stamps()}
+    blocks, identity = source.block_count(), identified(identity, source.stamps())
     writer = Writer(out, identity, blocks, source.family.stored_name) if ranks.world().leads else None
     found = None if writer is None else (writer.stage, [index for index in range(blocks) if writer.has(index)])
     stage, there = ranks.share(found)

@@ -21,6 +21,8 @@ from alphaprune.families import Family, linears_of, module_lists
 from alphaprune.files import first_line
 from alphaprune.shards import dtype_name
 
+WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]  # of a hub id; some tokenizers are text files
+OTHER_FORMATS = ["original/*", "consolidated*"]  # the same weights once more
 SAMPLED_ROWS = 3  # per matrix, for the fingerprint
 
 
@@ -292,7 +294,7 @@ def resolve(model: "str | Path") -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+        return Path(snapshot_download(str(model), allow_patterns=WANTED, ignore_patterns=OTHER_FORMATS))
     except Exception as error:  # the hub client has a dozen error types, for network, rights and names
         raise ValueError(f"{model}: no such folder here, and the hub did not give it: {first_line(error)}") from error
 

@@ -20,14 +20,14 @@ from typing import Any
 
 from torch import Tensor
 
-from alphaprune import shards
+from alphaprune import __version__, shards
 from alphaprune.files import atomic_write_text, explained, fsync_folder, is_refusal
 from alphaprune.formats.quantize import Error
 
 RECIPE = "alphaprune.json"  # how the directory was made
 JOURNAL = "journal.json"
 LOCK = "lock.part"
-FILES = "files"  # of the identity of a run: what its model's files are known by
+FILES = "files"  # in the identity of a run: what its model's files are known by
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class Written:
     packed_layers: int
     layers: int
     errors: dict[str, Error] = field(default_factory=dict)
+
+
+def identified(identity: dict[str, Any], stamps: dict[str, list[int]]) -> dict[str, Any]:
+    """The identity of a run with what belongs to that of all: the files of its model, and the code."""
+    return {**identity, FILES: stamps, "version": __version__}
 
 
 class Writer:

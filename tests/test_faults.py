@@ -114,6 +114,13 @@ def test_blocks_of_two_models_are_never_mixed(model: Path, tmp_path: Path) -> No
     assert contents(tmp_path / "out.part") == before
 
 
+def test_another_release_does_not_go_on(model: Path, tmp_path: Path, monkeypatch) -> None:
+    interrupted(model, tmp_path / "out")
+    monkeypatch.setattr(unfinished, "__version__", "77.0")
+    with pytest.raises(ValueError, match=r"an interrupted run with another version lies here .*now 77\.0"):
+        write(model, tmp_path / "out")
+
+
 @pytest.mark.parametrize("journal", ["{", "[]", '{"identity": 3, "done": {}}', '{"done": {}}', "\udcff"])
 def test_a_journal_that_is_none(model: Path, tmp_path: Path, journal: str) -> None:
     interrupted(model, tmp_path / "out")

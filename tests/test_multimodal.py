@@ -10,7 +10,7 @@ from conftest import write_tokenizer
 from family_models import PROMPT, TOKENS, WHOLES, assert_twins, config_of, logits, make, plan_of, prune_folder
 
 import alphaprune
-from alphaprune import SparseLinear, calibrate, compressions, families, shards
+from alphaprune import SparseLinear, calibrate, compressions, families, hf, shards
 from alphaprune import model as models
 from alphaprune.convert import convert
 from alphaprune.model import LiveSource, open_source
@@ -105,6 +105,8 @@ def test_blocks_are_given_what_the_whole_model_gives_them(kind: str) -> None:
 
 
 def test_a_live_model_is_pruned_saved_and_loaded(tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
     make("llava").save_pretrained(tmp_path / "model")
     plan, live = plan_of(tmp_path / "model"), make("llava")
     masks = alphaprune.prune(live, plan, method="sparsegpt", tokens=TOKENS)
@@ -113,6 +115,11 @@ def test_a_live_model_is_pruned_saved_and_loaded(tmp_path: Path) -> None:
     alphaprune.save(packed, tmp_path / "saved")
     again = alphaprune.load(tmp_path / "saved")
     assert torch.equal(logits(again), logits(packed))
+    alphaprune.save(again.dequantize(), tmp_path / "dense")
+    given = {"quantization_config": hf.AlphaPruneConfig(), "dtype": "auto"}  # packed while it is loaded
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "dense", **given)
+    assert sum(isinstance(m, SparseLinear) for m in loaded.modules()) == len(masks)
+    assert torch.equal(logits(loaded), logits(packed))
     names = shards.Shards(tmp_path / "saved").names()
     assert {"language_model.model.layers.0.self_attn.q_proj.weight_mask", "language_model.lm_head.weight"} <= {*names}
 

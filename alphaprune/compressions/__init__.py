@@ -18,7 +18,7 @@ from alphaprune.compressions.plans import CompressionPlan
 from alphaprune.formats import Packed, quantize
 from alphaprune.layer import SparseLinear
 from alphaprune.model import Block, Description, Source, check_finite, open_source
-from alphaprune.unfinished import FILES, Writer, Written
+from alphaprune.unfinished import Writer, Written, identified
 
 __all__ = ["CompressionPlan", "Recipe", "compress", "plan", "write"]
 
@@ -111,7 +111,7 @@ def write(
 
     identity: what makes this run this run.   made: what the directory says of how it was made.
     """
-    identity = identity | {FILES: source.stamps()}
+    identity = identified(identity, source.stamps())
     writer = Writer(out, identity, source.block_count(), source.family.stored_name)
     description = source.description()
     left = blocks(source, plan, recipe, tokens, progress, writer.has) if writer.stage == "blocks" else ()
