@@ -138,7 +138,8 @@ class Writer:
             if before != now and not self.work.exists():
                 raise ValueError(f"{self.out}: this folder exists and is not empty; name another, or delete it")
             if before != now and key == FILES and before is not None:
-                changed = next(name for name in {**before, **now} if before.get(name) != now.get(name))
+                files = now or {}  # of a model without files now
+                changed = next(name for name in {**before, **files} if before.get(name) != files.get(name))
                 raise ValueError(
                     f"{self.work}: an interrupted run lies here, and {changed} of the model was written since it "
                     f"began; delete the folder to start anew"
