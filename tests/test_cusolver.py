@@ -253,7 +253,7 @@ def test_spectra_are_solved_by_it(stub: Path, monkeypatch) -> None:
     for solver_name in spectrum.SOLVERS:
         for weight, (values, used) in zip(weights, spectrum.solve(weights, "tail", "cpu", solver_name), strict=True):
             wanted = torch.linalg.svdvals(weight.double()).square().flip(0)
-            assert bool(((values - wanted).abs() <= TOLERANCE[used.dtype] * wanted[-1]).all())
+            assert bool(((values - wanted).abs() <= TOLERANCE[used.gram] * wanted[-1]).all())
     counts = Counts(stub)
     assert (counts.calls, counts.matrices, counts.largest_batch) == (2, 10, 5)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import alphaprune
-from alphaprune import SparseLinear, checkpoint, hf, recovery
+from alphaprune import SparseLinear, hf, recovery
 
 pytest.importorskip("peft", reason="PEFT is not installed: pip install 'alphaprune[peft]'")
 from alphaprune import masked_lora
@@ -299,7 +300,7 @@ def test_int8_models_are_refused_unless_they_may_be_rounded_again(run, folders: 
     [
         ("packed", "weight", lambda t: t.fill_(torch.nan), "NaN or infinity"),
         ("packed", "weight_offsets", lambda t: t + 5, "offsets"),
-        ("zeros", "weight", lambda t: t.to(torch.float8_e4m3fn), "its weights are F8_E4M3"),
+        ("zeros", "weight", lambda t: t.to(torch.float8_e4m3fn), "its weights are float8_e4m3fn"),
     ],
 )
 def test_damaged_layers_are_named(run, folders: dict[str, Path], model: str, part: str, damaged, sentence: str) -> None:
@@ -316,7 +317,7 @@ def test_damaged_layers_are_named(run, folders: dict[str, Path], model: str, par
 def test_cut_off_when_only_the_name_is_missing(run, folders: dict[str, Path], last: str, monkeypatch) -> None:
     status, out, err = run(*command(folders, "zeros", "whole", "--json"))
     assert status == 0, err
-    replace_file = checkpoint.os.replace
+    replace_file = os.replace
 
     def cut_off(source, target) -> None:
         replace_file(source, target)
@@ -324,7 +325,7 @@ def test_cut_off_when_only_the_name_is_missing(run, folders: dict[str, Path], la
             raise ValueError("cut off")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "replace", cut_off)
+        patch.setattr(os, "replace", cut_off)
         assert run(*command(folders, "zeros", "out"))[0] == 2
     status, again, err = run(*command(folders, "zeros", "out", "--json"))
     assert status == 0, err
