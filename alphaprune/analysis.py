@@ -102,6 +102,7 @@ def analyze(
     progress: called `steps` times, with the name of a finished block. One block is in memory at a time, and the next.
     journal: the file that the result will be saved as; beside it lies what is finished, and an interrupted analysis
     goes on there. It is deleted at the end, unless it is to be kept.   room: of hidden states, see states.py.
+
     Several processes share the work (ranks.py), and each gets the whole result, the same as one process finds.
     Raises ValueError naming the layer if its weights hold NaN or infinity or have no spectrum to fit.
     """
@@ -114,9 +115,8 @@ def analyze(
     active = tokens is not None or statistics is not None
     versions = {"alphaprune": alphaprune.__version__, "torch": torch.__version__}
     identity = {"fingerprint": known.fingerprint, "dtype": known.dtype, **versions, "threads": torch.get_num_threads()}
-    read = None if tokens is None else hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()
-    identity |= {"work": repr(work), "calibration": calibration, "active": active, "tokens": read}
-    identity |= {"files": source.stamps()}
+    identity |= {"work": repr(work), "calibration": calibration, "active": active}
+    identity |= {"tokens": _hashed(tokens), "files": source.stamps()}
     done = Journal(journal, identity)
     try:
         if work.reads:
@@ -140,6 +140,11 @@ def analyze(
 def steps(blocks: int, fit: str | None, magnitudes: bool, windows: Any, active: bool) -> int:
     """How often `analyze` calls `progress`: once per block for what weights tell, and once for what their inputs do."""
     return blocks * (int(fit is not None or magnitudes or windows is not None) + int(active))
+
+
+def _hashed(tokens: Tensor | None) -> str | None:
+    """By which the same text is known again."""
+    return None if tokens is None else hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()
 
 
 ACTIVITY = "activity "  # what entries of a block's inputs are called by, followed by its number

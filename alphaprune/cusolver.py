@@ -18,6 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from alphaprune import hardware
+
 # "batched": cusolverDnXsyevBatched. "looped": cusolverDnXsyevd for one matrix after another. "torch": torch.linalg.
 Route = Literal["batched", "looped", "torch"]
 
@@ -260,11 +262,7 @@ def free_bytes(device: torch.device) -> int:
 def paths(maps: str = "/proc/self/maps", cuda: str | None = torch.version.cuda) -> Iterator[str]:
     """Where libcusolver may be: what this process has loaded; if nothing, what NVIDIA's packages beside torch have, and
     what the system's loader finds, of the version that goes with torch's CUDA."""
-    try:
-        lines = Path(maps).read_text().splitlines()
-    except OSError:
-        lines = []
-    loaded = sorted({line[line.index("/") :] for line in lines if "/libcusolver.so" in line})
+    loaded = hardware.loaded(r"/libcusolver\.so", maps)
     yield from loaded
     major = int((cuda or "0").split(".")[0])
     if loaded or not major:

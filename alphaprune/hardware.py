@@ -104,9 +104,14 @@ def memory_limit(root: Path = ROOT) -> int | None:
 
 def openmp(root: Path = ROOT) -> list[str]:
     """The OpenMP libraries that this process has loaded: one, or their threads get in each other's way."""
-    lines = (_text(root / "proc/self/maps") or "").splitlines()
+    return loaded(r"/lib(g|i|)omp\d*[^/]*\.(so|dylib)", root / "proc/self/maps")
+
+
+def loaded(pattern: str, maps: "str | Path" = ROOT / "proc/self/maps") -> list[str]:
+    """The files that this process has mapped whose paths hold the pattern, in order."""
+    lines = (_text(Path(maps)) or "").splitlines()
     paths = {line.split(maxsplit=5)[5] for line in lines if len(line.split(maxsplit=5)) == 6}
-    return sorted(path for path in paths if re.search(r"/lib(g|i|)omp\d*[^/]*\.(so|dylib)", path))
+    return sorted(path for path in paths if re.search(pattern, path))
 
 
 def _cpus(root: Path) -> list[Path]:

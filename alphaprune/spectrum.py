@@ -178,10 +178,11 @@ def threads(most: int | None = None) -> Iterator[ThreadPoolExecutor]:
     The caller's torch keeps all. LAPACK gains little from a second thread: half of its work waits for the memory."""
     before = torch.get_num_threads()
     count = min(before, most or before)
+    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(before // count,))
     try:
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(before // count,)) as pool:
-            yield pool
+        yield pool
     finally:
+        pool.shutdown(cancel_futures=True)  # after an error, or when nobody asks for the rest
         torch.set_num_threads(before)
 
 

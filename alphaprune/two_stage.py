@@ -12,11 +12,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_size_t, c_void_p
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from alphaprune import hardware
 
 PAYS_FROM = 1024  # rows; below, one stage is as fast: all is in the cache
 BAND = 96  # diagonals below the main one: fewer make the first stage slower, more the second
@@ -154,8 +155,4 @@ def library() -> Library | None:
 
 def paths(maps: str = "/proc/self/maps") -> list[str]:
     """The OpenBLAS libraries that this process has loaded."""
-    try:
-        lines = Path(maps).read_text().splitlines()
-    except OSError:
-        return []
-    return sorted({line[line.index("/") :] for line in lines if "openblas" in line.rpartition("/")[2]})
+    return hardware.loaded(r"openblas[^/]*$", maps)

@@ -1,7 +1,6 @@
 """Weights → columns and series of their layers: what is found out of weights alone, of many layers side by side."""
 
 import itertools
-from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -49,20 +48,15 @@ class WeightStats:
         if first is None:
             return
         room = AT_ONCE_BYTES // max(spectrum.working_bytes(shape) for shape in shapes)
-        waiting: deque[tuple[Units, Submitted]] = deque()
+        before: tuple[Units, Submitted] | None = None
         with spectrum.threads(max(1, min(2 * len(_parts(first)), room))) as pool:
-            try:
-                for units in itertools.chain([first], blocks):
-                    parts = [(unit, pool.submit(self.entry, part)) for unit, part in _parts(units)]
-                    waiting.append((units, parts))
-                    if len(waiting) > 1:
-                        yield _joined(*waiting.popleft())
-                while waiting:
-                    yield _joined(*waiting.popleft())
-            finally:
-                for _, parts in waiting:
-                    for _, part in parts:
-                        part.cancel()
+            for units in itertools.chain([first], blocks):
+                parts = [(unit, pool.submit(self.entry, part)) for unit, part in _parts(units)]
+                if before is not None:
+                    yield _joined(*before)
+                before = units, parts
+            if before is not None:
+                yield _joined(*before)
 
     def entry(self, layers: dict[str, Tensor]) -> dict[str, Any]:
         """Columns, series and solvers of layers of one shape."""

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
 import alphaprune
-from alphaprune import checkpoint, families
-from alphaprune.model import open_source
+from alphaprune import calibrate, checkpoint, families
+from alphaprune.model import LiveSource, open_source
 from alphaprune.pruning import Recipe, prune_blocks
 
 COMMON = {
@@ -144,6 +144,21 @@ def prune_folder(folder: Path, out: Path, recipe: Recipe, plan: Any, packed: boo
 
 
 @torch.no_grad()
+def block_by_block(model: nn.Module) -> tuple[LiveSource, Tensor, tuple[Tensor, ...]]:
+    """The model's source, what its last block makes of TOKENS, and the hidden states that transformers has of it.
+
+    Each block must be given what the model gives it.
+    """
+    with torch.no_grad():
+        wanted = model(TOKENS, use_cache=False, output_hidden_states=True).hidden_states
+    source = LiveSource(model)
+    activations = calibrate.first_inputs(source, TOKENS)
+    for block in source.blocks():
+        torch.testing.assert_close(torch.cat(list(activations.hidden)), wanted[block.index], rtol=1e-5, atol=1e-5)
+        calibrate.run(block, activations)
+    return source, torch.cat(list(activations.hidden)), wanted
+
+
 def logits(model: nn.Module, tokens: Tensor = TOKENS[:2]) -> Tensor:
     return model(tokens, use_cache=False).logits
 

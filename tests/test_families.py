@@ -4,7 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_models import KINDS, METHODS, TOKENS, assert_twins, logits, make, plan_of, prune_folder, skip_older
+from family_models import (
+    KINDS,
+    METHODS,
+    TOKENS,
+    assert_twins,
+    block_by_block,
+    logits,
+    make,
+    plan_of,
+    prune_folder,
+    skip_older,
+)
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import alphaprune
@@ -76,16 +87,9 @@ def test_every_method_prunes_every_family(kind: str, method: str, tmp_path: Path
 def test_blocks_one_by_one_are_the_model(kind: str) -> None:
     """Each block is called with what the model calls it with: masks and windows, rotary embeddings, biases."""
     model = make(kind)
-    with torch.no_grad():
-        wanted = model(TOKENS, use_cache=False, output_hidden_states=True).hidden_states
-    source = LiveSource(model)
-    activations = calibrate.first_inputs(source, TOKENS)
-    for block in source.blocks():
-        torch.testing.assert_close(torch.cat(list(activations.hidden)), wanted[block.index], rtol=1e-5, atol=1e-5)
-        calibrate.run(block, activations)
+    source, hidden, wanted = block_by_block(model)
     last = model.get_submodule(source.prefix.rpartition(".")[0])
     final = next(getattr(last, n) for n in ("norm", "ln_f", "norm_f", "final_layer_norm") if hasattr(last, n))
-    hidden = torch.cat(list(activations.hidden))
     hidden = hidden if final is None else final(hidden)
     hidden = last.project_out(hidden) if getattr(last, "project_out", None) is not None else hidden
     torch.testing.assert_close(hidden, wanted[-1], rtol=1e-4, atol=1e-4)
