@@ -67,7 +67,10 @@ SYSTEM_SHARED = 1024
 # the numbers among the template's arguments and half(n) the bytes of the values of n macro tiles at 50 %: of the
 # largest among very many, 4.5 standard deviations above the mean. half(n, 1) has values of one byte.
 SHARED = {
-    "sbt_mma": ("cuda/sbt_mma.cuh", "mma_shared_bytes<FloatLane>({1}, {0}, {1} == 4 ? 7 : kMostWarps, half(kChunk))"),
+    "sbt_mma": (
+        "cuda/sbt_mma.cuh",
+        "mma_shared_bytes<FloatLane>({1}, {0}, {1} == 4 && {0} < 16 ? 7 : kMostWarps, half(kChunk))",
+    ),
     "sbt_mma_int8": (
         "cuda/sbt_mma.cuh",
         "mma_shared_bytes<IntegerLane<Bfloat16>>({1}, {0}, kMostWarps, half(kChunk, 1))",

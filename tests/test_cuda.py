@@ -20,7 +20,7 @@ from alphaprune.kernels import cuda, spmm
 
 HALVES = cuda.HALVES
 H100, SMALL = (90, 132, 232448), (80, 1, 166912)  # SMALL: so few multiprocessors that blocks own 64 rows
-BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 100)  # of the last one two warps share the decoding
 INTEGERS = ("int8", "int8/128")  # with a scale per row, and per 128 columns of it
 SHAPES = [(1, 1, 1), (16, 64, 0.4), (17, 65, 0), (17, 65, 1), (5, 300, 0.4), (50, 128, 0.6), (37, 512, 0.3)]
 
@@ -149,7 +149,7 @@ def test_two_of_four_is_recognised() -> None:
 @pytest.mark.parametrize("warps", range(1, 9))
 def test_any_number_of_warps_shares_the_columns(emulator: ModuleType, monkeypatch, warps: int) -> None:
     monkeypatch.setattr(cuda, "warps", lambda packed, multiprocessors: warps)
-    for tokens, values in itertools.product((3, 40), (None, *INTEGERS)):
+    for tokens, values in itertools.product((3, 40, 70), (None, *INTEGERS)):
         check(40, 1000, tokens, 0.5, torch.bfloat16, None, values=values)
 
 
@@ -161,6 +161,8 @@ def test_blocks_of_64_rows(emulator: ModuleType, poisoned: None, order: int) -> 
     for values in (None, *INTEGERS):
         for n, k, tokens, dtype in ((1, 1, 17, HALVES[0]), (70, 512, 40, HALVES[1]), (129, 300, 64, HALVES[0])):
             check(n, k, tokens, 0.5, dtype, torch.randn(n), values=values)
+        for n, k, tokens in ((70, 300, 128), (17, 512, 65)):  # of the second half of a block's row tiles few are there
+            check(n, k, tokens, 0.5, HALVES[1], torch.randn(n), values=values)
         check(64, 256, 33, 1, torch.bfloat16, None, values=values)
 
 

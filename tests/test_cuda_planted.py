@@ -68,6 +68,33 @@ PLANTED = {
     ),
     "rows that are not there": ("sbt_mma.cuh", "if (r >= there) one.mask_left = 0;", "", WRONG + "|outside|signal"),
     "a token too many": ("sbt_mma.cuh", "8 * t + group < p.tokens", "8 * t + group <= p.tokens", "signal 11"),
+    "no barrier before a partner's operands are read": (
+        "sbt_mma.cuh",
+        "sync_warps(1 + warp / kSharers, kSharers * kWarp);",
+        "",
+        "races|nobody wrote",
+    ),
+    "one barrier for all teams": (
+        "sbt_mma.cuh",
+        "sync_warps(1 + warp / kSharers,",
+        "sync_warps(1,",
+        "races|nobody wrote|deadlock",
+    ),
+    "operands given where the partner still reads": (
+        "sbt_mma.cuh",
+        "given = step % 2 == 0 ? given + kMine * kOperandBytes : given - kMine * kOperandBytes;",
+        "",
+        "races",
+    ),
+    "its own operands taken": ("sbt_mma.cuh", "given + taken + r", "given + r", WRONG),
+    "the partner's row tiles in the wrong place": ("sbt_mma.cuh", "/ 16 ^ of * kMine", "/ 16", "error is"),
+    "both of a team with the same tokens": ("sbt_mma.cuh", "first_token = member *", "first_token = 0 *", "error is"),
+    "a team of which one has no row tile": (
+        "sbt_mma.cuh",
+        "const int first = kSure || there > 0 ? first_tile : p.row_tiles - 1;",
+        "const int first = first_tile;",
+        "signal 11|outside|nobody wrote|not aligned",
+    ),
     "the residual's or bias's row": (
         "output.cuh",
         "static_cast<const float*>(out.bias)[row]",
@@ -99,9 +126,15 @@ PLANTED_INT8 = {
     ),
     "offsets of 16 bytes": ("chunk.cuh", "kUnitOffsets = kUnitBytes / kOffsetBytes", "kUnitOffsets = 1", "not aligned"),
     "a scale too early": ("sbt_mma.cuh", "    ++next;\n", "    next += warp_index() * 0;\n", "error is"),
-    "the upper rows' scales": ("sbt_mma.cuh", "scale[r][i / 2] * part", "scale[r][0] * part", "error is"),
+    "the upper rows' scales": ("sbt_mma.cuh", "[i / 2] * part", "[0] * part", "error is"),
     "scales past the last row": ("sbt_mma.cuh", "(8 * i < last ? 8 * i : last)", "8 * i", "signal 11"),
-    "a scale forgotten": ("sbt_mma.cuh", "total *= p.scale[at_row];", "total *= p.scale[first_tile];", "error is"),
+    "the partner's scales for its own": (
+        "sbt_mma.cuh",
+        "(block_tile + (member ^ i) * kMine)",
+        "first_tile",
+        "error is",
+    ),
+    "a scale forgotten": ("sbt_mma.cuh", "total *= p.scale[at_row];", "total *= p.scale[block_tile];", "error is"),
     "a factor forgotten": ("sbt_mma.cuh", "if constexpr (kBytes == 1) total *= Lane::kFactor;", "", "error is"),
 }
 
@@ -114,7 +147,7 @@ def run_all(library: str, kinds: tuple[str | None, ...]) -> None:
     Tensor.new_empty = lambda self, *sizes, **keywords: guarded(original(self, *sizes, **keywords).fill_(float("nan")))
     for order, (n, k, density) in itertools.product(range(3), [(40, 1000, 0.5), (16, 128, 1), (37, 640, 0.8)]):
         module.emulate_in_order(order)
-        for tokens, device in ((1, H100), (8, H100), (40, H100), (40, SMALL)):
+        for tokens, device in ((1, H100), (8, H100), (40, H100), (40, SMALL), (70, H100), (70, SMALL)):
             module.emulate_device(*device)
             cuda._device.cache_clear()
             for values in kinds:

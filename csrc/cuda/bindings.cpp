@@ -215,7 +215,7 @@ class NmWeight {
 
   void multiply(Address x, int64_t tokens, Address bias, int32_t bias_dtype, Address residual, Address y,
                 Address stream) const {
-    launch(call_of(dtype_, x, tokens, bias, bias_dtype, residual, y, stream), device_, kMostTokens, view_.cols,
+    launch(call_of(dtype_, x, tokens, bias, bias_dtype, residual, y, stream), device_, kMostNmTokens, view_.cols,
            view_.rows, [&](const Call& part) { check(nm_mma_sp(view_, part), "nm_mma_sp"); });
   }
 

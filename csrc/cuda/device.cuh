@@ -102,12 +102,18 @@ ALPHAPRUNE_DEVICE int thread_index() { return threadIdx.x; }
 ALPHAPRUNE_DEVICE int block_x() { return blockIdx.x; }
 ALPHAPRUNE_DEVICE void sync_warp() { __syncwarp(); }
 ALPHAPRUNE_DEVICE void sync_block() { __syncthreads(); }
+// So many threads of the block, whole warps, meet at its barrier `number`, 1 to 15; what they wrote to shared memory is
+// there for all of them.
+ALPHAPRUNE_DEVICE void sync_warps(int number, int threads) {
+  asm volatile("barrier.sync.aligned %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
 ALPHAPRUNE_DEVICE int popcount(uint32_t v) { return __popc(v); }
 #else
 inline int thread_index() { return emulator::thread_index(); }
 inline int block_x() { return static_cast<int>(emulator::block().index.x); }
 inline void sync_warp() { emulator::sync_warp(); }
 inline void sync_block() { emulator::sync_block(); }
+inline void sync_warps(int number, int threads) { emulator::sync_warps(number, threads); }
 inline int popcount(uint32_t v) { return __builtin_popcount(v); }
 #endif
 ALPHAPRUNE_DEVICE int lane_index() { return thread_index() % kWarp; }

@@ -14,12 +14,19 @@ Status run_mma(MmaProblem p, bool whole, const Device& device, void* stream) {
   const auto kernel = whole ? Kernels::template kernel<Value, kTiles, kRows, true>()
                             : Kernels::template kernel<Value, kTiles, kRows, false>();
   const auto shared = [&] { return mma_shared_bytes<Lane>(kRows, kTiles, p.warps, p.value_bytes); };
-  while (p.warps > 1 && shared() > static_cast<size_t>(device.shared_bytes)) --p.warps;
+  constexpr int kSharers = mma_sharers(kTiles);
+  p.warps = p.warps > kSharers ? p.warps / kSharers * kSharers : kSharers;
+  while (p.warps > kSharers && shared() > static_cast<size_t>(device.shared_bytes)) p.warps -= kSharers;
   return start(kernel, ceil_div(p.row_tiles, kRows), p.warps * kWarp, shared(), stream, p);
 }
 
 // More tokens let a block take several row tiles, so that it loads each activation fewer times; the most where there
 // are blocks enough for the device.
+//
+// Past 64 tokens teams of two warps decode each weight once. Per 1024 weights of bfloat16 and 128 tokens (sm_80,
+// bench/cubins.py) that issues 390 instructions where two passes issue 579, so 97 clocks of the four schedulers under
+// the 128 that the tensor cores take, and the packed weight is read once. One warp for all tokens would have 256 sums
+// for four row tiles, more than there are registers; with two it would load x twice as often.
 template <class Kernels, class Value>
 Status mma_by_tokens(const MmaProblem& p, bool whole, const Device& device, void* stream) {
   constexpr int kMost = Kernels::kMostRows;
@@ -29,8 +36,11 @@ Status mma_by_tokens(const MmaProblem& p, bool whole, const Device& device, void
   if (p.tokens <= 32)
     return many ? run_mma<Kernels, Value, 4, kMost>(p, whole, device, stream)
                 : run_mma<Kernels, Value, 4, 2>(p, whole, device, stream);
-  return many ? run_mma<Kernels, Value, 8, kMost>(p, whole, device, stream)
-              : run_mma<Kernels, Value, 8, 2>(p, whole, device, stream);
+  if (p.tokens <= 64)
+    return many ? run_mma<Kernels, Value, 8, kMost>(p, whole, device, stream)
+                : run_mma<Kernels, Value, 8, 2>(p, whole, device, stream);
+  return many ? run_mma<Kernels, Value, 16, kMost>(p, whole, device, stream)
+              : run_mma<Kernels, Value, 16, 2>(p, whole, device, stream);
 }
 
 template <class Kernels>
@@ -70,7 +80,8 @@ Status allow_variants(int bytes) {
   for (const Status status :
        {allow_variant<Kernels, Value, 1, 1>(bytes), allow_variant<Kernels, Value, 2, 1>(bytes),
         allow_variant<Kernels, Value, 4, 2>(bytes), allow_variant<Kernels, Value, 4, Kernels::kMostRows>(bytes),
-        allow_variant<Kernels, Value, 8, 2>(bytes), allow_variant<Kernels, Value, 8, Kernels::kMostRows>(bytes)})
+        allow_variant<Kernels, Value, 8, 2>(bytes), allow_variant<Kernels, Value, 8, Kernels::kMostRows>(bytes),
+        allow_variant<Kernels, Value, 16, 2>(bytes), allow_variant<Kernels, Value, 16, Kernels::kMostRows>(bytes)})
     if (status) return status;
   return 0;
 }

@@ -109,6 +109,14 @@ struct Warp {
   const char* operation = nullptr;
   uint32_t slots[2][kWarp][8];
   std::vector<Access> accesses;
+  std::vector<uint32_t> met;  // of each other warp: what it did in epochs before this one, has happened
+};
+
+// A barrier of some warps of a block.
+struct Meeting {
+  int arrived = 0;
+  std::vector<int> warps;
+  uint64_t generation = 0;
 };
 
 struct Block {
@@ -118,6 +126,7 @@ struct Block {
   std::vector<Shadow> shadow;
   uint32_t epoch = 0;
   int arrived = 0, finished = 0;
+  Meeting meetings[16];
   std::vector<Mbarrier> mbarriers;
   // Where there are some: what each warp knows of the others' clocks, which go on when one arrives; and by 16 bytes of
   // shared memory the clocks of the last reads, to tell what a copy overwrites too early.
@@ -227,6 +236,28 @@ inline void sync_warp() {
   if (w.epoch == before) w.epoch = before + 1;  // the first lane that goes on advances it for all
 }
 
+// Some warps of the block meet.
+inline void sync_warps(int number, int threads) {
+  meet("sync_warps", nullptr, 0);
+  Block& b = block();
+  if (number < 1 || number > 15) fail("a barrier of some warps has a number from 1 to 15");
+  Meeting& here = b.meetings[number];
+  if (thread_index() % kWarp == 0) here.warps.push_back(warp_index());
+  const uint64_t mine = here.generation;
+  if (++here.arrived < threads) {
+    while (here.generation == mine) yield();
+    return;
+  }
+  for (const int one : here.warps) ++b.warps[one].epoch;
+  for (const int one : here.warps) {
+    b.warps[one].met.resize(b.warps.size());
+    for (const int other : here.warps) b.warps[one].met[other] = b.warps[other].epoch;
+  }
+  here.warps.clear();
+  here.arrived = 0;
+  ++here.generation;
+}
+
 // Shared memory.
 inline void check_range(const char* kind, uint32_t address, uint32_t bytes) {
   const size_t size = block().memory.size();
@@ -238,7 +269,9 @@ inline void check_range(const char* kind, uint32_t address, uint32_t bytes) {
 
 inline bool ordered(int16_t other, uint16_t other_warp, uint32_t block_epoch, uint32_t warp_epoch) {
   if (other == Shadow::kNobody || other == thread_index() || block().epoch != block_epoch) return true;
-  return other != Shadow::kWarps && other_warp == warp_index() && warp().epoch != warp_epoch;
+  if (other == Shadow::kWarps) return false;
+  if (other_warp == warp_index()) return warp().epoch != warp_epoch;
+  return other_warp < warp().met.size() && warp_epoch < warp().met[other_warp];
 }
 
 inline std::string who(int16_t thread) {
