@@ -216,7 +216,7 @@ def of_int8(gpu: Gpu, density: float = 0.5) -> str | None:
     rates, shape, parts = rates_of(gpu), SHAPES[-1], []
     if rates is None:
         return None
-    for tokens in (1, 16, 64):
+    for tokens in (1, 16, 64, 128):
         half, quarter = (
             min(found for name in MOST if name != "nm_mma_sp" and (found := seconds(name, *case)) is not None)
             for case in ((gpu, shape, density, tokens, itemsize) for itemsize in (2, 1))

@@ -70,13 +70,13 @@ PLANTED = {
     "a token too many": ("sbt_mma.cuh", "8 * t + group < p.tokens", "8 * t + group <= p.tokens", "signal 11"),
     "no barrier before a partner's operands are read": (
         "sbt_mma.cuh",
-        "sync_warps(1 + warp / kSharers, kSharers * kWarp);",
+        "sync_warps(1 + team, kSharers * kWarp);",
         "",
         "races|nobody wrote",
     ),
     "one barrier for all teams": (
         "sbt_mma.cuh",
-        "sync_warps(1 + warp / kSharers,",
+        "sync_warps(1 + team,",
         "sync_warps(1,",
         "races|nobody wrote|deadlock",
     ),
