@@ -221,9 +221,8 @@ class Parts:
         """y [..., ΣN_i] = x [W_1; W_2; …]ᵀ + bias."""
         biases = [None] * len(self.sizes) if bias is None else bias.split(self.sizes)
         if self.packed:
-            found = spmm.spmm_group(x, self.weights, None if bias is None else biases)
-        else:
-            found = [_product(weight, x, part) for weight, part in zip(self.weights, biases, strict=True)]
+            return spmm.spmm_joined(x, self.weights, None if bias is None else biases)
+        found = [_product(weight, x, part) for weight, part in zip(self.weights, biases, strict=True)]
         return found[0] if len(found) == 1 else torch.cat(found, -1)
 
 

@@ -48,6 +48,13 @@ def test_product_is_within_the_bound(kernel: str, weight: Kind, x: torch.dtype) 
         check(kernel, problem(n, k, tokens, density, weight, x), bias)
 
 
+@pytest.mark.parametrize("x", DTYPES)
+def test_rows_and_tokens_in_several_parts(kernel: str, x: torch.dtype) -> None:
+    """More columns than a panel has, more tokens than a pass, and both."""
+    for (n, k), tokens in itertools.product([(40, 1100), (17, 513)], (7, 12, 64, 65, 130)):
+        check(kernel, problem(n, k, tokens, 0.4, x, x), None)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_random_shapes_up_to_300(kernel: str, seed: int) -> None:
     """N and K anywhere from 1 to 300, tokens, density and dtypes at random."""

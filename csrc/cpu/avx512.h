@@ -79,23 +79,25 @@ inline __m512 quarters(__m512 a, __m512 b) {
   return _mm512_castsi512_ps(_mm512_shuffle_i32x4(_mm512_castps_si512(a), _mm512_castps_si512(b), kControl));
 }
 
-// The sums of 16 rows from 4 lanes of each, in 4 vectors of four rows.
-inline __m512 sum_fours(const __m512* v) {
-  const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
-  const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+// Two lanes of each row from 4 lanes of each, in 2 vectors of four rows; and all 16 sums from two of these.
+inline __m512 half_fours(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
+inline __m512 sum_halves(__m512 a, __m512 b) {
   const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
   const __m512 out = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)),
                                    _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));  // [row % 4][row / 4]
   return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), out);
 }
 
+// The sums of 16 rows from 4 lanes of each, in 4 vectors of four rows.
+inline __m512 sum_fours(const __m512* v) { return sum_halves(half_fours(v[0], v[1]), half_fours(v[2], v[3])); }
+
+// 4 lanes of each row from 8 lanes of each, in 2 vectors of two rows.
+inline __m512 half_eights(__m512 a, __m512 b) { return _mm512_add_ps(quarters<0x88>(a, b), quarters<0xdd>(a, b)); }
+
 // From 8 lanes of each, in 8 vectors of two rows.
 inline __m512 sum_eights(const __m512* pair) {
   __m512 four[4];
-  for (int i = 0; i < 4; ++i) {
-    const __m512 a = pair[2 * i], b = pair[2 * i + 1];
-    four[i] = _mm512_add_ps(quarters<0x88>(a, b), quarters<0xdd>(a, b));
-  }
+  for (int i = 0; i < 4; ++i) four[i] = half_eights(pair[2 * i], pair[2 * i + 1]);
   return sum_fours(four);
 }
 

@@ -1,6 +1,6 @@
 // SBT on AVX-512 with VBMI2 and BF16 where VDPBF16PS is fast: bfloat16 weights and activations are multiplied as they
 // are, two columns an instruction, which treats subnormal numbers as zero. Everything else is computed as on AVX-512.
-#include "vbmi2.h"
+#include "pipeline.h"
 
 namespace alphaprune {
 namespace {
@@ -9,7 +9,7 @@ namespace {
 struct PairsOfBfloat16 {
   using Element = uint16_t;
   using Vector = __m512;
-  static constexpr int64_t kLanes = 16, kVectors = 8, kStep = 16, kPanelTiles = 8, kGroup = 4, kBlock = 6;
+  static constexpr int64_t kLanes = 16, kVectors = 8, kStep = 16, kGroup = 4, kBlock = 6;
   static constexpr int words(int tokens) { return tokens <= 3 ? 8 : 4; }
 
   static Vector load(const float* p) { return _mm512_load_ps(p); }
@@ -22,18 +22,11 @@ struct PairsOfBfloat16 {
   static Vector multiply(__m512i w, __m512i x, Vector sum) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
   }
-  static void expand(const sbt::View& weight, int64_t tile, uint16_t* panel) {
-    const uint16_t* value = tile_values<uint16_t>(weight, tile);
-    const uint32_t* mask = weight.mask + tile * sbt::kWords;
-    prefetch(mask);
-    prefetch(mask + 16);
-    for (int64_t word = 0; word < sbt::kWords; ++word, panel += 32) {
-      if (word % 2 == 0) prefetch(value);
-      _mm512_store_si512(panel, expand16(value, mask[word]));
-    }
-  }
   static void finish(const Product& p, int64_t row_tile, int64_t token, const float* sums) {
-    store_sums(p, row_tile, token, sum_eights(Vectors<kVectors>(sums).v));
+    finish(p, row_tile, token, sum_eights(Vectors<kVectors>(sums).v));
+  }
+  static void finish(const Product& p, int64_t row_tile, int64_t token, Vector sums) {
+    store_sums(p, row_tile, token, sums);
   }
 };
 
@@ -49,7 +42,7 @@ void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
   if (p.tokens == 4) return fused_pairs<PairsOfBfloat16, 4>(p, begin, end, scratch);
   if (p.tokens == 5) return fused_pairs<PairsOfBfloat16, 5>(p, begin, end, scratch);
   if (p.tokens == 6) return fused_pairs<PairsOfBfloat16, 6>(p, begin, end, scratch);
-  Panel<PairsOfBfloat16>::product(p, begin, end, scratch);
+  Pipeline<PairsOfBfloat16>::product(p, begin, end, scratch);
 }
 
 void expand(const sbt::View& weight, int64_t begin, int64_t end, Dtype out_dtype, void* out) {
