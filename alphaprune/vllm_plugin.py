@@ -219,11 +219,12 @@ class Parts:
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """y [..., ΣN_i] = x [W_1; W_2; …]ᵀ + bias."""
-        biases = [None] * len(self.sizes) if bias is None else bias.split(self.sizes)
+        if len(self.weights) == 1:
+            return _product(self.weights[0], x, bias)
         if self.packed:
-            return spmm.spmm_joined(x, self.weights, None if bias is None else biases)
-        found = [_product(weight, x, part) for weight, part in zip(self.weights, biases, strict=True)]
-        return found[0] if len(found) == 1 else torch.cat(found, -1)
+            return spmm.spmm_joined(x, self.weights, None if bias is None else bias.split(self.sizes))
+        biases = [None] * len(self.sizes) if bias is None else bias.split(self.sizes)
+        return torch.cat([_product(weight, x, part) for weight, part in zip(self.weights, biases, strict=True)], -1)
 
 
 def _product(weight: "spmm.Prepared | Tensor", x: Tensor, bias: Tensor | None) -> Tensor:

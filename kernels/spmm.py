@@ -172,8 +172,7 @@ def spmm_joined(x: Tensor, prepared: Sequence[Prepared], biases: Sequence[Tensor
     found = _in_one_call(x, prepared, biases, joined=True)
     if found is not None:
         return found
-    parts = spmm_group(x, prepared, biases)
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return torch.cat(spmm_group(x, prepared, biases), -1)
 
 
 def _in_one_call(
