@@ -1,8 +1,9 @@
 """The adapter to vLLM: packed directories run in it, on one rank or shared by several; a leaf that nothing imports.
 
 vLLM finds `register` through the entry point `vllm.general_plugins`, in every process that it starts. It fuses q, k, v
-and gate, up into one layer each: here such a layer keeps one packed weight per part and runs them in one call. Of a
-layer that ranks share, each cuts its slice from the mapped file. Tried with the versions of vLLM in TRIED.
+and gate, up into one layer each: here the packed weights of its parts are stacked into one where they fit together, and
+run in one call otherwise. Of a layer that ranks share, each cuts its slice from the mapped file. Tried with the
+versions of vLLM in TRIED.
 """
 
 import weakref
@@ -211,6 +212,8 @@ class Parts:
     def __init__(self, name: str, weights: Sequence[Packed | Tensor]) -> None:
         if all(isinstance(weight, Tensor) for weight in weights):
             weights = [weights[0] if len(weights) == 1 else torch.cat(weights)]  # one product, as in a dense model
+        elif len(weights) > 1 and all(isinstance(one, Packed) for one in weights) and slices.unlike(weights) is None:
+            weights = [slices.stack(weights)]
         self.sizes = [weight.shape[0] for weight in weights]
         self.rows = sum(self.sizes)
         self.weights = [weight if isinstance(weight, Tensor) else spmm.prepare(weight, name) for weight in weights]
@@ -221,10 +224,12 @@ class Parts:
         """y [..., ΣN_i] = x [W_1; W_2; …]ᵀ + bias."""
         if len(self.weights) == 1:
             return _product(self.weights[0], x, bias)
-        if self.packed:
-            return spmm.spmm_joined(x, self.weights, None if bias is None else bias.split(self.sizes))
         biases = [None] * len(self.sizes) if bias is None else bias.split(self.sizes)
-        return torch.cat([_product(weight, x, part) for weight, part in zip(self.weights, biases, strict=True)], -1)
+        if self.packed:
+            found = spmm.spmm_group(x, self.weights, None if bias is None else biases)
+        else:
+            found = [_product(weight, x, part) for weight, part in zip(self.weights, biases, strict=True)]
+        return torch.cat(found, -1)
 
 
 def _product(weight: "spmm.Prepared | Tensor", x: Tensor, bias: Tensor | None) -> Tensor:

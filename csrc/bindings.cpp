@@ -101,20 +101,15 @@ class Group {
         throw std::invalid_argument("weights of a group share the columns and the instruction set");
   }
 
-  // y_stride: elements between the tokens of every y; 0 where each is a matrix of its own.
   void multiply(Address x, int32_t dtype, int64_t tokens, int64_t stride, const std::vector<Address>& biases,
-                const std::vector<int32_t>& bias_dtypes, const std::vector<Address>& ys, int64_t y_stride) const {
+                const std::vector<int32_t>& bias_dtypes, const std::vector<Address>& ys) const {
     if (biases.size() != items_.size() || bias_dtypes.size() != items_.size() || ys.size() != items_.size())
       throw std::invalid_argument("a group needs a bias, its dtype and an output for each weight");
-    for (const Item& item : items_)
-      if (y_stride && y_stride < item.weight.rows)
-        throw std::invalid_argument("tokens of a shared output have room for every row of a weight");
     const Activations activations{at<const void>(x), float_of(dtype), tokens, stride};
     std::vector<Item> items = items_;
     for (size_t i = 0; i < items.size(); ++i) {
       items[i].bias = {at<const void>(biases[i]), float_of(bias_dtypes[i])};
       items[i].y = at<void>(ys[i]);
-      if (y_stride) items[i].y_stride = y_stride;
     }
     const py::gil_scoped_release release;
     alphaprune::multiply(isa_, items.data(), static_cast<int64_t>(items.size()), activations);

@@ -1,7 +1,6 @@
 """The native CPU kernels, one per instruction set of csrc/cpu."""
 
 import functools
-import itertools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -63,34 +62,26 @@ def bind(isa: str, packed: Packed) -> Bound:
     return run
 
 
-GroupBound = Callable[[Tensor, "Sequence[Tensor | None] | None", bool], "list[Tensor] | Tensor"]
+GroupBound = Callable[[Tensor, "Sequence[Tensor | None] | None"], list[Tensor]]
 
 
 def bind_group(isa: str, weights: Sequence[Packed]) -> GroupBound:
     """The native product of one x with several packed weights [N_i, K] in one parallel region.
 
-    Of each weight [..., N_i], or, if they are joined, [..., ΣN_i]. It does not keep the tensors alive: whoever calls it
-    holds the weights.
+    It does not keep the tensors alive: whoever calls it holds the weights.
     """
     multiply = native.load().Group(tuple(handle(packed, isa) for packed in weights)).multiply
     rows, k = [packed.shape[0] for packed in weights], weights[0].shape[1]
-    none, total, starts = (0,) * len(rows), sum(rows), list(itertools.accumulate(rows[:-1], initial=0))
+    none = (0,) * len(rows)
 
-    def run(x: Tensor, biases: Sequence[Tensor | None] | None, joined: bool) -> list[Tensor] | Tensor:
+    def run(x: Tensor, biases: Sequence[Tensor | None] | None) -> list[Tensor]:
         leading = x.shape[:-1]
-        out: list[Tensor] | Tensor
-        if joined:
-            out = x.new_empty(*leading, total)
-            first, size = out.data_ptr(), x.element_size()
-            to, stride = [first + size * start for start in starts], total
-        else:
-            out = [x.new_empty(*leading, n) for n in rows]
-            to, stride = [y.data_ptr() for y in out], 0
+        out = [x.new_empty(*leading, n) for n in rows]
         addresses = codes = none
         if biases is not None:
             addresses = [0 if bias is None else bias.data_ptr() for bias in biases]
             codes = [0 if bias is None else CODES[bias.dtype] for bias in biases]
-        multiply(x.data_ptr(), CODES[x.dtype], x.numel() // k, k, addresses, codes, to, stride)
+        multiply(x.data_ptr(), CODES[x.dtype], x.numel() // k, k, addresses, codes, [y.data_ptr() for y in out])
         return out
 
     return run

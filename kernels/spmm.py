@@ -5,7 +5,6 @@ import weakref
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from alphaprune.kernels import base, copies, cpu, expansion
 from alphaprune.kernels.base import Bound, Kernel
 from alphaprune.kernels.expansion import expand
 
-__all__ = ["Prepared", "back_ends", "expand", "native_status", "of_op", "prepare", "spmm", "spmm_group", "spmm_joined"]
+__all__ = ["Prepared", "back_ends", "expand", "native_status", "of_op", "prepare", "spmm", "spmm_group"]
 
 FLOATS = cpu.FLOATS
 MOST_GROUPS = 64  # native calls that a weight remembers, one for each count of tokens and company
@@ -160,36 +159,17 @@ def spmm_group(x: Tensor, prepared: Sequence[Prepared], biases: Sequence[Tensor 
     One native call, in one parallel region, where all weights have the same K, are bound to the same native kernel, and
     no gradient is wanted; otherwise one call each.
     """
-    found = _in_one_call(x, prepared, biases, joined=False)
-    if found is not None:
-        return found
-    every = [None] * len(prepared) if biases is None else biases
-    return [one(x, bias) for one, bias in zip(prepared, every, strict=True)]
-
-
-def spmm_joined(x: Tensor, prepared: Sequence[Prepared], biases: Sequence[Tensor | None] | None = None) -> Tensor:
-    """x [W_1; W_2; …]ᵀ + [b_1, b_2, …], [..., ΣN_i]: what `spmm_group` has, side by side, written there at once."""
-    found = _in_one_call(x, prepared, biases, joined=True)
-    if found is not None:
-        return found
-    return torch.cat(spmm_group(x, prepared, biases), -1)
-
-
-def _in_one_call(
-    x: Tensor, prepared: Sequence[Prepared], biases: Sequence[Tensor | None] | None, joined: bool
-) -> Any:
-    """What the native call for all weights gives; None if they take one call each."""
     if biases is not None and len(biases) != len(prepared):
         raise ValueError(f"{len(prepared)} packed weights and {len(biases)} biases: wanted one bias, or None, for each")
     given = [] if biases is None else [bias for bias in biases if bias is not None]
-    if torch.compiler.is_compiling() or _needs_op(x, None) or any(_needs_op(x, bias) for bias in given):
-        return None
-    run = _group(x, prepared)
-    if run is not None and not given:
-        return run(x.contiguous(), None, joined)
-    if run is not None and all(map(_bias_fits, prepared, itertools.repeat(x), biases)):
-        return run(x.contiguous(), [None if bias is None else bias.contiguous() for bias in biases], joined)
-    return None
+    if not (torch.compiler.is_compiling() or _needs_op(x, None) or any(_needs_op(x, bias) for bias in given)):
+        run = _group(x, prepared)
+        if run is not None and not given:
+            return run(x.contiguous(), None)
+        if run is not None and all(map(_bias_fits, prepared, itertools.repeat(x), biases)):
+            return run(x.contiguous(), [None if bias is None else bias.contiguous() for bias in biases])
+    every = [None] * len(prepared) if biases is None else biases
+    return [one(x, bias) for one, bias in zip(prepared, every, strict=True)]
 
 
 def _bias_fits(prepared: Prepared, x: Tensor, bias: Tensor | None) -> bool:

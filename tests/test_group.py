@@ -24,7 +24,7 @@ def calls(native_only: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def counting(isa: str, weights):
         run = original(isa, weights)
-        return lambda x, biases, joined: made.append(len(weights)) or run(x, biases, joined)
+        return lambda x, biases: made.append(len(weights)) or run(x, biases)
 
     monkeypatch.setattr(cpu, "bind_group", counting)
     return made
@@ -51,9 +51,7 @@ def test_one_call_has_the_bits_of_separate_calls(calls: list[int], weight: Kind,
                 found = spmm.spmm_group(activations.view(*leading, k), prepared, biases)
                 assert [tuple(y.shape) for y in found] == [(*leading, n) for n in ROWS]
                 assert same([y.view(tokens, -1) for y in found], wanted)
-                joined = spmm.spmm_joined(activations.view(*leading, k), prepared, biases)
-                assert torch.equal(joined, torch.cat(found, -1)) and joined.is_contiguous()
-            assert calls == [3, 3] * 2
+            assert calls == [3, 3]
 
 
 def test_mixed_values_share_a_call(calls: list[int]) -> None:
@@ -80,8 +78,6 @@ def test_what_cannot_share_a_call_takes_its_own(calls: list[int]) -> None:
     other = spmm.prepare(prepared[0].packed, "layer", "reference")
     assert same(spmm.spmm_group(x, [prepared[1], other]), [prepared[1](x), other(x)])
     assert same(spmm.spmm_group(x, prepared[:1]), [prepared[0](x)]) and spmm.spmm_group(x, []) == []
-    for some in ([prepared[1], other], prepared[:1]):
-        assert torch.equal(spmm.spmm_joined(x, some), torch.cat([one(x) for one in some], -1))
     many = torch.randn(5000, 130)  # past all limits: expansion and torch
     assert same(spmm.spmm_group(many, prepared), [p(many) for p in prepared])
     assert not calls
@@ -117,9 +113,8 @@ def test_misfits_are_named_as_in_separate_calls() -> None:
         ((x, prepared, [None]), "3 packed weights and 1 biases"),
     ]
     for arguments, message in cases:
-        for product in (spmm.spmm_group, spmm.spmm_joined):
-            with pytest.raises(ValueError, match=message):
-                product(*arguments)
+        with pytest.raises(ValueError, match=message):
+            spmm.spmm_group(*arguments)
 
 
 def test_a_group_holds_none_of_its_weights(calls: list[int]) -> None:

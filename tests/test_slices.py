@@ -69,6 +69,38 @@ def test_columns_are_those_of_the_dense_weight(drawn: tuple, unit: int) -> None:
     assert same_bits(torch.cat([sbt.dense(part)[0] for part in parts], 1), sbt.dense(packed)[0])
 
 
+@settings(max_examples=80, deadline=None)
+@given(drawn=weights)
+def test_slices_stack_to_the_whole(drawn: tuple) -> None:
+    weight, mask = random_bits(*drawn)
+    scale = scale_of(weight, drawn[-1])
+    packed, ends = sbt.pack(weight, mask, scale), cuts(drawn[0], drawn[-1], 16)
+    found = slices.stack([slices.rows(packed, first, last) for first, last in pairwise(ends)])
+    assert_packed(found, weight, mask, scale)
+    assert torch.equal(
+        found.weight[int(found.offsets[-1]) * sbt.UNIT :].view(torch.uint8).bool().sum(), torch.tensor(0)
+    )
+
+
+def test_what_does_not_stack_is_named() -> None:
+    _, one, _ = problem(17, 130, 1, 0.4, torch.float32, torch.float32)
+    _, wide, _ = problem(16, 131, 1, 0.4, torch.float32, torch.float32)
+    _, rounded, _ = problem(16, 130, 1, 0.4, "int8", torch.float32)
+    _, grouped, _ = problem(16, 130, 1, 0.4, "int8/128", torch.float32)
+    for parts, message in (
+        ([one, one], "17 rows have no others below them: wanted a multiple of 16"),
+        ([wide, one], "the same columns, dtype"),
+        ([rounded, one], "the same columns, dtype"),
+        ([rounded, grouped], "groups of scales"),
+        ([], "and there is one"),
+    ):
+        assert message in slices.unlike(parts)
+        with pytest.raises(ValueError, match=message):
+            slices.stack(parts)
+    with pytest.raises(ValueError, match="the sbt offsets do not fit the values"):
+        slices.stack([replace(grouped, weight=grouped.weight[:8]), grouped])
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize(("n", "k", "ranks"), [(48, 256, 2), (64, 512, 4), (30, 120, 3)])
 def test_products_of_slices(kind, n: int, k: int, ranks: int) -> None:

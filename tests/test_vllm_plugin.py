@@ -227,6 +227,17 @@ def test_dense_parts_are_one_product(plugin: types.ModuleType) -> None:
     assert [weight.shape for weight in method.parts.weights] == [(32, K)] and method.parts.rows == 32
 
 
+@pytest.mark.parametrize("store", [packed, rounded], ids=lambda f: f.__name__)
+def test_packed_parts_are_stacked_where_they_fit(plugin: types.ModuleType, store) -> None:
+    x, bias = torch.randn(3, K), torch.randn(49)
+    for rows, count in (([32, 17], 1), ([17, 32], 2)):  # rows of tiles, and a part that would end inside one
+        found = [store(weight) for weight in weights(rows, 11)]
+        layer, method = built(plugin, dict(enumerate(found)), 1, 0)
+        assert [len(method.parts.weights), method.parts.rows] == [count, 49]
+        for given in (None, bias):
+            assert_product(method.apply(layer, x, given), x, torch.cat([whole for whole, _ in found]), given)
+
+
 def test_a_vllm_whose_layers_have_other_attributes_is_named(plugin: types.ModuleType) -> None:
     with pytest.raises(ImportError, match=r"works with vLLM 0\.\d+; a hook .*no attribute 'tp_size'"):
         built(plugin, {None: packed(weights([32], 3)[0])}, 2, 0, forget="tp_size")

@@ -5,8 +5,11 @@ computes a summand of y (Megatron-LM, https://arxiv.org/abs/1909.08053, 3). On t
 of 64 columns, bits are only copied: rows are one range of every tensor, columns are one range of the values per row of
 tiles. Off them the tiles that a boundary cuts are packed anew, with the same bits in the values.
 
-Only what a slice needs is touched, so that of tensors that are mapped from a file only that is read.
+Weights that share x can be stacked into one, which takes one launch. Only what a slice needs is touched, so that of
+tensors that are mapped from a file only that is read.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -88,6 +91,42 @@ def columns(packed: Packed, first: int, last: int) -> Packed:
         scale[:, first // quantize.GROUP : -(-last // quantize.GROUP)].contiguous() if grouped else scale,
     )
     return _cut(outer, (0, n), (first - left * sbt.COLS, last - left * sbt.COLS))
+
+
+def stack(parts: Sequence[Packed]) -> Packed:
+    """The rows of several weights one below the other: what `pack` makes of the dense ones so stacked, bit for bit.
+
+    ValueError, which `unlike` gives beforehand, if they do not fit together.
+    """
+    if reason := unlike(parts):
+        raise ValueError(reason)
+    values, offsets, total = [], [], 0
+    for part in parts:
+        own = sbt._unsigned(part.offsets)
+        _check_offsets(part, own)
+        values.append(part.weight[: int(own[-1]) * UNIT])
+        offsets.append(own[:-1] + total)
+        total += int(own[-1])
+    first = parts[0]
+    tail = first.weight.new_zeros(sbt._length(total, first.dtype) - total * UNIT)
+    return Packed(
+        torch.cat([*values, tail]),
+        torch.cat([part.mask for part in parts]),
+        _bits(torch.cat([*offsets, offsets[0].new_tensor([total])])),
+        (sum(part.shape[0] for part in parts), first.shape[1]),
+        None if first.scale is None else torch.cat([part.scale for part in parts]),
+    )
+
+
+def unlike(parts: Sequence[Packed]) -> str | None:
+    """Why weights cannot be stacked, or None."""
+    kinds = {
+        (part.shape[1], part.dtype, part.device, None if part.scale is None else part.scale.shape[1:]) for part in parts
+    }
+    if len(kinds) != 1:
+        return "weights that are stacked have the same columns, dtype, device and groups of scales, and there is one"
+    odd = [part.shape[0] for part in parts[:-1] if part.shape[0] % sbt.ROWS]
+    return f"{odd[0]} rows have no others below them: wanted a multiple of {sbt.ROWS}" if odd else None
 
 
 def _cut(packed: Packed, in_rows: tuple[int, int], in_columns: tuple[int, int]) -> Packed:
