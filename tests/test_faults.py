@@ -3,6 +3,7 @@
 import os
 import resource
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -212,6 +213,43 @@ def test_a_disk_that_fills_keeps_what_is_finished(run, model: Path, kind: str) -
     same = contents if Path("out").is_dir() else Path.read_bytes
     assert same(Path("out")) == same(Path("whole"))
     assert not list(Path().glob("out.*"))
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[int], None]]]:
+    """A folder on a disk of its own, and what gives that disk a size in bytes."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no disk of its own: {getattr(error, 'stderr', None) or error}")
+
+    def resize(nbytes: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={nbytes}", place], check=True)
+
+    yield place, resize
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+@pytest.mark.parametrize("kind", FULL)
+def test_a_disk_that_is_really_full(run, model: Path, disk, kind: str) -> None:
+    place, resize = disk
+    command, (_, *options) = kind.partition(",")[0], FULL[kind]
+    options = [place / "out" if word == "out" else word for word in options]
+    out = place / "out"
+    same = contents if command != "analyze" else Path.read_bytes
+    assert run(command, model, *options)[0] == 0
+    whole, used = same(out), shutil.disk_usage(place).used
+    shutil.rmtree(out) if out.is_dir() else out.unlink()
+    for share in (0.3, 0.7):
+        resize(max(4096, int(share * used)))
+        status, said, err = run(command, model, *options)
+        assert status == 2 and said == "" and len(err.strip().splitlines()) == 1 and "the disk is full" in err, err
+        assert not out.exists()
+    resize(1 << 30)
+    assert run(command, model, *options)[0] == 0
+    assert same(out) == whole and [path.name for path in place.iterdir()] == ["out"]
 
 
 def test_hidden_states_that_fit_nowhere(tmp_path: Path) -> None:
