@@ -1,4 +1,4 @@
-// The product of many tokens with 16-bit weights on AVX-512 in which expansion hides behind arithmetic: while a panel
+// The product of many tokens with weights as 16-bit numbers on AVX-512 in which expansion hides behind arithmetic: while a panel
 // is multiplied with its first two blocks of tokens, the next one is expanded into a second panel, a few words an
 // iteration. Products and expansions have different units of the core to wait for. The sums are those of Panel, bit for
 // bit.
@@ -11,7 +11,8 @@
 namespace alphaprune {
 namespace {
 
-// The expansion of the macro tiles of a panel, kFew words at a time.
+// The expansion of the macro tiles of a panel, two words at a time.
+template <class Math>
 class Expansion {
  public:
   static constexpr int kFew = 2;
@@ -27,17 +28,14 @@ class Expansion {
   inline void few() {
     if (left_ == 0) return;
     if (left_ % (sbt::kWords / kFew) == 0) {
-      value_ = tile_values<uint16_t>(*weight_, tile_);
+      value_ = tile_values<typename Math::Value>(*weight_, tile_);
       mask_ = weight_->mask + tile_ * sbt::kWords;
       prefetch(mask_);
       prefetch(mask_ + 16);
       ++tile_;
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < kFew; ++i) {
-      if (i % 2 == 0) prefetch(value_);
-      _mm512_store_si512(to_ + i * 32, expand16(value_, mask_[i]));
-    }
+    prefetch(value_);
+    Math::two(value_, mask_, to_);
     mask_ += kFew;
     to_ += kFew * 32;
     --left_;
@@ -48,13 +46,14 @@ class Expansion {
 
  private:
   const sbt::View* weight_;
-  const uint16_t* value_ = nullptr;
+  const typename Math::Value* value_ = nullptr;
   const uint32_t* mask_ = nullptr;
   uint16_t* to_ = nullptr;
   int64_t tile_ = 0, left_ = 0;
 };
 
 // `Math` as Panel has it, with 8 vectors of weights per step of 16 columns, each two rows; but
+//   Value, and two(value, mask, panel): from two mask words their weights, where `value` goes on;
 //   finish(p, row_tile, token, v): stores the 16 sums of one token.
 template <class Math>
 struct Pipeline {
@@ -69,7 +68,7 @@ struct Pipeline {
   static_assert(2 * kPanel * sizeof(Element) + kTokensPerPass * (kSums + kHalves) * sizeof(float) <= kScratchBytes,
                 "panels and sums fit the scratch");
   static_assert(Math::kVectors == 2 * Math::kGroup && Math::kGroup == 4, "a group is half of the rows");
-  static_assert(Math::kVectors / Math::kGroup * (sbt::kTileCols / Math::kStep) * 2 * Expansion::kFew == sbt::kWords,
+  static_assert(Math::kVectors / Math::kGroup * (sbt::kTileCols / Math::kStep) * 2 * Expansion<Math>::kFew == sbt::kWords,
                 "two blocks of tokens expand as many tiles as they multiply");
 
   struct Sums {
@@ -82,8 +81,8 @@ struct Pipeline {
   // kAlong: the expansion goes on.
   template <int T, bool kAlong>
   static void block(const Element* panel, int64_t steps, const Element* x, int64_t x_stride, const Sums& sums,
-                    Expansion& further) {
-    Expansion next = further;  // in registers
+                    Expansion<Math>& further) {
+    Expansion<Math> next = further;  // in registers
     for (int64_t first = 0; first < Math::kVectors; first += Math::kGroup) {
       Vector sum[Math::kGroup][T];
       for (int g = 0; g < Math::kGroup; ++g)
@@ -113,7 +112,7 @@ struct Pipeline {
 
   template <bool kAlong, int T = 1>
   static void block_of(int64_t width, const Element* panel, int64_t steps, const Element* x, int64_t x_stride,
-                       const Sums& sums, Expansion& further) {
+                       const Sums& sums, Expansion<Math>& further) {
     if (width == T) {
       block<T, kAlong>(panel, steps, x, x_stride, sums, further);
     } else if constexpr (T < Math::kBlock) {
@@ -122,7 +121,7 @@ struct Pipeline {
   }
 
   static void blocks(const Element* panel, int64_t steps, const Element* x, int64_t x_stride, int64_t tokens,
-                     const Sums& sums, Expansion& further) {
+                     const Sums& sums, Expansion<Math>& further) {
     const int64_t count = ceil_div(tokens, Math::kBlock);
     for (int64_t b = 0, t = 0; b < count; ++b) {
       const int64_t width = (tokens - t) / (count - b);  // spread evenly: 16 as 5 + 5 + 6, never 6 + 6 + 4
@@ -141,7 +140,7 @@ struct Pipeline {
     auto* sums = reinterpret_cast<float*>(panels + 2 * kPanel);
     float* halves = sums + kTokensPerPass * kSums;
     const int64_t tiles = p.weight.col_tiles(), count = ceil_div(tiles, kMostTiles);
-    Expansion further(p.weight);
+    Expansion<Math> further(p.weight);
     const auto start = [&](int64_t row_tile, int64_t i, Element* to) {
       const int64_t first = tiles * i / count;
       further.start(row_tile * tiles + first, tiles * (i + 1) / count - first, to);

@@ -1,5 +1,8 @@
 // SBT on AVX-512 with VBMI2 and BF16 where VDPBF16PS is fast: bfloat16 weights and activations are multiplied as they
-// are, two columns an instruction, which treats subnormal numbers as zero. Everything else is computed as on AVX-512.
+// are, two columns an instruction, which treats subnormal numbers as zero. So are, with many tokens of bfloat16, int8
+// weights with one scale per row, each of which is a bfloat16: widening them hides behind the arithmetic, and the
+// activations are not rounded. Everything else is computed as on AVX-512.
+#include "integer.h"
 #include "pipeline.h"
 
 namespace alphaprune {
@@ -22,6 +25,10 @@ struct PairsOfBfloat16 {
   static Vector multiply(__m512i w, __m512i x, Vector sum) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
   }
+  using Value = uint16_t;
+  static void two(const uint16_t*& value, const uint32_t* mask, uint16_t* panel) {
+    for (int i = 0; i < 2; ++i) _mm512_store_si512(panel + i * 32, expand16(value, mask[i]));
+  }
   static void finish(const Product& p, int64_t row_tile, int64_t token, const float* sums) {
     finish(p, row_tile, token, sum_eights(Vectors<kVectors>(sums).v));
   }
@@ -30,12 +37,30 @@ struct PairsOfBfloat16 {
   }
 };
 
+struct PairsOfIntegers : PairsOfBfloat16 {
+  using Value = uint8_t;
+  static void two(const uint8_t*& value, const uint32_t* mask, uint16_t* panel) {
+    const __m512i w = expand8(value, mask);
+    for (int i = 0; i < 2; ++i) {
+      const __m512bh half = _mm512_cvtne2ps_pbh(quarter(w, 2 * i + 1), quarter(w, 2 * i));
+      _mm512_store_si512(panel + i * 32, reinterpret_cast<const __m512i&>(half));
+    }
+  }
+};
+
+constexpr int64_t kFewTokens = 12;  // with as many of int8, activations are rounded and the bytes multiplied as they are
+
+bool widened(const Activations& x, const sbt::View& weight) {
+  return weight.dtype == Dtype::int8 && weight.groups == 1 && x.dtype == Dtype::bfloat16 && x.tokens > kFewTokens;
+}
+
 bool pairs(const Activations& x, const sbt::View& weight) {
-  return weight.dtype == Dtype::bfloat16 && x.dtype == Dtype::bfloat16;
+  return (weight.dtype == Dtype::bfloat16 && x.dtype == Dtype::bfloat16) || widened(x, weight);
 }
 
 void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
   if (!pairs(p.given, p.weight)) return kAvx512.product(p, begin, end, scratch);
+  if (p.weight.dtype == Dtype::int8) return Pipeline<PairsOfIntegers>::product(p, begin, end, scratch);
   if (p.tokens == 1) return fused_pairs<PairsOfBfloat16, 1>(p, begin, end, scratch);
   if (p.tokens == 2) return fused_pairs<PairsOfBfloat16, 2>(p, begin, end, scratch);
   if (p.tokens == 3) return fused_pairs<PairsOfBfloat16, 3>(p, begin, end, scratch);
@@ -67,8 +92,10 @@ void prepare(const Activations& x, const sbt::View& weight, int64_t first, int64
   }
 }
 
+int layout(const Activations& x, const sbt::View& weight) { return widened(x, weight); }
+
 }  // namespace
 
-const Isa kAvx512bf16 = {"avx512bf16", product, expand, prepared_bytes, prepare};
+const Isa kAvx512bf16 = {"avx512bf16", product, expand, prepared_bytes, prepare, layout};
 
 }  // namespace alphaprune
