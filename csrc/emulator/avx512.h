@@ -300,6 +300,19 @@ inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
   return twin::vector<__m512>(out);
 }
 
+// The numbers of the second vector come first; subnormal ones become zero.
+inline __m512bh _mm512_cvtne2ps_pbh(__m512 a, __m512 b) {
+  const std::array<__m512, 2> both = {b, a};
+  std::array<uint16_t, 32> out;
+  for (size_t i = 0; i < out.size(); ++i) {
+    const float v = twin::flushed(twin::lanes<float>(both[i / 16])[i % 16]);
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    out[i] = static_cast<uint16_t>(v != v ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+  return twin::vector<__m512bh>(out);
+}
+
 inline __m512 _mm512_cvtph_ps(__m256i v) {
   const std::array<__m256, 2> out = {_mm256_cvtph_ps(twin::part<__m128i>(v, 0)),
                                      _mm256_cvtph_ps(twin::part<__m128i>(v, 1))};

@@ -137,6 +137,8 @@ OPERATION(float_multiply, F, put(out, _mm512_mul_ps(AF, BF)))
 OPERATION(float_fma, F, put(out, _mm512_fmadd_ps(AF, BF, CF)))
 OPERATION(pairs, F ",avx512bf16",
           put(out, _mm512_dpbf16_ps(CF, reinterpret_cast<__m512bh>(A), reinterpret_cast<__m512bh>(B))))
+OPERATION(narrow_pairs, F ",avx512bf16", const __m512bh both = _mm512_cvtne2ps_pbh(AF, BF);
+          put(out, reinterpret_cast<const __m512i&>(both)))
 OPERATION(from_half, F, put(out, _mm512_cvtph_ps(_mm512_castsi512_si256(A))))
 OPERATION(to_half, F, put(out, _mm512_cvtps_ph(AF, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)))
 OPERATION(from_int, F, put(out, _mm512_cvtepi32_ps(A)))
@@ -196,6 +198,7 @@ void compare_vectors() {
   COMPARE(float_multiply, true, f);
   COMPARE(float_fma, true, f);
   COMPARE(pairs, true, f && __builtin_cpu_supports("avx512bf16"));
+  COMPARE(narrow_pairs, true, f && __builtin_cpu_supports("avx512bf16"));
   COMPARE(from_half, false, f);
   COMPARE(to_half, false, f);
   COMPARE(from_int, false, f);
