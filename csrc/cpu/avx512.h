@@ -80,7 +80,9 @@ inline __m512 quarters(__m512 a, __m512 b) {
 }
 
 // Two lanes of each row from 4 lanes of each, in 2 vectors of four rows; and all 16 sums from two of these.
-inline __m512 half_fours(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
+inline __m512 half_fours(__m512 a, __m512 b) {
+  return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+}
 inline __m512 sum_halves(__m512 a, __m512 b) {
   const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
   const __m512 out = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)),

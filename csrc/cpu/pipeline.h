@@ -1,7 +1,7 @@
-// The product of many tokens with weights as 16-bit numbers on AVX-512 in which expansion hides behind arithmetic: while a panel
-// is multiplied with its first two blocks of tokens, the next one is expanded into a second panel, a few words an
-// iteration. Products and expansions have different units of the core to wait for. The sums are those of Panel, bit for
-// bit.
+// The product of many tokens with weights as 16-bit numbers on AVX-512 in which expansion hides behind arithmetic:
+// while a panel is multiplied with its first two blocks of tokens, the next one is expanded into a second panel, a few
+// words an iteration. Products and expansions have different units of the core to wait for. The sums are those of
+// Panel, bit for bit.
 #pragma once
 
 #include <algorithm>
@@ -68,7 +68,8 @@ struct Pipeline {
   static_assert(2 * kPanel * sizeof(Element) + kTokensPerPass * (kSums + kHalves) * sizeof(float) <= kScratchBytes,
                 "panels and sums fit the scratch");
   static_assert(Math::kVectors == 2 * Math::kGroup && Math::kGroup == 4, "a group is half of the rows");
-  static_assert(Math::kVectors / Math::kGroup * (sbt::kTileCols / Math::kStep) * 2 * Expansion<Math>::kFew == sbt::kWords,
+  static_assert(Math::kVectors / Math::kGroup * (sbt::kTileCols / Math::kStep) * 2 * Expansion<Math>::kFew ==
+                    sbt::kWords,
                 "two blocks of tokens expand as many tiles as they multiply");
 
   struct Sums {
@@ -87,8 +88,7 @@ struct Pipeline {
       Vector sum[Math::kGroup][T];
       for (int g = 0; g < Math::kGroup; ++g)
         for (int t = 0; t < T; ++t)
-          sum[g][t] =
-              sums.fresh ? _mm512_setzero_ps() : Math::load(sums.all + t * kSums + (first + g) * Math::kLanes);
+          sum[g][t] = sums.fresh ? _mm512_setzero_ps() : Math::load(sums.all + t * kSums + (first + g) * Math::kLanes);
       const Element* w = panel + first * kVector;
       for (int64_t s = 0; s < steps; ++s, w += kStepElements) {
         for (int t = 0; t < T; ++t) {

@@ -48,7 +48,8 @@ struct PairsOfIntegers : PairsOfBfloat16 {
   }
 };
 
-constexpr int64_t kFewTokens = 12;  // with as many of int8, activations are rounded and the bytes multiplied as they are
+constexpr int64_t kFewTokens =
+    12;  // with as many of int8, activations are rounded and the bytes multiplied as they are
 
 bool widened(const Activations& x, const sbt::View& weight) {
   return weight.dtype == Dtype::int8 && weight.groups == 1 && x.dtype == Dtype::bfloat16 && x.tokens > kFewTokens;

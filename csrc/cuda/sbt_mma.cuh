@@ -199,8 +199,7 @@ ALPHAPRUNE_DEVICE void multiply_tiles(const MmaProblem& p) {
   [[maybe_unused]] Scales<kMine> scales[kSharers];
   if constexpr (kGrouped) {
     ALPHAPRUNE_UNROLL
-    for (int i = 0; i < kSharers; ++i)
-      scales[i].start(p, (block_tile + (member ^ i) * kMine) * 16 + group, begin);
+    for (int i = 0; i < kSharers; ++i) scales[i].start(p, (block_tile + (member ^ i) * kMine) * 16 + group, begin);
   }
   const uint16_t* x = p.x + static_cast<size_t>(first_token + group) * p.cols + begin * kChunkCols + 4 * pair;
   uint32_t stage = ring;
@@ -255,7 +254,7 @@ ALPHAPRUNE_DEVICE void multiply_tiles(const MmaProblem& p) {
                                      first_token + 8 * t + group < p.tokens);
           at += static_cast<size_t>(8) * p.cols;
         }
-        const auto multiply = [&](int r, const uint32_t(&a)[4]) {
+        const auto multiply = [&](int r, const uint32_t (&a)[4]) {
           ALPHAPRUNE_UNROLL
           for (int t = 0; t < kWarpTiles; ++t) mma<Value>(kGrouped ? part[r][t] : sum[r][t], a, b[t]);
         };
@@ -307,7 +306,7 @@ ALPHAPRUNE_DEVICE void multiply_tiles(const MmaProblem& p) {
     if (at_row >= p.out.rows) continue;
     const int i = in_tile / 8 * 2 + token % 2, holder = in_tile % 8 * 4 + token % 8 / 2;
     const int tile = token / 8, of = tile / kWarpTiles;  // the member of each team that has the token
-    const int r = in_block / 16 ^ of * kMine;           // the place of the row tile among its sums
+    const int r = in_block / 16 ^ of * kMine;            // the place of the row tile among its sums
     const uint32_t at = ((r * kWarpTiles + tile % kWarpTiles) * 4 + i) * kWarp + holder;
     float total = 0;
     for (int w = of; w < p.warps; w += kSharers) total += load_shared_f32(shared_start() + 4 * (w * kSums + at));
