@@ -48,7 +48,7 @@ void emulate_device(const Device& device);
 // stage_units: the largest number of 8-value units that `chunk_tiles()` neighbouring macro tiles of a row tile have,
 // counted from the first, the third, … tile of the row.
 int chunk_tiles();
-constexpr int64_t kMostTokens = 128;  // of one call
+constexpr int64_t kMostTokens = 128;  // of one call of sbt_mma
 // warps: at most so many, 1 to 8, share the columns of a row tile; fewer where their memory does not fit the device.
 Status sbt_mma(const sbt::View& weight, uint32_t stage_units, int warps, const Device& device, const Call& call);
 // The same of int8 values with their scales, where `call.dtype` is that of x, y and the residual only.
@@ -100,7 +100,7 @@ struct NmView {
   int64_t rows;        // N
   int64_t cols;        // K
 };
-constexpr int64_t kMostNmTokens = 64;  // of one call
+constexpr int64_t kMostNmTokens = 64;  // of one call of nm_mma_sp
 Status allow_nm_mma_sp(int shared_bytes);
 Status nm_mma_sp(const NmView& weight, const Call& call);
 
