@@ -38,7 +38,10 @@ class Graphs:
         self._stream = torch.cuda.Stream(device)
 
     def record(self, call: Call) -> Call:
-        """Replays what `call` does; its result, the same tensors every time, is what it returned when recorded."""
+        """Replays what `call` does; its result, the same tensors every time, is what it returned when recorded.
+
+        The replay keeps `call`: a graph knows the addresses of the tensors that it works on, and does not hold them.
+        """
         with torch.cuda.device(self.device):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
@@ -49,7 +52,7 @@ class Graphs:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 result = call()
 
-        def replay() -> Any:
+        def replay(kept: Call = call) -> Any:
             with torch.cuda.device(self.device):
                 graph.replay()
             return result
@@ -128,7 +131,8 @@ class Steps:
             self.ragged.held[slot] += 1
 
     def _chooser(self, kind: Kind) -> Choose:
-        return lambda *given: self.sampler.choose(*given, kind)
+        choose = self.sampler.choose
+        return lambda *given: choose(*given, kind)
 
     def bucket(self, sequences: int) -> int:
         """The smallest bucket that takes so many sequences."""
@@ -172,10 +176,10 @@ class Steps:
         """Recorded on rows that belong to nobody: what runs before recording changes no sequence."""
         rows, self._in_rows[bucket] = self._rows[bucket].fill_(self.ragged.nobody), []
 
-        choose = self._chooser(kind)
+        run, choose = self._run, self._chooser(kind)  # and not self: what is recorded would hold itself
 
         def step() -> tuple[Tensor, Tensor]:
-            return self._run(rows, reach, choose)
+            return run(rows, reach, choose)
 
         needs = {
             f"logits and hidden states of {bucket} sequences": 8 * bucket * self.sampler.vocabulary,

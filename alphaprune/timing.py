@@ -144,7 +144,10 @@ class CudaClock:
         return 2 * PROBE_BYTES / statistics.median(one["copy"] for one in found)
 
     def _record(self, calls: list[Call]) -> Callable[[], None]:
-        """One graph of all calls in order. What they bind, compile or tune happens before, on a side stream."""
+        """One graph of all calls in order. What they bind, compile or tune happens before, on a side stream.
+
+        The replay keeps the calls: a graph knows the addresses of the weights that they read, and does not hold them.
+        """
         with torch.cuda.device(self.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -161,7 +164,7 @@ class CudaClock:
                         call()
                 finally:
                     graph.capture_end()
-        return graph.replay
+        return lambda kept=tuple(calls): graph.replay()
 
     def _round(self, replays: dict[str, Callable[[], None]]) -> dict[str, float]:
         """Seconds of each replay. While the device sleeps all are queued behind it, so that no launch is waited for."""

@@ -45,7 +45,10 @@ class Cuda:
         }
 
     def record(self, calls: list[Call]) -> Replay:
-        """One CUDA graph of all calls in order. What they bind, compile or tune happens before, on a side stream."""
+        """One CUDA graph of all calls in order. What they bind, compile or tune happens before, on a side stream.
+
+        The replay keeps the calls: a graph knows the addresses of the weights that they read, and does not hold them.
+        """
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -64,7 +67,7 @@ class Cuda:
                 graph.capture_end()
         graph.replay()
         torch.cuda.synchronize()
-        return graph.replay
+        return lambda kept=tuple(calls): graph.replay()
 
     def time(self, replays: list[Replay], repeats: int) -> list[list[float]]:
         """Seconds of each replay, `repeats` times, by turns."""
@@ -148,9 +151,10 @@ class Host:
         return {"gpu": None, "cpu": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
 
     def record(self, calls: list[Call]) -> Replay:
-        for call in calls:
+        kept = tuple(calls)
+        for call in kept:
             call()
-        return lambda: [call() for call in calls]
+        return lambda: [call() for call in kept]
 
     def time(self, replays: list[Replay], repeats: int) -> list[list[float]]:
         found: list[list[float]] = [[] for _ in replays]

@@ -1,8 +1,11 @@
 """bench/gpu_rig.py on a stand-in for torch.cuda: the order of warm-up, capture, replays and clocks; never a time."""
 
 import contextlib
+import functools
+import gc
 import os
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,6 +105,25 @@ def test_graphs_are_captured_after_a_warm_up_and_timed_by_turns(Cuda, monkeypatc
     assert found == [[0.002] * 3, [0.005] * 3]
     turn = ["sleep", "event", "run 2", "event", "event", "run 5", "event", "synchronize"]
     assert fake.log == turn * 3
+
+
+@pytest.mark.parametrize("place", ["Cuda", "Host"])
+def test_a_replay_keeps_what_it_calls(Cuda, monkeypatch, place: str) -> None:
+    """A graph knows the addresses of the weights that it reads; who replays it must hold them."""
+    import gpu_rig
+
+    FakeCuda().install(monkeypatch)
+    weight = torch.ones(3)
+    held, calls = weakref.ref(weight), [functools.partial(torch.neg, weight)]
+    replay = getattr(gpu_rig, place)().record(calls)
+    calls.clear()
+    del weight, calls
+    gc.collect()
+    assert held() is not None, "the weight of a recorded call is gone"
+    replay()
+    del replay
+    gc.collect()
+    assert held() is None, "and is given back with the replay"
 
 
 def test_a_capture_that_fails_is_ended(Cuda, monkeypatch) -> None:

@@ -1,5 +1,7 @@
 """Ragged batches give what every sequence alone gives, also as a recorded graph."""
 
+import weakref
+
 import pytest
 import torch
 from recorded import Fake, record_products
@@ -231,11 +233,18 @@ def test_the_order_of_calls_to_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         graph=lambda graph, **options: within("graph", **options),
     )
     monkeypatch.setattr(graphs, "torch", SimpleNamespace(cuda=cuda))
-    replay = graphs.Graphs(torch.device("cuda:1")).record(lambda: said.append("call") or len(said))
+
+    def call() -> int:
+        said.append("call")
+        return len(said)
+
+    held, replay = weakref.ref(call), graphs.Graphs(torch.device("cuda:1")).record(call)
+    del call
     assert said == [
         *("device", "wait", "stream", "call", "call", "end of stream", "wait"),
         *("graph pool thread_local", "call", "end of graph", "end of device"),
     ]
     recorded = 9
     said.clear()
+    assert held() is not None, "a replay keeps what it calls"
     assert replay() == replay() == recorded and said == ["device", "replay", "end of device"] * 2

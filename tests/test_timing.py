@@ -5,6 +5,7 @@ import itertools
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -195,6 +196,12 @@ def test_the_clock_of_a_gpu_replays_graphs_between_events(monkeypatch: pytest.Mo
     # Every call once beforehand, where kernels bind, then once into the graph; afterwards only replays.
     assert called == [("a", False)] * 3 + [("a", True)] * 3 + [("b", False)] * 2 + [("b", True)] * 2
     assert [graph.replays for graph in fake.made] == [4 + timing.WAKING] * 2 and fake.slept > 0
+    kept = calls.pop("b")[0]
+    held, replay = weakref.ref(kept), clock._record([kept])
+    del kept
+    assert held() is not None, "a replay keeps what it calls"
+    del replay
+    assert held() is None
     monkeypatch.setattr(timing, "PROBE_BYTES", 1 << 10)
     clock.device = torch.device("cpu")
     assert clock.bandwidth() == 2 * (1 << 10) / 0.5
