@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from alphaprune import timing
+
 Call = Callable[[], Tensor]
 Replay = Callable[[], object]
-COPY_BYTES = 1 << 30
 L2_TIMES = 4  # copies of a weight that the calls go round fill the second-level cache so many times
 CYCLES = 100_000  # that the device sleeps for each replay of a round: longer than it takes to launch one
 BUSY = 0.2  # seconds of replays during which the clocks are read
@@ -86,11 +87,10 @@ class Cuda:
         return found
 
     def bandwidth(self) -> float:
-        """Bytes read and written per second by copies of 1 GiB."""
-        source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=self.device)
-        target = torch.empty_like(source)
-        (times,) = self.time([self.record([lambda: target.copy_(source)])], 20)
-        return 2 * COPY_BYTES / statistics.median(times)
+        """Bytes read and written per second by the fastest way to copy 2 GiB."""
+        ways = timing.copy_ways(self.device)
+        found = self.time([*ways.values(), *(self.record([way]) for way in ways.values())], 20)
+        return 2 * timing.COPY_BYTES / min(map(statistics.median, found))
 
     def clocks(self, replays: list[Replay], round_seconds: float) -> dict[str, float | None]:
         """MHz of multiprocessors and memory, watts and degrees Celsius while the replays run."""

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from alphaprune import timing
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -124,6 +126,22 @@ def test_a_replay_keeps_what_it_calls(Cuda, monkeypatch, place: str) -> None:
     del replay
     gc.collect()
     assert held() is None, "and is given back with the replay"
+
+
+def test_the_bandwidth_is_that_of_the_fastest_copy(Cuda, monkeypatch) -> None:
+    """A memcpy in a graph runs elsewhere than a kernel, and slower."""
+    fake = FakeCuda()
+    fake.install(monkeypatch)
+    rig, milliseconds = Cuda(), {"copy": 4.0, "kernel": 2.0}
+
+    def way(name: str) -> None:
+        fake.clock += milliseconds[name]
+
+    monkeypatch.setattr(timing, "copy_ways", lambda device: {name: lambda n=name: way(n) for name in milliseconds})
+    monkeypatch.setattr(rig, "record", lambda calls: lambda: setattr(fake, "clock", fake.clock + 8.0))
+    assert rig.bandwidth() == 2 * timing.COPY_BYTES / 0.002
+    milliseconds["kernel"] = 16.0
+    assert rig.bandwidth() == 2 * timing.COPY_BYTES / 0.004
 
 
 def test_a_capture_that_fails_is_ended(Cuda, monkeypatch) -> None:

@@ -177,6 +177,15 @@ class FakeCuda:
         return graph
 
 
+COPIES = (("copy", 0.5, 0.75), ("kernel", 0.375, 0.25))  # seconds alone, and in a graph
+
+
+def test_ways_to_copy_write_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "COPY_BYTES", 1 << 10)
+    for way in timing.copy_ways(torch.device("cpu")).values():
+        assert way().nbytes == 1 << 10 and not bool(way().any())  # of what the tests fill with NaN
+
+
 def test_the_clock_of_a_gpu_replays_graphs_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeCuda()
     monkeypatch.setattr(torch, "cuda", fake)
@@ -202,9 +211,9 @@ def test_the_clock_of_a_gpu_replays_graphs_between_events(monkeypatch: pytest.Mo
     assert held() is not None, "a replay keeps what it calls"
     del replay
     assert held() is None
-    monkeypatch.setattr(timing, "PROBE_BYTES", 1 << 10)
-    clock.device = torch.device("cpu")
-    assert clock.bandwidth() == 2 * (1 << 10) / 0.5
+    copies = {name: lambda a=eager, b=inside: fake.work(b if fake.graph else a) for name, eager, inside in COPIES}
+    monkeypatch.setattr(timing, "copy_ways", lambda device: dict(copies))
+    assert clock.bandwidth() == 2 * timing.COPY_BYTES / 0.25
 
     def fail() -> None:
         if fake.graph:
