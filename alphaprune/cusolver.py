@@ -18,10 +18,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from alphaprune import hardware
+from alphaprune import hardware, tridiagonal
 
 # "batched": cusolverDnXsyevBatched. "looped": cusolverDnXsyevd for one matrix after another. "torch": torch.linalg.
-Route = Literal["batched", "looped", "torch"]
+# "tridiagonal": no library at all, see there.
+Route = Literal["batched", "looped", "torch", "tridiagonal"]
 
 LARGEST = 46340  # the solvers refuse matrices of more than 2³¹ − 1 entries
 # (largest n, route), by dtype: the fastest route up to n. A default that was NOT MEASURED by us: PyTorch #175403 and
@@ -176,8 +177,10 @@ def eigvalsh(gram: Tensor, route: Route | None = None, solver: Solver | None = N
     if taken == "torch" or not gram.numel() or not (gram.is_cuda or solver or route):
         return _by_torch(gram)
     try:
+        if taken == "tridiagonal":
+            return tridiagonal.eigvalsh(gram)
         values, info = (solver or _solver(gram.device)).eigenvalues(gram, taken)
-    except (Unusable, torch.OutOfMemoryError) as reason:
+    except (Unusable, tridiagonal.Unusable, torch.OutOfMemoryError) as reason:
         if route:
             raise
         _log_once(f"eigenvalues by torch.linalg, because {reason}")

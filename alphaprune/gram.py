@@ -7,6 +7,7 @@ Damping: δ = 1 % of the mean diagonal, as SparseGPT and ALPS were published, an
 until a factorisation succeeds; G is singular with fewer tokens than columns, or with duplicate tokens.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -150,12 +151,23 @@ def _factorize_(matrix: Tensor) -> dict[int, Tensor] | None:
     return inverses
 
 
+_precision = {"inside": 0, "before": "highest"}
+_precision_lock = threading.Lock()
+
+
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """float32 products in float32 (no TF32, no bfloat16), whatever the user has set for the model."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """float32 products in float32 (no TF32, no bfloat16), whatever the user has set for the model, until the last of
+    all threads that want it so is done."""
+    with _precision_lock:
+        if not _precision["inside"]:
+            _precision["before"] = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+        _precision["inside"] += 1
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        with _precision_lock:
+            _precision["inside"] -= 1
+            if not _precision["inside"]:
+                torch.set_float32_matmul_precision(_precision["before"])

@@ -7,6 +7,8 @@ values of the published estimator. So does one in float32 of a matrix twice as l
 if its eigenvalues are found in float64: what is left are the products' own errors, which are independent of each other.
 """
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -95,24 +97,47 @@ def solve(
     Raises ValueError for weights that are no matrices of one shape or hold NaN or infinity, or an unknown solver or
     device.
     """
-    target = check(solver, device)
     shapes = {tuple(weight.shape) for weight in weights}
     if len(shapes) != 1 or any(len(s) != 2 or 0 in s for s in shapes):
         raise ValueError(f"weights: wanted matrices of one shape [N, K], got {sorted(shapes)}")
-    shape = shapes.pop()
-    chosen = choose(need, shape, target, solver)
-    step = together(shape, len(weights), cusolver.free_bytes(target) if target.type == "cuda" else None)
-    found: list[tuple[Tensor, Solver]] = []
-    for start in range(0, len(weights), step):
-        part = [weight.detach().to(target) for weight in weights[start : start + step]]
-        part, scale = scaled(torch.stack(part) if len(part) > 1 else part[0][None])  # [b, N, K]
-        for row, values in enumerate(_solve(part, chosen)):
+    return solve_all(weights, need, device, solver)
+
+
+def solve_all(
+    weights: Sequence[Tensor], need: Need = "tail", device: str = "auto", solver: str = "auto"
+) -> list[tuple[Tensor, Solver]]:
+    """As `solve`, of matrices that are not empty, of any shapes: Gram matrices of one size are solved together."""
+    target = check(solver, device)
+    found: dict[int, tuple[Tensor, Solver]] = {}
+    for chosen, places in _batches([tuple(weight.shape) for weight in weights], need, target, solver):
+        grams, scales = [], []
+        for _, same in itertools.groupby(places, key=lambda place: weights[place].shape):
+            part, scale = scaled(_stacked([weights[place].detach().to(target) for place in same]))  # [b, N, K]
+            grams.append(_gram(part, chosen))
+            scales += scale.tolist()
+        solved = _eigenvalues(grams[0] if len(grams) == 1 else torch.cat(grams))
+        for place, values, scale in zip(places, solved, scales, strict=True):
             used = chosen
             if not chosen.exact_enough(values, need):
                 used = EXACT
-                values = _solve(part[row : row + 1], used)[0]
-            found.append((values * scale[row] ** 2, used))
-    return found
+                again, _ = scaled(weights[place].detach().to(target)[None])
+                values = _eigenvalues(_gram(again, used))[0]
+            found[place] = values * scale**2, used
+    return [found[place] for place in range(len(weights))]
+
+
+def _batches(
+    shapes: list[tuple[int, int]], need: Need, device: torch.device, solver: str
+) -> Iterator[tuple[Solver, list[int]]]:
+    """The places of matrices [N, K] that are solved together, those of one shape side by side, and by what."""
+    free = cusolver.free_bytes(device) if device.type == "cuda" else None
+    alike: dict[tuple[Solver, int], list[int]] = {}
+    for place in sorted(range(len(shapes)), key=lambda place: shapes[place]):
+        key = choose(need, shapes[place], device, solver), min(shapes[place])
+        alike.setdefault(key, []).append(place)
+    for (chosen, _), places in alike.items():
+        step = together(max((shapes[place] for place in places), key=math.prod), len(places), free)
+        yield from ((chosen, places[start : start + step]) for start in range(0, len(places), step))
 
 
 def together(shape: tuple[int, int], count: int, free: int | None) -> int:
@@ -160,16 +185,24 @@ def scaled(weights: Tensor) -> tuple[Tensor, Tensor]:
     return weights.mul_(torch.exp2(-power).to(weights.dtype)[:, None, None]), torch.exp2(power).cpu()
 
 
-def _solve(weights: Tensor, solver: Solver) -> Tensor:
-    """[b, min(N, K)] float64 ascending, on the CPU, of weights [b, N, K]."""
+def _gram(weights: Tensor, solver: Solver) -> Tensor:
+    """The lower triangles of the Gram matrices [b, min(N, K), min(N, K)] of weights [b, N, K], as they are solved."""
     weights = weights.to(solver.gram)
     side = weights if weights.shape[1] <= weights.shape[2] else weights.mT  # [b, small, large]
-    gram = lower_gram(side).to(solver.eigen)
+    return lower_gram(side).to(solver.eigen)
+
+
+def _eigenvalues(gram: Tensor) -> Tensor:
+    """[b, n] float64 ascending, on the CPU, of gram [b, n, n] by its lower triangles."""
     if two_stage.serves(gram):
         values = torch.stack([two_stage.eigvalsh(matrix) for matrix in gram])
     else:
         values = cusolver.eigvalsh(gram)
     return values.double().clamp_min(0).cpu()
+
+
+def _stacked(weights: list[Tensor]) -> Tensor:
+    return torch.stack(weights) if len(weights) > 1 else weights[0][None]
 
 
 @contextmanager

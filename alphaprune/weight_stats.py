@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from alphaprune import alpha, farms, metrics, sketches, spectrum
 Layers = dict[str, Tensor]
 Units = dict[str, Layers]
 Entries = dict[str, dict[str, Any]]
+Spectra = dict[str, tuple[Tensor, spectrum.Solver]]
 Submitted = list[tuple[str, "Future[dict[str, Any]]"]]
 
 AT_ONCE_BYTES = 4 << 30  # that layers side by side may take on a CPU
@@ -37,11 +38,10 @@ class WeightStats:
 
         shapes: of all that come. On a CPU large layers are worked on side by side, each with its part of the threads,
         the most costly of a block first; and the next block is read, and begun with where threads are free, before a
-        block is done.
+        block is done. On a GPU a block's eigenvalues are found together, and fitted while those of the next one are.
         """
         if self.device != "cpu":
-            for units in blocks:
-                yield {unit: self.entry(layers) for unit, layers in units.items()}
+            yield from self._of_blocks_on_gpu(blocks)
             return
         blocks = iter(blocks)
         first = next(blocks, None)
@@ -58,14 +58,46 @@ class WeightStats:
             if before is not None:
                 yield _joined(*before)
 
-    def entry(self, layers: dict[str, Tensor]) -> dict[str, Any]:
-        """Columns, series and solvers of layers of one shape."""
+    def _of_blocks_on_gpu(self, blocks: Iterable[Units]) -> Iterator[Entries]:
+        """Windows are not worked on aside: their spectra need the GPU, too."""
+        aside, before = replace(self, windows=None), None
+        with spectrum.threads() as pool:
+            for units in blocks:
+                spectra = self.spectra({name: weight for layers in units.values() for name, weight in layers.items()})
+                parts = [
+                    (unit, pool.submit(aside.entry, {name: weight}, spectra))
+                    for unit, layers in units.items()
+                    for name, weight in layers.items()
+                ]
+                if before is not None:
+                    yield self._with_windows(*before)
+                before = units, parts
+            if before is not None:
+                yield self._with_windows(*before)
+
+    def _with_windows(self, units: Units, parts: Submitted) -> Entries:
+        found = _joined(units, parts)
+        for unit, layers in units.items():
+            for name, weight in layers.items() if self.windows is not None else ():
+                found[unit]["layers"][name]["columns"].update(_farms_columns(name, weight, self.windows, self.device))
+        return found
+
+    def spectra(self, layers: Layers) -> Spectra:
+        """The eigenvalues of layers of any shapes and what solved them, by name; nothing if nothing fits them."""
+        if self.fit is None:
+            return {}
+        found = spectrum.solve_all(list(layers.values()), alpha.NEED[self.fit], self.device, self.solver)
+        return dict(zip(layers, found, strict=True))
+
+    def entry(self, layers: Layers, spectra: Spectra | None = None) -> dict[str, Any]:
+        """Columns, series and solvers of layers of one shape. spectra: those of the layers, if they are known."""
         found: dict[str, dict[str, Any]] = {name: {"columns": {}, "series": {}} for name in layers}
         solvers = set()
         if self.fit is not None:
-            for name, (entry, used) in _spectral(layers, self.fit, self.device, self.solver).items():
-                found[name] = entry
-                solvers.add(used)
+            known = self.spectra(layers) if spectra is None else spectra
+            for name, weight in layers.items():
+                found[name] = _spectral(name, weight, *known[name], self.fit)
+                solvers.add(str(known[name][1]))
         for name, weight in layers.items():
             if self.windows is not None:
                 found[name]["columns"].update(_farms_columns(name, weight, self.windows, self.device))
@@ -102,19 +134,15 @@ def cost(shape: tuple[int, int]) -> float:
 
 
 def _spectral(
-    layers: dict[str, Tensor], fit: "alpha.Method", device: str, solver: str
-) -> dict[str, tuple[dict[str, Any], str]]:
-    """Columns, the spectrum's series and solver of layers of one shape, which go to the solver together."""
-    found, spectra = {}, spectrum.solve(list(layers.values()), alpha.NEED[fit], device, solver)
-    for (name, weight), (eigenvalues, used) in zip(layers.items(), spectra, strict=True):
-        try:
-            law = alpha.fit(eigenvalues, fit, noise=used.noise)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        columns = {**law.columns(), **metrics.columns(eigenvalues, law, tuple(weight.shape), used.noise)}
-        series = {sketches.SPECTRUM: sketches.eigenvalues(eigenvalues)}
-        found[name] = {"columns": columns, "series": series}, str(used)
-    return found
+    name: str, weight: Tensor, eigenvalues: Tensor, used: spectrum.Solver, fit: "alpha.Method"
+) -> dict[str, Any]:
+    """Columns and the spectrum's series of a layer."""
+    try:
+        law = alpha.fit(eigenvalues, fit, noise=used.noise)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    columns = {**law.columns(), **metrics.columns(eigenvalues, law, tuple(weight.shape), used.noise)}
+    return {"columns": columns, "series": {sketches.SPECTRUM: sketches.eigenvalues(eigenvalues)}}
 
 
 def _farms_columns(name: str, weight: Tensor, windows: "farms.Windows", device: str) -> dict[str, float]:

@@ -1,11 +1,15 @@
 """Ways to the eigenvalues of many Gram matrices on a GPU, by size; and a whole model's spectra.
 
 python bench/spectrum_gpu.py --out bench/results/spectrum_gpu.jsonl      every size; then the table for cusolver.py
-python bench/spectrum_gpu.py --model                                     the 224 matrices of LLaMA 7B: target < 15 s
+python bench/spectrum_gpu.py --sizes 4096 --batch 1,7 --rounds 1 --minutes 0.6      the size of a 7B model, quickly
+python bench/spectrum_gpu.py --model --minutes 1                          the 224 matrices of LLaMA 7B: target < 15 s
+python bench/spectrum_gpu.py --launches --sizes 4096 --batch 7            what the launches of `tridiagonal` take
 
-batched and looped are cuSOLVER's (see alphaprune/cusolver.py), torch is torch.linalg.eigvalsh on the same batch, and
+batched and looped are cuSOLVER's (see alphaprune/cusolver.py), streams are as many of its handles, streams and threads
+as there are matrices, tridiagonal is alphaprune/tridiagonal.py, torch is torch.linalg.eigvalsh on the same batch, and
 svdvals are the float32 singular values of the weights themselves. A figure is a median of rounds by turns. A way that
-fails gets a row with its error. Errors are relative to the largest eigenvalue, against float64 on the CPU.
+takes longer than 5 s is not repeated, and not tried on larger batches. A way that fails gets a row with its error.
+Errors are relative to the largest eigenvalue, against float64: on the CPU, of large matrices by cuSOLVER.
 """
 
 import argparse
@@ -14,20 +18,25 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
 import torch
 from rows import append
 from torch import Tensor
 
-from alphaprune import alpha, cusolver, spectrum
+from alphaprune import cusolver, spectrum, tridiagonal
+from alphaprune.weight_stats import WeightStats
 
 BATCHES = {128: 64, 256: 64, 512: 32, 1024: 16, 2048: 8, 4096: 7}  # a block of LLaMA has seven matrices
 COMPARED_UP_TO = 1024  # larger ones take the CPU too long
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+WAYS = ("tridiagonal", "batched", "streams", "looped", "torch", "svdvals")
 BLOCK = ((4, (4096, 4096)), (2, (11008, 4096)), (1, (4096, 11008)))  # of LLaMA 7B, which has 32
 BLOCKS, TARGET = 32, 15.0
+SLOW = 5.0  # seconds: a way that takes longer is measured once
+LAUNCHES = 20
 
 
 def weights_of(batch: int, shape: tuple[int, int], device: torch.device, seed: int = 0) -> Tensor:
@@ -38,10 +47,30 @@ def weights_of(batch: int, shape: tuple[int, int], device: torch.device, seed: i
 
 def ways(weights: Tensor, gram: Tensor) -> dict[str, Callable[[], Tensor]]:
     """Name → the eigenvalues [batch, n], ascending."""
-    found = {route: lambda route=route: cusolver.eigvalsh(gram, route) for route in ("batched", "looped", "torch")}
+    found = {route: lambda route=route: cusolver.eigvalsh(gram, route) for route in WAYS if route != "svdvals"}
+    found["streams"] = lambda: side_by_side(gram)
     if gram.dtype == torch.float32:
         found["svdvals"] = lambda: torch.stack([torch.linalg.svdvals(w).square().flip(0) for w in weights])
     return found
+
+
+def side_by_side(gram: Tensor) -> Tensor:
+    """The eigenvalues of gram [b, n, n], each matrix by a cuSOLVER handle, a stream and a thread of its own."""
+    if gram.device.type != "cuda" or (reason := cusolver.status()):
+        raise cusolver.Unusable(reason if gram.device.type == "cuda" else "streams are of CUDA devices")
+    main, device = torch.cuda.current_stream(gram.device), gram.device
+
+    def one(matrix: Tensor) -> Tensor:
+        side = torch.cuda.Stream(device)
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            solver = cusolver.Solver(
+                cusolver._library(), lambda: cusolver.free_bytes(device) // len(gram), lambda: side.cuda_stream
+            )
+            return solver.eigenvalues(matrix[None], "looped")[0]
+
+    with ThreadPoolExecutor(len(gram)) as pool:
+        return torch.cat(list(pool.map(one, gram)))
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
@@ -52,32 +81,59 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def measure(n: int, dtype: torch.dtype, batch: int, rounds: int, device: torch.device) -> Iterator[dict]:
-    """A row per way, for `batch` matrices [n, n]."""
-    weights = weights_of(batch, (n, n), device)
-    gram = (weights.double() @ weights.double().mT).to(dtype)
-    wanted = torch.linalg.svdvals(weights[0].double().cpu()).square().flip(0) if n <= COMPARED_UP_TO else None
-    common = {"n": n, "dtype": str(dtype).removeprefix("torch."), "batch": batch, "rounds": rounds}
-    working, times = {}, {}
-    for name, run in ways(weights, gram).items():
-        try:
-            values = run()[0].double().cpu()  # warms up, too
-        except Exception as fault:
-            yield common | {"way": name, "error": f"{type(fault).__name__}: {fault}"}
-            continue
-        worst = None if wanted is None else float((values - wanted).abs().max() / wanted[-1])
-        working[name], times[name] = (run, worst), []
-    for _ in range(rounds):
-        for name, (run, _) in working.items():
-            times[name].append(seconds_of(run, device))
-    for name, (_, worst) in working.items():
-        median = statistics.median(times[name])
-        yield common | {"way": name, "seconds": median, "seconds_per_matrix": median / batch, "max_error": worst}
+class Measured:
+    """Rows of ways on batches of matrices. left: seconds until no way is begun. names: the ways."""
+
+    def __init__(self, device: torch.device, rounds: int, left: Callable[[], float], names: Iterable[str]) -> None:
+        self.device, self.rounds, self.left, self.names = device, rounds, left, list(names)
+        self.slow: dict[tuple[int, torch.dtype, str], float] = {}
+
+    def rows(self, n: int, dtype: torch.dtype, batch: int) -> Iterator[dict]:
+        """A row per way, for `batch` matrices [n, n]."""
+        weights = weights_of(batch, (n, n), self.device)
+        exact = weights.double() @ weights.double().mT
+        wanted, gram = truth(exact[:1], weights[0]), exact.to(dtype)
+        del exact
+        common = {"n": n, "dtype": str(dtype).removeprefix("torch."), "batch": batch}
+        times: dict[str, list[float]] = {}
+        every, worst = ways(weights, gram), {}
+        for name in (name for name in self.names if name in every):
+            key = n, dtype, name
+            if self.left() <= 0 or key in self.slow:
+                why = f"{self.slow[key]:.1f} s with fewer matrices" if key in self.slow else "no time is left"
+                yield common | {"way": name, "error": f"not measured: {why}"}
+                continue
+            try:
+                found: list[Tensor] = []
+                first = seconds_of(lambda run=every[name], found=found: found.append(run()), self.device)
+            except Exception as fault:
+                yield common | {"way": name, "error": f"{type(fault).__name__}: {fault}"}
+                continue
+            worst[name] = float((found[0][0].double().cpu() - wanted).abs().max() / wanted[-1])
+            times[name] = []
+            if first > SLOW:
+                self.slow[key] = first
+                times[name] = [first]
+            for _ in range(self.rounds if first <= SLOW else 0):
+                times[name].append(seconds_of(every[name], self.device))
+            median = statistics.median(times[name])
+            each = {"seconds": median, "first_seconds": first, "seconds_per_matrix": median / batch}
+            yield common | {"way": name, "rounds": len(times[name]), **each, "max_error": worst[name]}
+
+
+def truth(gram: Tensor, weight: Tensor) -> Tensor:
+    """Eigenvalues [n] of the Gram matrix [1, n, n] of weight [n, n], float64 on the CPU."""
+    if gram.shape[-1] <= COMPARED_UP_TO or gram.device.type == "cpu":
+        return torch.linalg.svdvals(weight.double().cpu()).square().flip(0)
+    try:
+        return cusolver.eigvalsh(gram, "looped")[0].cpu()
+    except cusolver.Unusable:
+        return cusolver.eigvalsh(gram, "torch")[0].cpu()
 
 
 def table(rows: list[dict]) -> dict[str, list[tuple[int, str]]]:
     """FASTEST of alphaprune/cusolver.py as these rows have it: dtype → (largest n, way), equal neighbours as one."""
-    timed = [row for row in rows if "seconds" in row and row["way"] != "svdvals"]
+    timed = [row for row in rows if "seconds" in row and row["way"] not in ("svdvals", "streams")]
     found: dict[str, list[tuple[int, str]]] = {}
     for dtype in DTYPES:
         of_dtype = sorted((row for row in timed if row["dtype"] == dtype), key=lambda row: row["n"])
@@ -88,20 +144,55 @@ def table(rows: list[dict]) -> dict[str, list[tuple[int, str]]]:
     return found
 
 
-def model(device: torch.device, blocks: int = BLOCKS, block: tuple = BLOCK) -> dict:
-    """A row: seconds of the spectra and the robust fits of all blocks, weights already on the device."""
-    total = 0.0
-    for number in range(blocks):
-        for count, shape in block:
-            weights = list(weights_of(count, shape, device, number).bfloat16())
+def model(
+    device: torch.device, solver: str, left: Callable[[], float], blocks: int = BLOCKS, block: tuple = BLOCK
+) -> Iterator[dict]:
+    """Rows: seconds of the spectra and the robust fits of all blocks so far, as `analyze` makes them of weights on the
+    device. They end when no time is left."""
 
-            def analyze(weights: list[Tensor] = weights) -> None:
-                for values, used in spectrum.solve(weights, alpha.NEED["robust"], str(device)):
-                    alpha.fit(values, "robust", noise=used.noise)
+    def units() -> Iterator[dict[str, dict[str, Tensor]]]:
+        for number in range(blocks):
+            if left() <= 0:
+                return
+            yield {
+                str(shape): {
+                    f"{number} {shape} {i}": weight.bfloat16()
+                    for i, weight in enumerate(weights_of(count, shape, device, number))
+                }
+                for count, shape in block
+            }
 
-            total += seconds_of(analyze, device)
-    matrices = blocks * sum(count for count, _ in block)
-    return {"way": "model", "matrices": matrices, "seconds": total, "target": TARGET}
+    work, begin, used = WeightStats("robust", str(device), solver, False, None), time.perf_counter(), set()
+    for done, entries in enumerate(work.of_blocks(units(), [shape for _, shape in block]), 1):
+        used |= {name for entry in entries.values() for name in entry["solvers"]}
+        common = {"way": "model", "blocks": done, "matrices": done * sum(count for count, _ in block)}
+        yield common | {
+            "of": blocks,
+            "solvers": sorted(used),
+            "seconds": time.perf_counter() - begin,
+            "target": TARGET if (blocks, block) == (BLOCKS, BLOCK) else None,
+        }
+
+
+def launches(n: int, dtype: torch.dtype, batch: int, device: torch.device) -> Iterator[dict]:
+    """Rows: seconds of single launches of `tridiagonal` on the whole matrices, a median; and of all bisections."""
+    from alphaprune import tridiagonal_triton
+
+    gram, tile = weights_of(batch, (n, n), device).to(dtype), tridiagonal.TILE
+    gram += gram.mT.clone()
+    v, w, *others, main, beside = tridiagonal.spaces(gram, tridiagonal.PANEL, tile)
+    launch = tridiagonal_triton.Panel(gram, v, w, *others, main, beside, tile)
+    runs: dict[str, Callable[[], object]] = {
+        "multiply": lambda: launch.multiply(0, tridiagonal.PANEL // 2),
+        "step": lambda: launch.step(0, tridiagonal.PANEL // 2, True),
+        "update": lambda: gram.baddbmm_(v.mT, w, alpha=-1),
+        "bisect": lambda: tridiagonal_triton.bisect(gram[:, 0], gram[:, 1], tridiagonal.STEPS[dtype]),
+    }
+    common = {"n": n, "dtype": str(dtype).removeprefix("torch."), "batch": batch}
+    for name, run in runs.items():
+        count = 1 if name == "bisect" else LAUNCHES
+        times = [seconds_of(lambda run=run, n=count: [run() for _ in range(n)], device) / count for _ in range(4)]
+        yield common | {"way": f"launch {name}", "seconds": statistics.median(times[1:]), "first_seconds": times[0]}
 
 
 def facts(device: torch.device, arguments: list[str]) -> dict[str, object]:
@@ -119,45 +210,76 @@ def facts(device: torch.device, arguments: list[str]) -> dict[str, object]:
 def line(row: dict) -> str:
     """A row of the table."""
     if row["way"] == "model":
-        return f"{row['matrices']} matrices in {row['seconds']:.1f} s, target < {row['target']:.0f} s"
-    name = f"{row['n']:6}  {row['dtype']:8} {row['batch']:4}  {row['way']:8}"
-    return name + (row["error"] if "error" in row else f"{1e3 * row['seconds_per_matrix']:10.3f} ms each")
+        goal = "" if row["target"] is None else f", target < {row['target']:.0f} s for all"
+        return f"{row['matrices']} matrices of {row['blocks']} of {row['of']} blocks in {row['seconds']:.1f} s{goal}"
+    name = f"{row['n']:6}  {row['dtype']:8} {row['batch']:4}  {row['way']:16}"
+    if "error" in row:
+        return name + row["error"].splitlines()[0]
+    if "seconds_per_matrix" not in row:
+        return f"{name}{1e6 * row['seconds']:12.1f} us a launch"
+    figures = f"{1e3 * row['seconds_per_matrix']:10.3f} ms each, first {row['first_seconds']:.2f} s"
+    return f"{name}{figures}, error {row['max_error']:.0e}"
 
 
-def main(arguments: list[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, torch.device]:
+    numbers = {"type": lambda text: tuple(map(int, text.split(",")))}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", default=",".join(map(str, BATCHES)))
-    parser.add_argument("--dtypes", default=",".join(DTYPES))
-    parser.add_argument("--batch", type=int, help="matrices at once; by default fewer of the larger ones")
+    parser.add_argument("--sizes", default=tuple(BATCHES), **numbers)
+    parser.add_argument("--dtypes", default=tuple(DTYPES), type=lambda text: tuple(text.split(",")))
+    parser.add_argument("--batch", help="matrices at once; by default fewer of the larger ones", **numbers)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ways", default=WAYS, type=lambda text: tuple(text.split(",")), help="of: " + ", ".join(WAYS))
+    parser.add_argument("--minutes", type=float, default=10, help="no way and no block is begun after so many")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--model", action="store_true", help="the matrices of LLaMA 7B instead")
+    parser.add_argument(
+        "--model", action="store_true", help="the matrices of LLaMA 7B, by --ways and --dtypes, if given"
+    )
+    parser.add_argument("--solver", default="auto", choices=spectrum.SOLVERS, help="of --model")
+    parser.add_argument("--launches", action="store_true", help="single launches of the way tridiagonal")
     parser.add_argument("--json", action="store_true", help="one JSON object per row instead of the table")
     parser.add_argument("--out", help="append the rows to this file, one JSON object each")
     options = parser.parse_args(arguments)
     try:
-        device = spectrum.check("auto", options.device)
+        return options, spectrum.check("auto", options.device)
     except ValueError as fault:
         parser.error(str(fault))
+
+
+def every(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
+    """All rows that are asked for, each as soon as it is made."""
+    end = time.monotonic() + 60 * options.minutes
+
+    def left() -> float:
+        return end - time.monotonic()
+
+    if options.model:
+        if options.dtypes == ("float32",):
+            spectrum.CHEAP_FLOAT64 = frozenset()
+        if options.ways != WAYS:
+            cusolver.FASTEST = {dtype: ((cusolver.LARGEST, options.ways[0]),) for dtype in cusolver.FASTEST}
+        yield from model(device, options.solver, left)
+        return
+    measured = Measured(device, options.rounds, left, options.ways)
+    for n in options.sizes:
+        for dtype in options.dtypes:
+            for batch in options.batch or (BATCHES.get(n, 1),):
+                if options.launches:
+                    yield from launches(n, DTYPES[dtype], batch, device)
+                else:
+                    yield from measured.rows(n, DTYPES[dtype], batch)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options, device = parse(arguments)
     common, rows = facts(device, arguments), []
-
-    def every() -> Iterator[dict]:
-        if options.model:
-            yield model(device)
-            return
-        for n in map(int, options.sizes.split(",")):
-            for dtype in options.dtypes.split(","):
-                batch = options.batch or BATCHES.get(n, 1)
-                yield from measure(n, DTYPES[dtype], batch, options.rounds, device)
-
-    for row in every():
+    for row in every(options, device):
         rows.append(row)
         text = json.dumps(common | row, allow_nan=False)
         print(text if options.json else line(row), flush=True)
         if options.out:
             append(options.out, common | row)
-    if not options.model and not options.json:
+    if not (options.model or options.launches or options.json):
         print("FASTEST", table(rows))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alphaprune import spectrum
+from alphaprune import cusolver, spectrum
 from alphaprune.spectrum import EXACT, LONG_SIDED, TAIL
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def test_what_needs_the_smallest_gets_the_smallest() -> None:
         weight = gaussian(256, 256, seed)
         smallest = truth(weight)[0]
         kept = spectrum.eigenvalues(weight, device="cpu", need="all")[0]
-        lost = spectrum._solve(weight[None], TAIL)[0, 0]
+        lost = spectrum._eigenvalues(spectrum._gram(weight[None], TAIL))[0, 0]
         errors = {
             k: max(e, float(abs(v / smallest - 1))) for (k, e), v in zip(errors.items(), (kept, lost), strict=True)
         }
@@ -57,6 +57,19 @@ def test_batches_and_single_matrices_agree() -> None:
         torch.testing.assert_close(row, spectrum.eigenvalues(weight, device="cpu"), rtol=1e-5, atol=0)
     large = [gaussian(300, spectrum.BATCHED_UP_TO + 8, seed) for seed in range(2)]
     assert spectrum.eigenvalues(large, device="cpu").shape == (2, spectrum.BATCHED_UP_TO + 8)
+
+
+def test_grams_of_one_size_are_solved_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes, solved, solve = [(48, 80), (64, 64), (80, 48), (48, 80), (48, 48)], [], cusolver.eigvalsh
+    weights = [gaussian(*shape, seed) for seed, shape in enumerate(shapes)]
+    wanted = [spectrum.solve([weight], "all", "cpu") for weight in weights]
+    monkeypatch.setattr(cusolver, "eigvalsh", lambda gram: solved.append(tuple(gram.shape)) or solve(gram))
+    found = spectrum.solve_all(weights, "all", "cpu")
+    assert sorted(solved) == [(1, 64, 64), (4, 48, 48)]
+    for (values, used), ((same, alone),) in zip(found, wanted, strict=True):
+        assert used == alone
+        torch.testing.assert_close(values, same, rtol=1e-9, atol=0)
+    assert spectrum.solve_all([], "all", "cpu") == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -27,19 +27,25 @@ def bench(monkeypatch: pytest.MonkeyPatch):
     sys.modules.pop("spectrum_gpu", None)
 
 
+REASONS = {
+    "streams": "Unusable: streams are of CUDA devices",
+    "tridiagonal": "Unusable: the reduction by Triton needs matrices on a CUDA device, and these are on cpu",
+}
+
+
 def test_every_way_has_a_row(bench, tmp_path: Path, capsys) -> None:
     out = tmp_path / "rows.jsonl"
     given = ["--device", "cpu", "--sizes", "8,24", "--batch", "3", "--rounds", "2", "--out", str(out)]
     bench.main(given)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    wanted = {(n, "float32", way) for n in (8, 24) for way in ("batched", "looped", "torch", "svdvals")}
-    wanted |= {(n, "float64", way) for n in (8, 24) for way in ("batched", "looped", "torch")}
+    wanted = {(n, "float32", way) for n in (8, 24) for way in bench.WAYS}
+    wanted |= {(n, "float64", way) for n in (8, 24) for way in bench.WAYS if way != "svdvals"}
     assert {(row["n"], row["dtype"], row["way"]) for row in rows} == wanted and len(rows) == len(wanted)
     for row in rows:
-        if row["way"] in ("batched", "looped"):
-            assert row["error"] == "Unusable: no libcusolver here" and "seconds" not in row
+        if row["way"] not in ("torch", "svdvals"):
+            assert row["error"] == REASONS.get(row["way"], "Unusable: no libcusolver here") and "seconds" not in row
             continue
-        assert row["seconds_per_matrix"] == row["seconds"] / 3 and row["batch"] == 3
+        assert row["seconds_per_matrix"] == row["seconds"] / 3 and row["batch"] == 3 and row["rounds"] == 2
         assert 0 <= row["max_error"] < {"float32": 3e-6, "float64": 1e-13}[row["dtype"]]
         assert row["cusolver"] == "no libcusolver here" and "--sizes 8,24" in row["command"]
     shown = capsys.readouterr().out
@@ -48,12 +54,29 @@ def test_every_way_has_a_row(bench, tmp_path: Path, capsys) -> None:
     )
 
 
+def measured(bench, left: float = 1.0, rounds: int = 1):
+    return bench.Measured(CPU, rounds, lambda: left, ("batched", "looped", "torch"))
+
+
 def test_wrong_eigenvalues_are_seen(bench, monkeypatch) -> None:
     right = cusolver.eigvalsh
     monkeypatch.setattr(cusolver, "eigvalsh", lambda gram, route: right(gram * 1.01, "torch"))
-    rows = list(bench.measure(8, torch.float64, 2, 1, CPU))
+    rows = list(measured(bench).rows(8, torch.float64, 2))
     assert [row["way"] for row in rows] == ["batched", "looped", "torch"]
     assert all(row["max_error"] > 5e-3 for row in rows)
+
+
+def test_what_is_slow_is_not_repeated_and_nothing_begun_too_late(bench, monkeypatch) -> None:
+    right, asked = cusolver.eigvalsh, []
+    monkeypatch.setattr(cusolver, "eigvalsh", lambda gram, route: asked.append(route) or right(gram, "torch"))
+    monkeypatch.setattr(bench, "SLOW", 0.0)
+    found = measured(bench, rounds=3)
+    rows = [*found.rows(8, torch.float64, 1), *found.rows(8, torch.float64, 7)]
+    assert asked == ["batched", "looped", "torch"]
+    assert [row.get("rounds") for row in rows] == [1, 1, 1, None, None, None]
+    assert all(row["error"] == "not measured: 0.0 s with fewer matrices" for row in rows[3:])
+    late = list(measured(bench, left=0).rows(8, torch.float64, 1))
+    assert {row["error"] for row in late} == {"not measured: no time is left"} and len(asked) == 3
 
 
 def test_the_table_joins_equal_neighbours(bench) -> None:
@@ -69,8 +92,10 @@ def test_the_table_joins_equal_neighbours(bench) -> None:
 
 def test_a_model_counts_its_matrices(bench) -> None:
     assert bench.BLOCKS * sum(count for count, _ in bench.BLOCK) == 224
-    row = bench.model(CPU, 2, ((2, (24, 20)), (1, (20, 30))))
-    assert row["matrices"] == 6 and row["seconds"] > 0 and "6 matrices" in bench.line(row)
+    rows = list(bench.model(CPU, "auto", lambda: 1.0, 2, ((2, (24, 20)), (1, (20, 30)))))
+    assert [row["matrices"] for row in rows] == [3, 6] and "6 matrices of 2 of 2 blocks" in bench.line(rows[-1])
+    assert rows[1]["seconds"] > rows[0]["seconds"] > 0 and rows[1]["solvers"] == ["gram float32"]
+    assert list(bench.model(CPU, "auto", lambda: 0.0)) == []
 
 
 def test_without_a_gpu_it_says_so(bench, capsys) -> None:

@@ -1,14 +1,16 @@
 """Columns of many layers side by side: the same as of each alone, whatever the threads, the room and the order."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from alphaprune import spectrum, weight_stats
+from alphaprune import alpha, farms, spectrum, weight_stats
 from alphaprune.weight_stats import WeightStats
 
+COLUMNS = farms.columns
 ALL = WeightStats("robust", "cpu", "auto", magnitudes=True, windows=None)
 
 
@@ -40,7 +42,7 @@ def same_threads():
 @pytest.mark.parametrize("room", [1, 4 << 30])
 def test_side_by_side_is_as_alone(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_stats, "AT_ONCE_BYTES", room)
-    made, solve, seen = units(), spectrum.solve, set()
+    made, solve, seen = units(), spectrum.solve_all, set()
     torch.set_num_threads(1)
     alone = {unit: ALL.entry(layers) for unit, layers in made.items()}
 
@@ -48,7 +50,7 @@ def test_side_by_side_is_as_alone(room: int, monkeypatch: pytest.MonkeyPatch) ->
         seen.add((tuple(weights[0].shape), len(weights), torch.get_num_threads(), threading.get_ident()))
         return solve(weights, *rest)
 
-    monkeypatch.setattr(spectrum, "solve", watched)
+    monkeypatch.setattr(spectrum, "solve_all", watched)
     torch.set_num_threads(2)
     (found,) = ALL.of_blocks([made], shapes(made))
     assert torch.get_num_threads() == 2
@@ -120,3 +122,29 @@ def test_what_fails_in_a_later_block_comes_after_what_was_found() -> None:
     assert list(next(found)) == list(made)
     with pytest.raises(ValueError, match=r"^k: "):
         next(found)
+
+
+@pytest.mark.parametrize("windows", [None, farms.Windows(20, 2)])
+def test_blocks_on_a_gpu_are_as_alone(windows, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the CPU in its place: one call for all layers of a block, and another thread for the fits."""
+    solved, fitted, solve, fit = [], set(), spectrum.solve_all, alpha.fit
+    work, own = WeightStats("robust", "cuda", "auto", True, windows), threading.get_ident()
+    alone = {unit: replace(work, device="cpu").entry(layers) for unit, layers in units().items()}
+
+    def on_cpu(weights, need, device, solver):
+        assert threading.get_ident() == own
+        solved.append((len(weights), device))
+        return solve(weights, need, "cpu", solver)
+
+    monkeypatch.setattr(spectrum, "solve_all", on_cpu)
+    monkeypatch.setattr(farms, "columns", lambda weight, given, device: COLUMNS(weight, given, "cpu"))
+    monkeypatch.setattr(alpha, "fit", lambda *given, **named: fitted.add(threading.get_ident()) or fit(*given, **named))
+    torch.set_num_threads(1)
+    read = []
+    blocks = (read.append(number) or units() for number in range(3))
+    found = work.of_blocks(blocks, shapes(units()))
+    first = next(found)
+    assert read == [0, 1] and [count for count, device in solved if device == "cuda"] == [6, 6]
+    assert fitted - {own}
+    for block in (first, *found):
+        assert block == {unit: wanted for unit, wanted in alone.items()}

@@ -1,0 +1,92 @@
+"""Eigenvalues of many large symmetric matrices at once on a GPU: Householder's reduction, then bisection.
+
+A library reduces one matrix after another, by launches that each wait for the one before, and half of the work is a
+product of the matrix with a vector, which takes as long as it takes to read the matrix. Here every launch works on all
+matrices of a batch; there are two for each column; and the product reads no more than the lower half.
+
+The reduction is LAPACK's sytrd by panels of columns (Dongarra, Sorensen, Hammarling 1989): A of a panel stays as it was
+and what its columns change is kept as V and W, A − V Wᵀ − W Vᵀ. The eigenvalues of the three diagonals are found by
+counting signs (Givens 1954; Barth, Martin, Wilkinson 1967), all at the same time, each with an error of ε·‖T‖.
+"""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from alphaprune.gram import full_float32
+
+PANEL = 32  # columns between two updates of the whole matrix
+TILE = 128  # rows and columns of A that one program multiplies
+LARGEST = 1 << 14  # rows: one program holds vectors of so many
+STEPS = {torch.float32: 34, torch.float64: 58}  # halvings of an interval: a few bits more than the dtype has
+
+
+class Unusable(RuntimeError):
+    """The reduction cannot run on these matrices; the text says why."""
+
+
+def eigvalsh(gram: Tensor) -> Tensor:
+    """Eigenvalues [b, n], ascending, of symmetric gram [b, n, n], float32 or float64, by its lower triangles, which are
+    not changed.
+
+    Unusable where Triton cannot run, or for matrices larger than LARGEST. Entries that are not finite give NaN.
+    """
+    if reason := missing(gram):
+        raise Unusable(reason)
+    return solve(gram) if gram.numel() else gram.new_zeros(gram.shape[:2])
+
+
+def solve(gram: Tensor, panel: int = PANEL, tile: int = TILE) -> Tensor:
+    """As `eigvalsh`, wherever Triton is told to run. panel, tile: as PANEL and TILE."""
+    from alphaprune import tridiagonal_triton
+
+    limits = torch.finfo(gram.dtype)
+    lower = gram.tril()
+    largest = torch.maximum(lower.amax((1, 2)), -lower.amin((1, 2))).clamp(limits.tiny, limits.max / 4)
+    scale = torch.exp2(largest.log2().floor())  # [b]
+    lower /= scale[:, None, None]  # by a power of two: no bit is lost, and no square leaves the range of the dtype
+    lower += lower.tril(-1).mT
+    main, beside = reduce(lower, panel, tile)
+    return tridiagonal_triton.bisect(main, beside, STEPS[gram.dtype]) * scale[:, None]
+
+
+def missing(gram: Tensor) -> str | None:
+    """None if the kernels can run on gram [b, n, n], or the sentence that says why not."""
+    if not gram.is_cuda:
+        return f"the reduction by Triton needs matrices on a CUDA device, and these are on {gram.device}"
+    if gram.shape[-1] > LARGEST:
+        return f"the reduction by Triton takes matrices of up to {LARGEST} rows, and these have {gram.shape[-1]}"
+    return None if importlib.util.find_spec("triton") else "Triton is not installed"
+
+
+def reduce(matrices: Tensor, panel: int = PANEL, tile: int = TILE) -> tuple[Tensor, Tensor]:
+    """The main diagonal [b, n] and the one beside it [b, n], the last of which is 0, of matrices that have the
+    eigenvalues of symmetric `matrices` [b, n, n], which are overwritten."""
+    from alphaprune.tridiagonal_triton import Panel
+
+    n = matrices.shape[-1]
+    v, w, *others, main, beside = spaces(matrices, panel, tile)
+    launch = Panel(matrices, v, w, *others, main, beside, tile)
+    with full_float32():
+        for begin in range(0, n, panel):
+            columns, rest = min(panel, n - begin), n - begin - panel
+            for column in range(columns):
+                launch.step(begin, column, True)
+                launch.multiply(begin, column)
+            if rest > 0:
+                launch.step(begin, columns, False)
+                after = matrices[:, -rest:, -rest:]
+                ours, theirs = v[:, :, panel : panel + rest], w[:, :, panel : panel + rest]
+                after.baddbmm_(ours.mT, theirs, alpha=-1)
+                after.baddbmm_(theirs.mT, ours, alpha=-1)
+    return main, beside
+
+
+def spaces(matrices: Tensor, panel: int, tile: int) -> list[Tensor]:
+    """What the reduction of `matrices` [b, n, n] keeps beside them: v and w [b, panel, n]; parts [b, ceil(n / tile), n]
+    of a product A v, from each tile of a row; dots [b, 2, panel] of the newest v with the rows of w and of v; tau [b];
+    and the two diagonals [b, n]."""
+    batch, n, _ = matrices.shape
+    rows = (panel, n), (panel, n), (-(-n // tile), n), (2, panel), (), (n,), (n,)
+    return [matrices.new_zeros(batch, *shape) for shape in rows]
