@@ -1,6 +1,9 @@
 """What the server is made of, without a server: what bodies ask for, sampling, stop sequences, attention, the cache."""
 
+import importlib
 import json
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -116,6 +119,23 @@ def test_what_is_wrong_with_a_body(body: object, param: str | None) -> None:
     error = refused.value.body()["error"]
     assert refused.value.status == 400 and error["type"] == "invalid_request_error"
     assert error["param"] == param and "\n" not in error["message"] and len(error["message"]) < 300
+
+
+class Lacking(ModuleType):
+    """A module that cannot be imported from without a package that is not here."""
+
+    def __getattr__(self, name: str) -> object:
+        raise ModuleNotFoundError(f"No module named {self.__name__!r}", name=self.__name__)
+
+
+@pytest.mark.parametrize(("lacks", "wanted"), [("pydantic", ModuleNotFoundError), ("transformers.x", ValueError)])
+def test_what_the_server_lacks_is_named(lacks: str, wanted: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package, which the command says how to install; or transformers of another version."""
+    importlib.import_module("alphaprune.serving.engine")  # and all that it needs
+    monkeypatch.delitem(sys.modules, "alphaprune.serving.engine")
+    monkeypatch.setitem(sys.modules, "transformers.cli.serving.utils", Lacking(lacks))
+    with pytest.raises(wanted, match=lacks):
+        importlib.import_module("alphaprune.serving.engine")
 
 
 def test_another_model_is_not_here() -> None:

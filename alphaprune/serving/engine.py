@@ -27,6 +27,8 @@ try:
 
     from alphaprune.serving.theirs import Theirs
 except ImportError as error:
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("transformers"):
+        raise  # what transformers needs for it
     raise ValueError(
         f"serve needs the continuous batching of transformers 5.24, and transformers {transformers.__version__} has "
         f"none or another one ({first_line(error)}); install transformers==5.24.*"
