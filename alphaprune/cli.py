@@ -300,6 +300,7 @@ def _measure_commands(sub) -> None:
     bench.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     bench.add_argument("--tune", action="store_true", help="measure the time table of the device, some 15 minutes")
     bench.add_argument("--quick", action="store_true", help="with --tune: fewer shapes and dtypes, some 3 minutes")
+    bench.add_argument("--minutes", type=float, help="with --tune: as many weights as fit, the most telling first")
     bench.add_argument("-o", "--output", metavar="FILE", help="with --tune: instead of the user's cache folder")
     bench.add_argument("--json", action="store_true")
 

@@ -2,9 +2,11 @@
 
 import functools
 import itertools
+import logging
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from alphaprune.pattern import NM
 from alphaprune.speed_planning import TIMED
 from alphaprune.timing import Call, Clock
 
+log = logging.getLogger("alphaprune")
 Bar = Callable[[int, str, str], AbstractContextManager[Callable[[str], None]]]
 SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.9)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -53,10 +56,14 @@ class Grid:
 
 QUICK = Grid(((512, 512), (4096, 4096)), QUICK_DTYPES, rotated=1 << 28, seconds=0.05)
 FULL = Grid(((512, 512), (2048, 2048), (4096, 4096), (11008, 4096), (4096, 11008)))
-GPU_QUICK = Grid(((1024, 1024), (4096, 4096), (28672, 4096)), ((torch.bfloat16, torch.bfloat16),))
+# On a GPU a round is of calls on all copies: a few of them are as many calls as dozens on a CPU.
+GPU_QUICK = Grid(((1024, 1024), (4096, 4096), (28672, 4096)), ((torch.bfloat16, torch.bfloat16),), seconds=0.01)
 GPU_FULL = Grid(
-    ((1024, 1024), (4096, 1024), (4096, 4096), (14336, 4096), (4096, 14336), (28672, 4096), (8192, 28672)), GPU_DTYPES
-)
+    ((1024, 1024), (4096, 1024), (4096, 4096), (14336, 4096), (4096, 14336), (28672, 4096), (8192, 28672)), GPU_DTYPES,
+    seconds=0.05,
+)  # fmt: skip
+# Which sparsities tell the most of the others, which lie between them or past them.
+TELLING = (0.5, 0.0, 0.9, 0.7, 0.3)
 
 
 @dataclass(frozen=True)
@@ -75,16 +82,19 @@ def grid_for(device: torch.device, quick: bool) -> Grid:
     return {"cpu": (FULL, QUICK), "cuda": (GPU_FULL, GPU_QUICK)}[device.type][quick]
 
 
-def tune(grid: Grid, bar: Bar, clock: Clock) -> Table:
+def tune(grid: Grid, bar: Bar, clock: Clock, seconds: float | None = None) -> Table:
     """Median seconds of every kernel that runs on the clock's device, and of the dense layer, all over the grid.
 
-    bar: (total, description, unit) → context that yields what to call after each step. ValueError without a kernel.
+    bar: (total, description, unit) → context that yields what to call after each step. seconds: that are given; one
+    weight at least, the most telling first, as many as are likely to fit. ValueError without a kernel.
     """
     curves: list[Curve] = []
     dense: dict[tuple[tuple[int, int], torch.dtype, int], list[float]] = {}
     problems = _problems(grid, clock.device.type)
+    if seconds is not None:
+        problems.sort(key=_worth)
     with bar(len(problems), "tune", "weight") as tick, torch.inference_mode():
-        for problem in problems:
+        for problem in _in_time(problems, seconds):
             found = _measure(grid, problem, clock)
             for tokens, seconds in found.pop(table.DENSE).items():
                 dense.setdefault((problem.shape, problem.x, tokens), []).extend(seconds)
@@ -109,6 +119,24 @@ def _problems(grid: Grid, device: str) -> list[Problem]:
     return found
 
 
+def _worth(problem: Problem) -> tuple[int, int]:
+    """What to measure first, ascending: the sparsities that the others lie between, of the larger shapes before."""
+    place = TELLING.index(problem.sparsity) if problem.sparsity in TELLING else len(TELLING)
+    return place, -math.prod(problem.shape)
+
+
+def _in_time(problems: list[Problem], seconds: float | None) -> Iterator[Problem]:
+    """Problems until the next one, if it took as long as the longest, would end after `seconds`; the first anyway."""
+    begin, longest = time.perf_counter(), 0.0
+    for done, problem in enumerate(problems):
+        started = time.perf_counter()
+        if seconds is not None and longest and started + longest - begin > seconds:
+            log.warning("%d of %d weights were measured in %.0f s", done, len(problems), seconds)
+            return
+        yield problem
+        longest = max(longest, time.perf_counter() - started)
+
+
 def _measure(grid: Grid, problem: Problem, clock: Clock) -> dict[str, dict[int, list[float]]]:
     """{kernel or DENSE: {tokens: seconds of each call}} for one random weight, in copies that the calls go round."""
     rotated, where, known = grid.rotated or clock.rotated, clock.device, base.kernels()
@@ -123,7 +151,7 @@ def _measure(grid: Grid, problem: Problem, clock: Clock) -> dict[str, dict[int, 
             ways[name] = [spmm.prepare(copy, "tune", name) for copy in sparse]
     found: dict[str, dict[int, list[float]]] = {name: {} for name in ways}
     for tokens in grid.tokens:
-        x = torch.randn(tokens, problem.shape[1]).to(where, problem.x)
+        x = torch.randn(tokens, problem.shape[1], device=where).to(problem.x)
         calls = {
             name: [functools.partial(way, x) for way in copied]
             for name, copied in ways.items()

@@ -84,6 +84,8 @@ def test_commands_ask_the_table(use_table, native_only, directory, capsys, monke
         (("info", "--tokens", 0), "--tokens 0"),
         (("bench", "--shape", "8x8", "--tune"), "8x8: --tune measures"),
         (("bench", "--shape", "8x8", "--quick"), "belong to --tune"),
+        (("bench", "--shape", "8x8", "--minutes", 1), "belong to --tune"),
+        (("bench", "--tune", "--minutes", 0), "--minutes 0.0: wanted minutes, more than 0"),
         (("bench", "--tune", "-o", "nowhere/t.json"), "no folder"),
     ):
         status, _, err = run(*arguments)
@@ -103,6 +105,27 @@ def test_bench_tune_writes_a_table(native_only, capsys, monkeypatch, tmp_path) -
     assert json.loads(capsys.readouterr().out)["path"] == str(tmp_path / "t.json")
     with pytest.raises(ValueError, match="has no times of float32 weights"):
         tuning.break_evens({"layer": (64, 64)}, "float32", str(tmp_path / "t.json"), 1)
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(None, 4), (1, 1), (25, 2), (1000, 4)])
+def test_in_the_time_that_is_given_the_most_telling_come_first(given, wanted, native_only, monkeypatch, caplog) -> None:
+    """By a clock on which every weight takes ten seconds."""
+    now, asked = [0.0], []
+
+    def measure(grid, problem, clock):
+        asked.append((problem.shape, problem.sparsity))
+        now[0] += 10
+        return {name: {1: [1.0], 2: [1.0]} for name in (table.DENSE, "expand")}
+
+    monkeypatch.setattr(tuning, "_measure", measure)
+    monkeypatch.setattr(tuning.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(tuning.timing, "read_bandwidth", lambda: 1e9)
+    grid = tuning.Grid(((16, 64), (32, 64)), ((BF16, BF16),), (0.0, 0.5), (1, 2))
+    found = tuning.tune(grid, no_bar, timing.CpuClock(), given)
+    every = [((32, 64), 0.5), ((16, 64), 0.5), ((32, 64), 0.0), ((16, 64), 0.0)]
+    assert asked == (sorted(every) if given is None else every[:wanted])
+    assert [c.shape for c in found.curves if c.kernel == table.DENSE] == list(dict.fromkeys(s for s, _ in asked))
+    assert caplog.messages == ([] if wanted == 4 else [f"{wanted} of 4 weights were measured in {given} s"])
 
 
 def test_seconds_of_a_layer_by_its_sparsity(tmp_path) -> None:

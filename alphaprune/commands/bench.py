@@ -19,6 +19,7 @@ def run(
     json: bool,
     tune: bool,
     quick: bool,
+    minutes: float | None,
     output: str | None,
     decode: bool,
     device: str,
@@ -29,8 +30,10 @@ def run(
     load = {name: options.pop(name) for name in OF_MODELS}
     given = {name: value for name, value in load.items() if value is not None and value is not False}
     _check(model, shape, tune, given)
-    if not tune and (quick or output):
-        raise ValueError("--quick and --output belong to --tune")
+    if not tune and (quick or output or minutes is not None):
+        raise ValueError("--quick, --minutes and --output belong to --tune")
+    if minutes is not None and not 0 < minutes < float("inf"):
+        raise ValueError(f"--minutes {minutes}: wanted minutes, more than 0")
     if model and decode:
         raise ValueError("--decode belongs to --shape; the decoding of a MODEL is timed without it")
     usable = len(affinity.cpus())
@@ -47,7 +50,7 @@ def run(
     with _threads(threads) as count:
         places = _places(count) if pin == "core" else None
         if tune:
-            return _tune(model or shape, quick, output, device, json)
+            return _tune(model or shape, quick, minutes, output, device, json)
         if model:
             given["seconds"] = given.pop("time", 5.0)
             result = benchmark.bench_model(model, bar=bar, device=device, **given, **options)
@@ -104,7 +107,7 @@ def _places(threads: int) -> list[list[int]]:
     return places
 
 
-def _tune(problem: str | None, quick: bool, output: str | None, device: str, json: bool) -> None:
+def _tune(problem: str | None, quick: bool, minutes: float | None, output: str | None, device: str, json: bool) -> None:
     from alphaprune import timing, tuning
     from alphaprune.commands.shared import check_file, dump
     from alphaprune.kernels import predicted
@@ -114,7 +117,7 @@ def _tune(problem: str | None, quick: bool, output: str | None, device: str, jso
     if output:
         check_file(output)
     clock = timing.clock(device)
-    made = tuning.tune(tuning.grid_for(clock.device, quick), bar, clock)
+    made = tuning.tune(tuning.grid_for(clock.device, quick), bar, clock, minutes and 60 * minutes)
     path, rows, off = tuning.write(made, output), tuning.rows(made), predicted.verdict(made)
     guessed = predicted.like(made)
     beside = [] if guessed is None else tuning.rows(guessed)
