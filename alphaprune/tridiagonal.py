@@ -47,8 +47,9 @@ def solve(gram: Tensor, panel: int = PANEL, tile: int = TILE) -> Tensor:
     scale = torch.exp2(largest.log2().floor())  # [b]
     lower /= scale[:, None, None]  # by a power of two: no bit is lost, and no square leaves the range of the dtype
     lower += lower.tril(-1).mT
-    main, beside = reduce(lower, panel, tile)
-    return tridiagonal_triton.bisect(main, beside, STEPS[gram.dtype]) * scale[:, None]
+    with torch.cuda.device_of(gram):
+        main, beside = reduce(lower, panel, tile)
+        return tridiagonal_triton.bisect(main, beside, STEPS[gram.dtype]) * scale[:, None]
 
 
 def missing(gram: Tensor) -> str | None:

@@ -4,6 +4,8 @@ Positions count from the panel's first row. V and W [b, PANEL, n] hold columns o
 the diagonal of their column.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -141,7 +143,11 @@ def bisect_kernel(
 
 
 class Panel:
-    """The launches on matrices a [b, n, n] and what tridiagonal.reduce keeps of them. tile: rows and columns of one."""
+    """The launches on matrices a [b, n, n] and what tridiagonal.reduce keeps of them. tile: rows and columns of one.
+
+    There are thousands of them, so all but the first go around what Triton does to find out what to launch: they differ
+    in whole numbers that no kernel is made for.
+    """
 
     def __init__(
         self, a: Tensor, v: Tensor, w: Tensor, parts: Tensor, dots: Tensor, tau: Tensor, main: Tensor, beside: Tensor,
@@ -150,24 +156,31 @@ class Panel:
         self.batch, self.n, _ = a.shape
         self.panel, self.tile = v.shape[1], tile
         self.block = triton.next_power_of_2(self.n)
-        self._step = a, v, w, parts, dots, tau, main, beside, self.n, parts.shape[1]
-        self._multiply = a, v, w, parts, dots, self.n, parts.shape[1]
+        self._kept = a, v, w, parts, dots, tau, main, beside
+        self._sizes = self.n, parts.shape[1]
+        self._ready: dict[Any, tuple[Any, tuple[int, ...]]] = {}
+        self._stream = torch.cuda.current_stream(a.device).cuda_stream if a.is_cuda else None
 
     def step(self, begin: int, column: int, more: bool) -> None:
         """Finishes the column before `column` of the panel from row `begin` on and, if more, begins that one."""
-        step_kernel[(self.batch,)](
-            *self._step, begin, column, int(more), self.block, self.panel, self.tile,
-            num_warps=max(1, min(16, self.block // 256)),
-        )  # fmt: skip
+        rest = *self._sizes, begin, column, int(more), self.block, self.panel, self.tile
+        self._launch(step_kernel, (self.batch, 1, 1), self._kept, rest, max(1, min(16, self.block // 256)))
 
     def multiply(self, begin: int, column: int) -> None:
         """The products of a column's row of V, which the next step reads."""
         count = -(-(self.n - begin) // self.tile)
         grid = count + 1, (count + 1) // 2 + -(-self.panel // (count + 1)), self.batch
-        chunk = min(CHUNK, self.tile)
-        multiply_kernel[grid](
-            *self._multiply, begin, column, self.panel, self.tile, chunk, VECTOR, num_warps=WARPS
-        )  # fmt: skip
+        rest = *self._sizes, begin, column, self.panel, self.tile, min(CHUNK, self.tile), VECTOR
+        self._launch(multiply_kernel, grid, self._kept[:5], rest, WARPS)
+
+    def _launch(
+        self, kernel: Any, grid: tuple[int, ...], tensors: tuple[Tensor, ...], rest: tuple[int, ...], warps: int
+    ) -> None:
+        if kernel in self._ready:
+            compiled, addresses = self._ready[kernel]
+            compiled[grid](*addresses, *rest, stream=self._stream)
+        elif (compiled := kernel[grid](*tensors, *rest, num_warps=warps)) is not None:  # as it is in the interpreter
+            self._ready[kernel] = compiled, tuple(tensor.data_ptr() for tensor in tensors)
 
 
 def bisect(main: Tensor, beside: Tensor, steps: int) -> Tensor:

@@ -37,6 +37,7 @@ BLOCK = ((4, (4096, 4096)), (2, (11008, 4096)), (1, (4096, 11008)))  # of LLaMA 
 BLOCKS, TARGET = 32, 15.0
 SLOW = 5.0  # seconds: a way that takes longer is measured once
 LAUNCHES = 20
+TILES = ((128, 32, 4), (128, 32, 8), (64, 64, 4), (64, 64, 8), (128, 128, 8), (256, 32, 8))  # rows, chunk, warps
 
 
 def weights_of(batch: int, shape: tuple[int, int], device: torch.device, seed: int = 0) -> Tensor:
@@ -175,24 +176,30 @@ def model(
 
 
 def launches(n: int, dtype: torch.dtype, batch: int, device: torch.device) -> Iterator[dict]:
-    """Rows: seconds of single launches of `tridiagonal` on the whole matrices, a median; and of all bisections."""
+    """Rows: seconds of launches of `tridiagonal` on the whole matrices, a median: products by several tiles, and
+    the bytes_per_second of the lower halves that they read; and of all bisections."""
     from alphaprune import tridiagonal_triton
 
-    gram, tile = weights_of(batch, (n, n), device).to(dtype), tridiagonal.TILE
+    gram = weights_of(batch, (n, n), device).to(dtype)
     gram += gram.mT.clone()
-    v, w, *others, main, beside = tridiagonal.spaces(gram, tridiagonal.PANEL, tile)
-    launch = tridiagonal_triton.Panel(gram, v, w, *others, main, beside, tile)
-    runs: dict[str, Callable[[], object]] = {
-        "multiply": lambda: launch.multiply(0, tridiagonal.PANEL // 2),
-        "step": lambda: launch.step(0, tridiagonal.PANEL // 2, True),
-        "update": lambda: gram.baddbmm_(v.mT, w, alpha=-1),
-        "bisect": lambda: tridiagonal_triton.bisect(gram[:, 0], gram[:, 1], tridiagonal.STEPS[dtype]),
-    }
     common = {"n": n, "dtype": str(dtype).removeprefix("torch."), "batch": batch}
-    for name, run in runs.items():
-        count = 1 if name == "bisect" else LAUNCHES
-        times = [seconds_of(lambda run=run, n=count: [run() for _ in range(n)], device) / count for _ in range(4)]
-        yield common | {"way": f"launch {name}", "seconds": statistics.median(times[1:]), "first_seconds": times[0]}
+
+    def row(name: str, run: Callable[[], object], count: int = LAUNCHES) -> dict:
+        times = [seconds_of(lambda: [run() for _ in range(count)], device) / count for _ in range(4)]
+        return common | {"way": f"launch {name}", "seconds": statistics.median(times[1:]), "first_seconds": times[0]}
+
+    kept = tridiagonal_triton.CHUNK, tridiagonal_triton.WARPS
+    for tile, chunk, warps in TILES:
+        tridiagonal_triton.CHUNK, tridiagonal_triton.WARPS = chunk, warps
+        v, w, *others, main, beside = tridiagonal.spaces(gram, tridiagonal.PANEL, tile)
+        launch = tridiagonal_triton.Panel(gram, v, w, *others, main, beside, tile)
+        made = row("multiply", lambda launch=launch: launch.multiply(0, tridiagonal.PANEL // 2))
+        speed = batch * n * (n + tile) // 2 * dtype.itemsize / made["seconds"]
+        yield made | {"tile": tile, "chunk": chunk, "warps": warps, "bytes_per_second": speed}
+    tridiagonal_triton.CHUNK, tridiagonal_triton.WARPS = kept
+    yield row("step", lambda: launch.step(0, tridiagonal.PANEL // 2, True))
+    yield row("update", lambda: gram.baddbmm_(v.mT, w, alpha=-1))
+    yield row("bisect", lambda: tridiagonal_triton.bisect(gram[:, 0], gram[:, 1], tridiagonal.STEPS[dtype]), 1)
 
 
 def facts(device: torch.device, arguments: list[str]) -> dict[str, object]:
@@ -216,7 +223,9 @@ def line(row: dict) -> str:
     if "error" in row:
         return name + row["error"].splitlines()[0]
     if "seconds_per_matrix" not in row:
-        return f"{name}{1e6 * row['seconds']:12.1f} us a launch"
+        kind = f", tile {row['tile']}, chunk {row['chunk']}, {row['warps']} warps" if "tile" in row else ""
+        speed = f", {row['bytes_per_second'] / 1e9:.0f} GB/s" if "tile" in row else ""
+        return f"{name}{1e6 * row['seconds']:12.1f} us a launch{speed}{kind}"
     figures = f"{1e3 * row['seconds_per_matrix']:10.3f} ms each, first {row['first_seconds']:.2f} s"
     return f"{name}{figures}, error {row['max_error']:.0e}"
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 PAGE = """==PROF== Disconnected from process 7
@@ -27,6 +28,13 @@ def loaded(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     monkeypatch.delitem(sys.modules, name, raising=False)
     return __import__(name)
+
+
+def test_profiling_needs_a_gpu(monkeypatch, capsys) -> None:
+    pipes = loaded("pipes", monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pipes.main([]) == 2
+    assert capsys.readouterr().err == "pipes.py: torch sees no CUDA device to profile\n"
 
 
 def test_a_row_is_in_seconds_bytes_and_shares(monkeypatch, capsys, tmp_path: Path) -> None:

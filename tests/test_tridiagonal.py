@@ -1,6 +1,7 @@
 """The reduction to three diagonals and the bisection against LAPACK: on a GPU where there is one, and in Triton's
 interpreter everywhere."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -108,6 +109,47 @@ def test_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tridiagonal.missing(gram) is None
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert tridiagonal.missing(gram) == "Triton is not installed"
+
+
+class Made:
+    """A kernel that was made: `launched` gets the grid, the arguments and whether Triton was asked what to launch."""
+
+    def __init__(self, launched: list) -> None:
+        self.launched = launched
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        def run(*arguments: object, num_warps: int | None = None, stream: int | None = None) -> "Made":
+            self.launched.append((grid, arguments, num_warps is not None))
+            return self
+
+        return run
+
+
+@pytest.mark.skipif(INTERPRETED, reason="kernels are launched otherwise there")
+def test_all_but_the_first_launch_go_around_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same arguments in the same order, tensors by their addresses, and on grids that become smaller."""
+    kernels = importlib.import_module("alphaprune.tridiagonal_triton")
+    names = {name: getattr(kernels, name).arg_names for name in ("step_kernel", "multiply_kernel")}
+    launched: dict[str, list] = {name: [] for name in names}
+    for name, calls in launched.items():
+        monkeypatch.setattr(kernels, name, Made(calls))
+    gram = symmetric(2, 10)
+    v, w, *others, main, beside = tridiagonal.spaces(gram, 4, 4)
+    panel = kernels.Panel(gram, v, w, *others, main, beside, 4)
+    for begin, column in ((0, 0), (0, 1), (4, 0)):
+        panel.step(begin, column, True)
+        panel.multiply(begin, column)
+    for name, calls in launched.items():
+        assert [asked for *_, asked in calls] == [True, False, False]
+        given = [dict(zip(names[name], arguments, strict=True)) for _, arguments, _ in calls]
+        tensors = [key for key, value in given[0].items() if isinstance(value, Tensor)]
+        assert [[one[key] for key in tensors] for one in given[1:]] == [
+            [given[0][key].data_ptr() for key in tensors]
+        ] * 2
+        assert [(one["begin"], one["column"]) for one in given] == [(0, 0), (0, 1), (4, 0)]
+        assert given[0]["a"] is gram and given[0]["n"] == 10 and given[0]["TILE"] == 4 and given[0]["PANEL"] == 4
+    assert [grid for grid, *_ in launched["step_kernel"]] == [(2, 1, 1)] * 3
+    assert [grid for grid, *_ in launched["multiply_kernel"]] == [(4, 3, 2), (4, 3, 2), (3, 3, 2)]
 
 
 @pytest.mark.slow
