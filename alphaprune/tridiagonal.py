@@ -9,7 +9,10 @@ and what its columns change is kept as V and W, A − V Wᵀ − W Vᵀ. The eig
 counting signs (Givens 1954; Barth, Martin, Wilkinson 1967), all at the same time, each with an error of ε·‖T‖.
 """
 
+import contextlib
 import importlib.util
+import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -48,7 +51,7 @@ def solve(gram: Tensor, panel: int = PANEL, tile: int = TILE) -> Tensor:
     lower /= scale[:, None, None]  # by a power of two: no bit is lost, and no square leaves the range of the dtype
     lower += lower.tril(-1).mT
     with torch.cuda.device_of(gram):
-        main, beside = reduce(lower, panel, tile)
+        main, beside = _recorder(lower) if _recorder and lower.is_cuda else reduce(lower, panel, tile)
         return tridiagonal_triton.bisect(main, beside, STEPS[gram.dtype]) * scale[:, None]
 
 
@@ -82,6 +85,64 @@ def reduce(matrices: Tensor, panel: int = PANEL, tile: int = TILE) -> tuple[Tens
                 after.baddbmm_(ours.mT, theirs, alpha=-1)
                 after.baddbmm_(theirs.mT, ours, alpha=-1)
     return main, beside
+
+
+class Recorder:
+    """`reduce` of batches that are alike: from number `since` on, counted from 0, as a CUDA graph, which takes the host
+    one call instead of thousands. What it works on is kept as long as the recorder."""
+
+    def __init__(self, since: int = 1) -> None:
+        self._since, self._alike, self._count = since, None, 0
+        self._recorded: tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor] | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, matrices: Tensor) -> tuple[Tensor, Tensor]:
+        """See `reduce`. Batches that the memory has no room for a copy of are reduced without a graph."""
+        alike = matrices.device, matrices.dtype, matrices.shape
+        with self._lock:
+            if alike != self._alike:
+                self._alike, self._count, self._recorded = alike, 0, None
+            self._count += 1
+            if self._recorded is None and self._count > self._since:
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    self._recorded = _record(matrices)
+            if self._recorded is None:
+                return reduce(matrices)
+            graph, given, main, beside = self._recorded
+            given.copy_(matrices)
+            graph.replay()
+            return main.clone(), beside.clone()
+
+
+def _record(like: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
+    """A graph of `reduce`, the matrices that it reduces, and the diagonals that it finds."""
+    from alphaprune.tridiagonal_triton import Panel
+
+    given, stream, graph = torch.zeros_like(like), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # kernels are compiled, libraries take their workspaces
+        warm = Panel(given, *spaces(given, PANEL, TILE), TILE)
+        warm.step(0, 0, True)
+        warm.multiply(0, 0)
+        reduce(given[:, : 2 * PANEL, : 2 * PANEL].contiguous())
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        main, beside = reduce(given)
+    return graph, given, main, beside
+
+
+_recorder: Recorder | None = None
+
+
+@contextlib.contextmanager
+def recording(recorder: Recorder | None = None) -> Iterator[None]:
+    """Until its end, batches that are like the one before are reduced by a graph, of the recorder if one is given."""
+    global _recorder
+    before, _recorder = _recorder, recorder or Recorder()
+    try:
+        yield
+    finally:
+        _recorder = before
 
 
 def spaces(matrices: Tensor, panel: int, tile: int) -> list[Tensor]:

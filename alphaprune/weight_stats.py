@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from alphaprune import alpha, farms, metrics, sketches, spectrum
+from alphaprune import alpha, farms, metrics, sketches, spectrum, tridiagonal
 
 Layers = dict[str, Tensor]
 Units = dict[str, Layers]
@@ -61,7 +61,7 @@ class WeightStats:
     def _of_blocks_on_gpu(self, blocks: Iterable[Units]) -> Iterator[Entries]:
         """Windows are not worked on aside: their spectra need the GPU, too."""
         aside, before = replace(self, windows=None), None
-        with spectrum.threads() as pool:
+        with spectrum.threads() as pool, tridiagonal.recording():
             for units in blocks:
                 spectra = self.spectra({name: weight for layers in units.values() for name, weight in layers.items()})
                 parts = [

@@ -6,10 +6,11 @@ python bench/spectrum_gpu.py --model --minutes 1                          the 22
 python bench/spectrum_gpu.py --launches --sizes 4096 --batch 7            what the launches of `tridiagonal` take
 
 batched and looped are cuSOLVER's (see alphaprune/cusolver.py), streams are as many of its handles, streams and threads
-as there are matrices, tridiagonal is alphaprune/tridiagonal.py, torch is torch.linalg.eigvalsh on the same batch, and
-svdvals are the float32 singular values of the weights themselves. A figure is a median of rounds by turns. A way that
-takes longer than 5 s is not repeated, and not tried on larger batches. A way that fails gets a row with its error.
-Errors are relative to the largest eigenvalue, against float64: on the CPU, of large matrices by cuSOLVER.
+as there are matrices. tridiagonal is alphaprune/tridiagonal.py, recorded the same as a graph. torch is
+torch.linalg.eigvalsh on the same batch, svdvals are the float32 singular values of the weights themselves. A figure is
+a median of rounds by turns. A way that takes longer than 5 s is not repeated, and not tried on larger batches. A way
+that fails gets a row with its error. Errors are relative to the largest eigenvalue, against float64: on the CPU, of
+large matrices by cuSOLVER.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from alphaprune.weight_stats import WeightStats
 BATCHES = {128: 64, 256: 64, 512: 32, 1024: 16, 2048: 8, 4096: 7}  # a block of LLaMA has seven matrices
 COMPARED_UP_TO = 1024  # larger ones take the CPU too long
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-WAYS = ("tridiagonal", "batched", "streams", "looped", "torch", "svdvals")
+WAYS = ("tridiagonal", "recorded", "batched", "streams", "looped", "torch", "svdvals")
 BLOCK = ((4, (4096, 4096)), (2, (11008, 4096)), (1, (4096, 11008)))  # of LLaMA 7B, which has 32
 BLOCKS, TARGET = 32, 15.0
 SLOW = 5.0  # seconds: a way that takes longer is measured once
@@ -49,7 +50,13 @@ def weights_of(batch: int, shape: tuple[int, int], device: torch.device, seed: i
 def ways(weights: Tensor, gram: Tensor) -> dict[str, Callable[[], Tensor]]:
     """Name → the eigenvalues [batch, n], ascending."""
     found = {route: lambda route=route: cusolver.eigvalsh(gram, route) for route in WAYS if route != "svdvals"}
-    found["streams"] = lambda: side_by_side(gram)
+    found["streams"], recorder = lambda: side_by_side(gram), tridiagonal.Recorder(since=0)
+
+    def recorded() -> Tensor:
+        with tridiagonal.recording(recorder):
+            return cusolver.eigvalsh(gram, "tridiagonal")
+
+    found["recorded"] = recorded
     if gram.dtype == torch.float32:
         found["svdvals"] = lambda: torch.stack([torch.linalg.svdvals(w).square().flip(0) for w in weights])
     return found
@@ -134,7 +141,7 @@ def truth(gram: Tensor, weight: Tensor) -> Tensor:
 
 def table(rows: list[dict]) -> dict[str, list[tuple[int, str]]]:
     """FASTEST of alphaprune/cusolver.py as these rows have it: dtype → (largest n, way), equal neighbours as one."""
-    timed = [row for row in rows if "seconds" in row and row["way"] not in ("svdvals", "streams")]
+    timed = [row for row in rows if "seconds" in row and row["way"] not in ("svdvals", "streams", "recorded")]
     found: dict[str, list[tuple[int, str]]] = {}
     for dtype in DTYPES:
         of_dtype = sorted((row for row in timed if row["dtype"] == dtype), key=lambda row: row["n"])

@@ -29,7 +29,10 @@ def bench(monkeypatch: pytest.MonkeyPatch):
 
 REASONS = {
     "streams": "Unusable: streams are of CUDA devices",
-    "tridiagonal": "Unusable: the reduction by Triton needs matrices on a CUDA device, and these are on cpu",
+    **dict.fromkeys(
+        ("tridiagonal", "recorded"),
+        "Unusable: the reduction by Triton needs matrices on a CUDA device, and these are on cpu",
+    ),
 }
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,6 +99,55 @@ def test_a_route_of_its_own(device: str) -> None:
     torch.testing.assert_close(found, torch.linalg.eigvalsh(gram), rtol=0, atol=1e-10)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_graph_repeats_it(device: str, dtype: torch.dtype) -> None:
+    """On other matrices, whatever was there before; of another size without it."""
+    with tridiagonal.recording():
+        for seed in range(4):
+            assert_solved(symmetric(3, 200, seed), dtype, device)
+        assert_solved(symmetric(2, 64), dtype, device)
+        assert_solved(symmetric(3, 200), dtype, device)
+
+
+def test_what_is_recorded_when(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second batch that is like the one before on, if there is memory."""
+    said, room = [], [True]
+
+    def record(like: Tensor):
+        if not room[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        given = torch.zeros_like(like)
+        main, beside = torch.zeros(like.shape[:2]), torch.zeros(like.shape[:2])
+        said.append("record")
+
+        def replay() -> None:
+            said.append("replay")
+            main.copy_(given.diagonal(dim1=1, dim2=2))
+
+        return SimpleNamespace(replay=replay), given, main, beside
+
+    monkeypatch.setattr(tridiagonal, "_record", record)
+    monkeypatch.setattr(
+        tridiagonal, "reduce", lambda matrices: said.append("reduce") or (matrices[:, 0], matrices[:, 1])
+    )
+    recorder, small, large = tridiagonal.Recorder(), torch.randn(2, 3, 3), torch.randn(2, 5, 5)
+    for matrices in (small, small, small + 1, large, small, small, small):
+        recorder(matrices)
+    assert said == ["reduce", "record", "replay", "replay", "reduce", "reduce", "record", "replay", "replay"]
+    first, second = recorder(small), recorder(small + 1)
+    assert torch.equal(first[0], small.diagonal(dim1=1, dim2=2)), "a result is not overwritten by the next one"
+    assert torch.equal(second[0], first[0] + 1)
+    said.clear()
+    room[0], recorder = False, tridiagonal.Recorder(since=0)
+    recorder(small)
+    recorder(small)
+    assert said == ["reduce", "reduce"]
+    with tridiagonal.recording(recorder):
+        assert tridiagonal._recorder is recorder
+    assert tridiagonal._recorder is None
+
+
 def test_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     gram = symmetric(1, 5)
     with pytest.raises(tridiagonal.Unusable, match="needs matrices on a CUDA device, and these are on cpu"):
@@ -162,4 +212,4 @@ def test_in_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) == 2 * len(SIZES) + 5, done.stdout
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) == 2 * len(SIZES) + 6, done.stdout
