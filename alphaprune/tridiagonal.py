@@ -2,7 +2,7 @@
 
 A library reduces one matrix after another, by launches that each wait for the one before, and half of the work is a
 product of the matrix with a vector, which takes as long as it takes to read the matrix. Here every launch works on all
-matrices of a batch; there are two for each column; and the product reads no more than the lower half.
+matrices of a batch; there are three for each column; and the product reads no more than the lower half.
 
 The reduction is LAPACK's sytrd by panels of columns (Dongarra, Sorensen, Hammarling 1989): A of a panel stays as it was
 and what its columns change is kept as V and W, A − V Wᵀ − W Vᵀ. The eigenvalues of the three diagonals are found by
@@ -81,9 +81,8 @@ def reduce(matrices: Tensor, panel: int = PANEL, tile: int = TILE) -> tuple[Tens
             if rest > 0:
                 launch.step(begin, columns, False)
                 after = matrices[:, -rest:, -rest:]
-                ours, theirs = v[:, :, panel : panel + rest], w[:, :, panel : panel + rest]
-                after.baddbmm_(ours.mT, theirs, alpha=-1)
-                after.baddbmm_(theirs.mT, ours, alpha=-1)
+                both = slice(panel, panel + rest)
+                after.baddbmm_(torch.cat((v, w), 1)[..., both].mT, torch.cat((w, v), 1)[..., both], alpha=-1)
     return main, beside
 
 
@@ -147,8 +146,8 @@ def recording(recorder: Recorder | None = None) -> Iterator[None]:
 
 def spaces(matrices: Tensor, panel: int, tile: int) -> list[Tensor]:
     """What the reduction of `matrices` [b, n, n] keeps beside them: v and w [b, panel, n]; parts [b, ceil(n / tile), n]
-    of a product A v, from each tile of a row; dots [b, 2, panel] of the newest v with the rows of w and of v; tau [b];
-    and the two diagonals [b, n]."""
+    of a product A v, from each tile of a row; dots [b, 2, panel] of the newest v with the rows of w and of v; raw
+    [b, 2, n], columns; tau [b]; and the two diagonals [b, n]."""
     batch, n, _ = matrices.shape
-    rows = (panel, n), (panel, n), (-(-n // tile), n), (2, panel), (), (n,), (n,)
+    rows = (panel, n), (panel, n), (-(-n // tile), n), (2, panel), (2, n), (), (n,), (n,)
     return [matrices.new_zeros(batch, *shape) for shape in rows]

@@ -1,4 +1,5 @@
-"""The kernels of tridiagonal.py: one program per matrix for what is done to a column, tiles of A for its product.
+"""The kernels of tridiagonal.py: rows of a column, then one program per matrix for all of it, then tiles of A for the
+product with it.
 
 Positions count from the panel's first row. V and W [b, PANEL, n] hold columns of the panel as rows, zero up to and with
 the diagonal of their column.
@@ -13,6 +14,7 @@ from torch import Tensor
 
 CHUNK = 32  # columns of a tile at once
 WARPS = 4  # of a program that multiplies a tile
+GATHERED = 256  # rows of a program that gathers a column
 VECTOR = 1024  # rows at once of a product of two columns
 EIGENVALUES = 128  # of one program
 UNROLLED = 8  # rows of T at once
@@ -20,38 +22,60 @@ SMALLEST_PIVOT = tl.constexpr(1e-290)
 
 
 @triton.jit(do_not_specialize=["begin", "column", "more"])
-def step_kernel(
-    a, v, w, parts, dots, tau, main, beside, n, tiles, begin, column, more,
+def gather_kernel(
+    a, v, w, parts, dots, raw, n, tiles, begin, column, more,
     BLOCK: tl.constexpr, PANEL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Column `column` − 1 is finished: its row of W, from the product A v in `parts`. If `more`, the next one is begun:
-    what is on its diagonal and beside it, its row of V, and tau."""
+    """Some rows of what `step_kernel` works on: raw[b, 0], the product with column `column` − 1 of A as the columns of
+    the panel before it have left it; and raw[b, 1], if `more`, column `column` of A as all but `column` − 1 have."""
+    batch = tl.program_id(1).to(tl.int64)
+    begin = tl.multiple_of(begin, PANEL)
+    rows, at = n - begin, tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < rows
+    v += batch * PANEL * n
+    w += batch * PANEL * n
+    dots += batch * 2 * PANEL
+    raw += batch * 2 * n + at
+    if column > 0:
+        change = tl.zeros((BLOCK,), a.dtype.element_ty)
+        for tile in tl.range(0, (rows + TILE - 1) // TILE, loop_unroll_factor=4):
+            change += tl.load(parts + (batch * tiles + tile) * n + at, mask=inside, other=0)
+        for k in tl.range(0, column - 1, loop_unroll_factor=4):
+            change -= tl.load(v + k * n + at, mask=inside, other=0) * tl.load(dots + k)
+            change -= tl.load(w + k * n + at, mask=inside, other=0) * tl.load(dots + PANEL + k)
+        tl.store(raw, change, mask=inside)
+    if more != 0:
+        entry = tl.load(a + (batch * n + begin + column) * n + begin + at, mask=inside, other=0)
+        for k in tl.range(0, column - 1, loop_unroll_factor=4):
+            entry -= tl.load(v + k * n + at, mask=inside, other=0) * tl.load(w + k * n + column)
+            entry -= tl.load(w + k * n + at, mask=inside, other=0) * tl.load(v + k * n + column)
+        tl.store(raw + n, entry, mask=inside)
+
+
+@triton.jit(do_not_specialize=["begin", "column", "more"])
+def step_kernel(
+    raw, v, w, tau, main, beside, n, begin, column, more, BLOCK: tl.constexpr, PANEL: tl.constexpr
+):  # fmt: skip
+    """Column `column` − 1 is finished: its row of W. If `more`, the next one is begun: what is on its diagonal and
+    beside it, its row of V, and tau. All of it from what `gather_kernel` leaves."""
     batch = tl.program_id(0).to(tl.int64)
     begin = tl.multiple_of(begin, PANEL)
     rows, at = n - begin, tl.arange(0, BLOCK)
     inside = at < rows
     v += batch * PANEL * n + at
     w += batch * PANEL * n + at
-    dots += batch * 2 * PANEL
-    newest = tl.zeros((BLOCK,), a.dtype.element_ty)
-    change = tl.zeros((BLOCK,), a.dtype.element_ty)
+    raw += batch * 2 * n + at
+    newest = tl.zeros((BLOCK,), raw.dtype.element_ty)
+    change = tl.zeros((BLOCK,), raw.dtype.element_ty)
     if column > 0:
         newest = tl.load(v + (column - 1) * n, mask=inside, other=0)
-        for tile in tl.range(0, (rows + TILE - 1) // TILE, loop_unroll_factor=4):
-            change += tl.load(parts + (batch * tiles + tile) * n + at, mask=inside, other=0)
-        for k in tl.range(0, column - 1, loop_unroll_factor=4):
-            change -= tl.load(v + k * n, mask=inside, other=0) * tl.load(dots + k)
-            change -= tl.load(w + k * n, mask=inside, other=0) * tl.load(dots + PANEL + k)
         scale = tl.load(tau + batch)
-        change = tl.where(inside & (at >= column), change * scale, 0)
+        change = tl.where(at >= column, tl.load(raw, mask=inside, other=0) * scale, 0)
         change -= 0.5 * scale * tl.sum(change * newest, 0) * newest
         tl.store(w + (column - 1) * n, change, mask=inside)
     if more != 0:
-        entry = tl.load(a + (batch * n + begin + column) * n + begin + at, mask=inside, other=0)
-        for k in tl.range(0, column - 1, loop_unroll_factor=4):
-            one, other = tl.load(v + k * n, mask=inside, other=0), tl.load(w + k * n, mask=inside, other=0)
-            entry -= one * tl.load(w + k * n - at + column) + other * tl.load(v + k * n - at + column)
         here = at == column
+        entry = tl.load(raw + n, mask=inside, other=0)
         entry -= newest * tl.sum(tl.where(here, change, 0), 0) + change * tl.sum(tl.where(here, newest, 0), 0)
         first = tl.sum(tl.where(at == column + 1, entry, 0), 0)
         below = tl.sum(tl.where(inside & (at > column + 1), entry * entry, 0), 0)
@@ -150,28 +174,32 @@ class Panel:
     """
 
     def __init__(
-        self, a: Tensor, v: Tensor, w: Tensor, parts: Tensor, dots: Tensor, tau: Tensor, main: Tensor, beside: Tensor,
-        tile: int,
+        self, a: Tensor, v: Tensor, w: Tensor, parts: Tensor, dots: Tensor, raw: Tensor, tau: Tensor, main: Tensor,
+        beside: Tensor, tile: int,
     ) -> None:  # fmt: skip
         self.batch, self.n, _ = a.shape
         self.panel, self.tile = v.shape[1], tile
         self.block = triton.next_power_of_2(self.n)
-        self._kept = a, v, w, parts, dots, tau, main, beside
+        self._multiplied, self._gathered = (a, v, w, parts, dots), (a, v, w, parts, dots, raw)
+        self._stepped = raw, v, w, tau, main, beside
         self._sizes = self.n, parts.shape[1]
         self._ready: dict[Any, tuple[Any, tuple[int, ...]]] = {}
         self._stream = torch.cuda.current_stream(a.device).cuda_stream if a.is_cuda else None
 
     def step(self, begin: int, column: int, more: bool) -> None:
         """Finishes the column before `column` of the panel from row `begin` on and, if more, begins that one."""
-        rest = *self._sizes, begin, column, int(more), self.block, self.panel, self.tile
-        self._launch(step_kernel, (self.batch, 1, 1), self._kept, rest, max(1, min(16, self.block // 256)))
+        place = begin, column, int(more)
+        grid = -(-(self.n - begin) // GATHERED), self.batch, 1
+        self._launch(gather_kernel, grid, self._gathered, (*self._sizes, *place, GATHERED, self.panel, self.tile), 4)
+        warps = max(1, min(16, self.block // 256))
+        self._launch(step_kernel, (self.batch, 1, 1), self._stepped, (self.n, *place, self.block, self.panel), warps)
 
     def multiply(self, begin: int, column: int) -> None:
         """The products of a column's row of V, which the next step reads."""
         count = -(-(self.n - begin) // self.tile)
         grid = count + 1, (count + 1) // 2 + -(-self.panel // (count + 1)), self.batch
         rest = *self._sizes, begin, column, self.panel, self.tile, min(CHUNK, self.tile), VECTOR
-        self._launch(multiply_kernel, grid, self._kept[:5], rest, WARPS)
+        self._launch(multiply_kernel, grid, self._multiplied, rest, WARPS)
 
     def _launch(
         self, kernel: Any, grid: tuple[int, ...], tensors: tuple[Tensor, ...], rest: tuple[int, ...], warps: int

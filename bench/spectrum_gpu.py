@@ -205,7 +205,8 @@ def launches(n: int, dtype: torch.dtype, batch: int, device: torch.device) -> It
         yield made | {"tile": tile, "chunk": chunk, "warps": warps, "bytes_per_second": speed}
     tridiagonal_triton.CHUNK, tridiagonal_triton.WARPS = kept
     yield row("step", lambda: launch.step(0, tridiagonal.PANEL // 2, True))
-    yield row("update", lambda: gram.baddbmm_(v.mT, w, alpha=-1))
+    both = torch.cat((v, w), 1)
+    yield row("update", lambda: gram.baddbmm_(both.mT, both, alpha=-1))
     yield row("bisect", lambda: tridiagonal_triton.bisect(gram[:, 0], gram[:, 1], tridiagonal.STEPS[dtype]), 1)
 
 

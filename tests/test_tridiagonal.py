@@ -62,7 +62,8 @@ SIZES = [(1, 1, 4, 4), (1, 2, 4, 4), (2, 3, 2, 4), (2, 8, 4, 4), (1, 13, 4, 8), 
 @runs
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "n", "panel", "tile"), SIZES if INTERPRETED else [])
-def test_small_panels_and_tiles(device: str, dtype: torch.dtype, batch: int, n: int, panel: int, tile: int) -> None:
+def test_small_panels_and_tiles(device: str, dtype, batch: int, n: int, panel: int, tile: int, monkeypatch) -> None:
+    monkeypatch.setattr("alphaprune.tridiagonal_triton.GATHERED", 4)
     assert_solved(symmetric(batch, n, n), dtype, device, panel, tile)
 
 
@@ -179,7 +180,7 @@ class Made:
 def test_all_but_the_first_launch_go_around_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same arguments in the same order, tensors by their addresses, and on grids that become smaller."""
     kernels = importlib.import_module("alphaprune.tridiagonal_triton")
-    names = {name: getattr(kernels, name).arg_names for name in ("step_kernel", "multiply_kernel")}
+    names = {name: getattr(kernels, name).arg_names for name in ("gather_kernel", "step_kernel", "multiply_kernel")}
     launched: dict[str, list] = {name: [] for name in names}
     for name, calls in launched.items():
         monkeypatch.setattr(kernels, name, Made(calls))
@@ -197,7 +198,9 @@ def test_all_but_the_first_launch_go_around_triton(monkeypatch: pytest.MonkeyPat
             [given[0][key].data_ptr() for key in tensors]
         ] * 2
         assert [(one["begin"], one["column"]) for one in given] == [(0, 0), (0, 1), (4, 0)]
-        assert given[0]["a"] is gram and given[0]["n"] == 10 and given[0]["TILE"] == 4 and given[0]["PANEL"] == 4
+        assert given[0]["n"] == 10 and given[0]["PANEL"] == 4 and given[0].get("TILE", 4) == 4
+        assert given[0].get("a", gram) is gram and given[0]["v"] is v and given[0]["w"] is w
+    assert [grid for grid, *_ in launched["gather_kernel"]] == [(1, 2, 1)] * 3
     assert [grid for grid, *_ in launched["step_kernel"]] == [(2, 1, 1)] * 3
     assert [grid for grid, *_ in launched["multiply_kernel"]] == [(4, 3, 2), (4, 3, 2), (3, 3, 2)]
 
