@@ -25,14 +25,14 @@ from alphaprune import hardware, tridiagonal
 Route = Literal["batched", "looped", "torch", "tridiagonal"]
 
 LARGEST = 46340  # the solvers refuse matrices of more than 2³¹ − 1 entries
-# (largest n, route), by dtype: the fastest route up to n. A default that was NOT MEASURED by us: PyTorch #175403 and
-# #175585 report the batched one as the fastest, or within 0.05 ms of it, wherever they looked.
-# bench/spectrum_gpu.py prints the rows to write here.
-FASTEST: dict[torch.dtype, tuple[tuple[int, Route], ...]] = {
-    torch.float32: ((LARGEST, "batched"),),
-    torch.float64: ((LARGEST, "batched"),),
+# (largest n, fewest matrices, route), by dtype: the first row that n and the number of matrices fit is the fastest way
+# to them. bench/spectrum_gpu.py prints the rows to write here. The sizes below 4096 were NOT MEASURED by us: PyTorch
+# #175403 and #175585 report the batched one as the fastest, or within 0.05 ms of it, wherever they looked.
+FASTEST: dict[torch.dtype, tuple[tuple[int, int, Route], ...]] = {
+    dtype: ((2048, 1, "batched"), (tridiagonal.LARGEST, 3, "tridiagonal"), (LARGEST, 1, "looped"))
+    for dtype in (torch.float32, torch.float64)
 }
-MEASURED_ON: str | None = None  # the GPU that FASTEST was measured on
+MEASURED_ON = "NVIDIA H200"
 
 SOLVERS = {"batched": "cusolverDnXsyevBatched", "looped": "cusolverDnXsyevd"}
 KINDS = {torch.float32: 0, torch.float64: 1}  # CUDA_R_32F, CUDA_R_64F
@@ -173,7 +173,7 @@ def eigvalsh(gram: Tensor, route: Route | None = None, solver: Solver | None = N
     if gram.dim() != 3 or gram.shape[1] != gram.shape[2] or gram.dtype not in KINDS:
         raise ValueError(f"gram: wanted [b, n, n] in float32 or float64, got {tuple(gram.shape)} in {gram.dtype}")
     n = gram.shape[-1]
-    taken = route or fastest(n, gram.dtype)
+    taken = route or fastest(n, gram.dtype, len(gram))
     if taken == "torch" or not gram.numel() or not (gram.is_cuda or solver or route):
         return _by_torch(gram)
     try:
@@ -196,9 +196,9 @@ def eigvalsh(gram: Tensor, route: Route | None = None, solver: Solver | None = N
     return values
 
 
-def fastest(n: int, dtype: torch.dtype) -> Route:
-    """The route of the table FASTEST for matrices [n, n]; "torch" for those larger than all of it."""
-    return next((route for largest, route in FASTEST[dtype] if n <= largest), "torch")
+def fastest(n: int, dtype: torch.dtype, count: int) -> Route:
+    """The route of the table FASTEST for `count` matrices [n, n]; "torch" for those larger than all of it."""
+    return next((route for largest, fewest, route in FASTEST[dtype] if n <= largest and count >= fewest), "torch")
 
 
 def most(n: int, dtype: torch.dtype) -> int:

@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from itertools import groupby, zip_longest
 
 import torch
 from rows import append
@@ -139,17 +139,27 @@ def truth(gram: Tensor, weight: Tensor) -> Tensor:
         return cusolver.eigvalsh(gram, "torch")[0].cpu()
 
 
-def table(rows: list[dict]) -> dict[str, list[tuple[int, str]]]:
-    """FASTEST of alphaprune/cusolver.py as these rows have it: dtype → (largest n, way), equal neighbours as one."""
+def table(rows: list[dict]) -> dict[str, list[tuple[int, int, str]]]:
+    """FASTEST of alphaprune/cusolver.py as these rows have it: dtype → (largest n, fewest matrices, way); neighbours
+    that have the same ways as one."""
     timed = [row for row in rows if "seconds" in row and row["way"] not in ("svdvals", "streams", "recorded")]
-    found: dict[str, list[tuple[int, str]]] = {}
+    found: dict[str, list[tuple[int, int, str]]] = {}
     for dtype in DTYPES:
-        of_dtype = sorted((row for row in timed if row["dtype"] == dtype), key=lambda row: row["n"])
-        sizes = groupby(of_dtype, key=lambda row: row["n"])
-        best = [(n, min(group, key=lambda row: row["seconds_per_matrix"])["way"]) for n, group in sizes]
-        ends = [(n, way) for i, (n, way) in enumerate(best) if i + 1 == len(best) or best[i + 1][1] != way]
-        found[dtype] = [*ends[:-1], *((cusolver.LARGEST, way) for _, way in ends[-1:])]
+        best: dict[int, list[tuple[int, str]]] = {}
+        of_dtype = sorted((row for row in timed if row["dtype"] == dtype), key=lambda row: (row["n"], -row["batch"]))
+        for (n, batch), group in groupby(of_dtype, key=lambda row: (row["n"], row["batch"])):
+            way = min(group, key=lambda row: row["seconds_per_matrix"])["way"]
+            ways = best.setdefault(n, [])
+            ways[-1:] = [(batch, way)] if ways and ways[-1][1] == way else [*ways[-1:], (batch, way)]
+        for ways in best.values():
+            ways[-1] = 1, ways[-1][1]
+        ends = [n for n, after in zip_longest(best, list(best)[1:]) if best[n] != best.get(after)]
+        found[dtype] = [(n if n != ends[-1] else _largest(way), few, way) for n in ends for few, way in best[n]]
     return found
+
+
+def _largest(way: str) -> int:
+    return tridiagonal.LARGEST if way == "tridiagonal" else cusolver.LARGEST
 
 
 def model(
@@ -273,7 +283,7 @@ def every(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
         if options.dtypes == ("float32",):
             spectrum.CHEAP_FLOAT64 = frozenset()
         if options.ways != WAYS:
-            cusolver.FASTEST = {dtype: ((cusolver.LARGEST, options.ways[0]),) for dtype in cusolver.FASTEST}
+            cusolver.FASTEST = {dtype: ((cusolver.LARGEST, 1, options.ways[0]),) for dtype in cusolver.FASTEST}
         yield from model(device, options.solver, left)
         return
     measured = Measured(device, options.rounds, left, options.ways)

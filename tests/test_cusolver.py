@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alphaprune import alpha, cusolver, spectrum
+from alphaprune import alpha, cusolver, spectrum, tridiagonal
 from alphaprune.cusolver import Library, Solver, Unusable
 
 SOURCE = Path(__file__).parent / "native" / "cusolver_stub.c"
@@ -218,12 +218,12 @@ def test_without_any_library_the_reason_is_a_sentence(monkeypatch, tmp_path: Pat
 
 
 def test_the_table_chooses(stub: Path, monkeypatch) -> None:
-    rows = ((8, "torch"), (10, "looped"), (12, "batched"))
+    rows = ((8, 1, "torch"), (10, 3, "looped"), (12, 1, "batched"))
     monkeypatch.setattr(cusolver, "FASTEST", {torch.float64: rows})
     counts, made = Counts(stub), solver(stub)
-    for n, calls in ((8, 0), (9, 3), (10, 3), (11, 1), (13, 0)):
+    for n, batch, calls in ((8, 3, 0), (9, 3, 3), (10, 4, 4), (10, 2, 1), (11, 3, 1), (13, 3, 0)):
         counts.calls = 0
-        gram = matrices(3, n)
+        gram = matrices(batch, n)
         assert_solved(cusolver.eigvalsh(gram, solver=made), gram)
         assert counts.calls == calls, n
 
@@ -231,8 +231,9 @@ def test_the_table_chooses(stub: Path, monkeypatch) -> None:
 def test_tables_rise_and_know_their_routes() -> None:
     for dtype in cusolver.KINDS:
         rows = cusolver.FASTEST[dtype]
-        assert [n for n, _ in rows] == sorted({n for n, _ in rows}) and rows[-1][0] <= cusolver.LARGEST
-        assert {route for _, route in rows} <= {"batched", "looped", "torch"}
+        assert [n for n, *_ in rows] == sorted(n for n, *_ in rows) and rows[-1][:2] == (cusolver.LARGEST, 1)
+        assert {route for *_, route in rows} <= {"batched", "looped", "torch", "tridiagonal"}
+        assert all(n <= tridiagonal.LARGEST for n, _, route in rows if route == "tridiagonal")
     assert cusolver.LARGEST**2 < 2**31 <= (cusolver.LARGEST + 1) ** 2
 
 

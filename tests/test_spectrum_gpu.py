@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from alphaprune import cusolver
+from alphaprune import cusolver, tridiagonal
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -53,7 +53,8 @@ def test_every_way_has_a_row(bench, tmp_path: Path, capsys) -> None:
         assert row["cusolver"] == "no libcusolver here" and "--sizes 8,24" in row["command"]
     shown = capsys.readouterr().out
     assert (
-        f"FASTEST {{'float32': [({cusolver.LARGEST}, 'torch')], 'float64': [({cusolver.LARGEST}, 'torch')]}}" in shown
+        f"FASTEST {{'float32': [({cusolver.LARGEST}, 1, 'torch')], 'float64': [({cusolver.LARGEST}, 1, 'torch')]}}"
+        in shown
     )
 
 
@@ -83,14 +84,22 @@ def test_what_is_slow_is_not_repeated_and_nothing_begun_too_late(bench, monkeypa
 
 
 def test_the_table_joins_equal_neighbours(bench) -> None:
-    def row(n: int, way: str, seconds: float, dtype: str = "float64") -> dict:
-        return {"n": n, "dtype": dtype, "way": way, "seconds": 9.0, "seconds_per_matrix": seconds}
+    def row(n: int, way: str, seconds: float, batch: int = 5, dtype: str = "float64") -> dict:
+        return {"n": n, "batch": batch, "dtype": dtype, "way": way, "seconds": 9.0, "seconds_per_matrix": seconds}
 
     fast = {64: "batched", 128: "batched", 256: "looped", 512: "batched", 1024: "batched"}
     rows = [row(n, way, 1.0 if way == best else 2.0) for n, best in fast.items() for way in ("batched", "looped")]
     rows += [row(64, "svdvals", 0.1), {"n": 64, "dtype": "float64", "way": "torch", "error": "none"}]
     found = bench.table(rows[::-1])
-    assert found == {"float32": [], "float64": [(128, "batched"), (256, "looped"), (cusolver.LARGEST, "batched")]}
+    assert found == {
+        "float32": [],
+        "float64": [(128, 1, "batched"), (256, 1, "looped"), (cusolver.LARGEST, 1, "batched")],
+    }
+    for n in (2048, 4096):
+        for batch in (1, 2, 3, 7):
+            rows += [row(n, "looped", 2.0, batch), row(n, "tridiagonal", 3.0 if batch < 3 else 1.0, batch)]
+    large = [(tridiagonal.LARGEST, 3, "tridiagonal"), (cusolver.LARGEST, 1, "looped")]
+    assert bench.table(rows)["float64"] == [(128, 1, "batched"), (256, 1, "looped"), (1024, 1, "batched"), *large]
 
 
 def test_a_model_counts_its_matrices(bench) -> None:
