@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import os
-import shlex
 import statistics
 import sys
 import time
@@ -32,7 +31,7 @@ import torch
 from gpu_cases import Case
 from gpu_contenders import Contender, Weights, contenders, copies, error
 from gpu_rig import Cuda, Host, Replay, Rig
-from rows import append
+from rows import append, command
 
 HELD = 3  # layers whose weights stay on the device: the first cases are about three
 WIDTHS = (14, 6, 12, 24, 12, 8, 8, 8)
@@ -234,8 +233,7 @@ def writer(options: argparse.Namespace) -> Callable[[dict], None]:
 def start(options: argparse.Namespace, arguments: list[str], left: Callable[[], float]) -> Run:
     """The device, and what every row says of it."""
     rig = Host() if options.dry_run else Cuda()
-    command = shlex.join(["python", "bench/gpu.py", *arguments])
-    common = rig.facts() | {"command": command, "bandwidth": rig.bandwidth()}
+    common = rig.facts() | {"command": command("bench/gpu.py", arguments), "bandwidth": rig.bandwidth()}
     if not options.json:
         print(
             f"{common['gpu']}; copies {common['bandwidth'] / 1e9:.0f} GB/s; {options.dtype}; {options.repeats} replays"
@@ -276,8 +274,8 @@ def main(arguments: list[str] | None = None) -> int:
                     file=sys.stderr,
                     flush=True,
                 )
-                command = again(options, arguments, str(lost), done, run.left())
-                os.execv(sys.executable, [sys.executable, __file__, *command])
+                words = again(options, arguments, str(lost), done, run.left())
+                os.execv(sys.executable, [sys.executable, __file__, *words])
         else:
             done = len(cases)
     print(f"{options.skip + done} of {len(every)} cases", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,13 @@ def replace(file: Path, made: list[dict[str, Any]], key: str) -> None:
     before = file.read_text().splitlines() if file.exists() else []
     kept = [line for line in before if json.loads(line)[key] not in news]
     file.write_text("\n".join([*kept, *(json.dumps(row) for row in made)]) + "\n")
+
+
+def command(script: str, arguments: list[str]) -> str:
+    """What to type for the same rows, but for the file that they are written to."""
+    kept = [given for before, given in zip(["", *arguments], arguments, strict=False)
+            if given.partition("=")[0] != "--out" and before != "--out"]  # fmt: skip
+    return shlex.join(["python", script, *kept])
 
 
 def append(file: "str | Path", row: dict[str, Any]) -> None:

@@ -15,7 +15,6 @@ large matrices by cuSOLVER.
 
 import argparse
 import json
-import shlex
 import statistics
 import sys
 import time
@@ -24,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, zip_longest
 
 import torch
-from rows import append
+from rows import append, command
 from torch import Tensor
 
 from alphaprune import cusolver, spectrum, tridiagonal
@@ -228,7 +227,7 @@ def facts(device: torch.device, arguments: list[str]) -> dict[str, object]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cusolver": cusolver.status() or "usable",
-        "command": shlex.join(["python", "bench/spectrum_gpu.py", *arguments]),
+        "command": command("bench/spectrum_gpu.py", arguments),
     }
 
 

@@ -152,7 +152,7 @@ def test_rows_say_what_was_measured(gpu, tmp_path: Path) -> None:
             assert row["of_bandwidth"] == pytest.approx(row["nbytes"] / row["seconds"] / row["bandwidth"])
             assert row["rotated"] == row["calls"] * row["nbytes"] >= 1 << 14 and row["repeats"] == 3
             assert row["quartiles"][0] <= row["seconds"] <= row["quartiles"][1]
-            assert "bench/gpu.py --dry-run" in row["command"]
+            assert "bench/gpu.py --dry-run" in row["command"] and "--out" not in row["command"]
     n, k = rows[0]["shape"]
     assert rows[0]["nbytes"] == 2 * n * k
     packed = next(row for row in rows if row["kind"] == "kernel")
