@@ -110,20 +110,24 @@ def solve_all(
     target = check(solver, device)
     found: dict[int, tuple[Tensor, Solver]] = {}
     for chosen, places in _batches([tuple(weight.shape) for weight in weights], need, target, solver):
-        grams, scales = [], []
-        for _, same in itertools.groupby(places, key=lambda place: weights[place].shape):
-            part, scale = scaled(_stacked([weights[place].detach().to(target) for place in same]))  # [b, N, K]
-            grams.append(_gram(part, chosen))
-            scales += scale.tolist()
-        solved = _eigenvalues(grams[0] if len(grams) == 1 else torch.cat(grams))
-        for place, values, scale in zip(places, solved, scales, strict=True):
-            used = chosen
-            if not chosen.exact_enough(values, need):
-                used = EXACT
-                again, _ = scaled(weights[place].detach().to(target)[None])
-                values = _eigenvalues(_gram(again, used))[0]
-            found[place] = values * scale**2, used
+        solved = _together(weights, places, chosen, target)
+        found |= {place: (values, chosen) for place, values in zip(places, solved, strict=True)}
+        if again := [place for place in places if not chosen.exact_enough(found[place][0], need)]:
+            solved = _together(weights, again, EXACT, target)
+            found |= {place: (values, EXACT) for place, values in zip(again, solved, strict=True)}
     return [found[place] for place in range(len(weights))]
+
+
+def _together(weights: Sequence[Tensor], places: list[int], solver: Solver, device: torch.device) -> list[Tensor]:
+    """The eigenvalues [n] float64 of the weights at `places`, by one call: those of one shape side by side, all with
+    Gram matrices of one size."""
+    grams, scales = [], []
+    for _, same in itertools.groupby(places, key=lambda place: weights[place].shape):
+        part, scale = scaled(_stacked([weights[place].detach().to(device) for place in same]))  # [b, N, K]
+        grams.append(_gram(part, solver))
+        scales += scale.tolist()
+    solved = _eigenvalues(grams[0] if len(grams) == 1 else torch.cat(grams))
+    return [values * scale**2 for values, scale in zip(solved, scales, strict=True)]
 
 
 def _batches(

@@ -70,6 +70,13 @@ def test_grams_of_one_size_are_solved_together(monkeypatch: pytest.MonkeyPatch) 
         assert used == alone
         torch.testing.assert_close(values, same, rtol=1e-9, atol=0)
     assert spectrum.solve_all([], "all", "cpu") == []
+    steep = [gaussian(90, 70, seed) + 10.0 for seed in (1, 2)]
+    solved.clear()
+    found = spectrum.solve_all([gaussian(70, 70), *steep], "tail", "cpu")
+    assert solved == [(3, 70, 70), (2, 70, 70)], "what needs float64 is solved again, together"
+    assert [str(used) for _, used in found] == ["gram float32", "gram float64", "gram float64"]
+    for (values, _), weight in zip(found[1:], steep, strict=True):
+        torch.testing.assert_close(values[5:], truth(weight)[5:], rtol=1e-8, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
