@@ -347,7 +347,9 @@ def test_cuda_solves(route, dtype, batch, n) -> None:
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize("method", alpha.METHODS)
-def test_alphas_are_those_of_the_cpu(method: alpha.Method) -> None:
+@pytest.mark.parametrize("route", ["batched", "tridiagonal"])
+def test_alphas_are_those_of_the_cpu(method: alpha.Method, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cusolver, "FASTEST", {torch.float64: ((cusolver.LARGEST, 1, route),)})
     generator = torch.Generator().manual_seed(0)
     weights = [0.02 * torch.randn(768, 512, generator=generator) for _ in range(3)]
     pairs = zip(
