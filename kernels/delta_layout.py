@@ -1,10 +1,13 @@
-"""SBT to the nibble-delta rows that csrc/cuda/delta_spmv.cuh reads: about 2.5 bytes per kept 16-bit value.
+"""SBT to the nibble-delta rows that csrc/cuda/delta_spmv.cuh reads: about 2.6 bytes per kept 16-bit value.
 
 The byte layout is described at DeltaView in csrc/cuda/launch.h. A row keeps a stream of values per block of columns;
-between two whose columns are more than 16 apart stand zeros in pruned columns, 16 further each. Eight of the stream are
-a pack; a few lanes share a row's packs, each a contiguous run.
+where one is further from that before than a delta reaches stand zeros in pruned columns. Eight of the stream are a
+pack. Rows are dealt to shares, one for a multiprocessor, and a share's packs to threads in equal, contiguous runs.
 """
 
+import functools
+import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -13,39 +16,66 @@ from torch import Tensor
 from alphaprune.formats import Packed, sbt
 
 PACK = 8
-REACH = 16  # columns that one delta spans at most
-MOST_COLS = 12240  # of a block: kMostBlockCols
-LANES = (4, 8, 16, 32)  # that share a row
-WARPS = 2048  # enough to fill a large GPU: fewer, longer rows are shared by more lanes
+REACH = {False: 16, True: 32}  # columns that a delta spans at most, by whether it has a fifth bit
+MOST_COLS = 20480  # of a block: kMostBlockCols
+WARPS = int(os.environ.get("ALPHAPRUNE_DELTA_WARPS", 32))  # of a share: kDeltaWarps
+THREADS = 32 * WARPS
+GROUP = 4  # packs whose fifth bits are one word
+MULTIPROCESSORS = 132  # where a weight is not on a device: an H100's
+LEAST = 2  # packs of a thread, where there would be fewer there are fewer shares
 CHUNK = 1 << 22  # weights that are handled at a time: the temporaries are some 100 times their size
 
 
 @dataclass(frozen=True, eq=False)
 class DeltaRows:
-    """A weight [N, K] as nibble-delta rows, rows in falling order of their packs.
+    """A weight [N, K] as nibble-delta rows in shares; a part is a share's packs of one block of columns.
 
-    values: [packs, 8], 16-bit floats; pack 0 is empty.
-    deltas: int32 [packs], bit patterns of eight nibbles.
-    first: int32 [N * blocks + 1], of the rows in order, a block's packs after the other.
-    starts: int16 [slots, blocks, 32], bit patterns of u16: the column of the block where a lane's run begins.
-    slots: int32 [slots + 1], the first of a warp's rows in order * 8 + log2(lanes per row).
-    row_of: int32 [N], which row of W that is.
+    values: [parts, lines, 32, 8], 16-bit floats. deltas: int32 [parts, lines, 32], bit patterns of eight nibbles.
+    fifths: int32 [parts, groups, threads], the deltas' fifth bits, a byte per pack; groups is 0 without them.
+    begins: int32 [parts, words, threads], a bit per pack: it begins a row, and not the thread's run.
+    starts: int32 [parts, threads], column of the block where the run begins + 2^16 times the number of its first sum.
+    counts: int32 [parts], lines that are in use.
+    sums: int32 [parts, rows of a share], the first of a row's sums + 2^16 times the one past its last.
+    rows: int32 [shares, rows of a share], the row of W; -1 past a share's last.
     shape: (N, K). block_cols: columns of a block, a multiple of 8.
     """
 
     values: Tensor
     deltas: Tensor
-    first: Tensor
+    fifths: Tensor
+    begins: Tensor
     starts: Tensor
-    slots: Tensor
-    row_of: Tensor
+    counts: Tensor
+    sums: Tensor
+    rows: Tensor
     shape: tuple[int, int]
     block_cols: int
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What the kernel reads."""
-        return self.values, self.deltas, self.first, self.starts, self.slots, self.row_of
+        return (
+            self.values,
+            self.deltas,
+            self.fifths,
+            self.begins,
+            self.starts,
+            self.counts,
+            self.sums,
+            self.rows,
+        )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """N, K, shares, rows of a share, lines of a part, words of a thread's begins, columns of a block, warps."""
+        return (
+            *self.shape,
+            *self.rows.shape,
+            self.values.shape[1],
+            self.begins.shape[1],
+            self.block_cols,
+            WARPS,
+        )
 
     @property
     def nbytes(self) -> int:
@@ -62,15 +92,65 @@ class DeltaRows:
 class _Streams:
     """Streams of some rows: entries in order of row, block and column.
 
-    column: in its block; value: int16 bits; stream: row * blocks + block; position: in its stream.
-    length: of each stream.
+    column: in its block; before: of the entry before it in the stream, -1 for the first; value: int16 bits;
+    stream: row * blocks + block; position: in its stream. length: of each stream.
     """
 
     column: Tensor
+    before: Tensor
     value: Tensor
     stream: Tensor
     position: Tensor
     length: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Places:
+    """Where packs stand.
+
+    at: int64 [N, blocks], of the first pack of a row in a block of columns among all of its part; packs: how many they
+    are; part: which. totals: int64 [parts], packs of a part.
+    """
+
+    at: Tensor
+    packs: Tensor
+    part: Tensor
+    totals: Tensor
+
+    @functools.cached_property
+    def lines(self) -> Tensor:
+        """Of each part: 32 packs each, one per lane."""
+        return -(-self.totals // 32)
+
+    @functools.cached_property
+    def most(self) -> int:
+        """Lines of the largest part."""
+        return int(self.lines.max())
+
+    @property
+    def steps(self) -> int:
+        """Packs of a thread at most, and no fewer than one."""
+        return max(1, -(-self.most // WARPS))
+
+    def of(self, pack: Tensor, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(step in its thread's run, thread, place among all packs) of the pack-th of a part."""
+        steps, more = self.lines[part] // WARPS, self.lines[part] % WARPS  # the first `more` warps take a step more
+        border = more * (steps + 1) * 32
+        late = pack >= border
+        length = torch.where(late, steps.clamp_min(1), steps + 1)
+        rest = torch.where(late, pack - border, pack)
+        thread = (torch.where(late, more * 32, 0) + rest // length).clamp_max(THREADS - 1)
+        step = rest % length
+        return step, thread, (part * self.most + step * WARPS) * 32 + thread
+
+    def end(self, begins: Tensor) -> None:
+        """Marks in begins [parts, steps, threads] the empty packs behind a part's last: rows of nobody's."""
+        part = torch.arange(self.totals.numel(), device=begins.device)[:, None].expand(-1, 32)
+        pack = self.totals[:, None] + torch.arange(32, device=begins.device)
+        there = pack < 32 * self.lines[:, None]
+        part = part[there]
+        step, thread, _ = self.of(pack[there], part)
+        begins[part[step > 0], step[step > 0], thread[step > 0]] = True
 
 
 def block_cols(cols: int) -> int:
@@ -87,50 +167,105 @@ def build(packed: Packed, name: str = "the weight") -> DeltaRows:
     if packed.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"{name}: nibble-delta rows hold float16 or bfloat16, got {packed.dtype}; convert the weight")
     n, k = packed.shape
-    width = block_cols(k)
-    blocks = -(-k // width)
+    width, fifth = block_cols(k), _fifth(packed)
+    reach, blocks = REACH[fifth], -(-k // width)
     chunks = _chunks(packed)
-    lengths = torch.cat([_streams(dense, keep, width).length for _, dense, keep in chunks()])  # [N * blocks]
-    packs = ((lengths + PACK - 1) // PACK).view(n, blocks)
-    row_of = packs.sum(1).argsort(descending=True, stable=True)
-    lanes = _lanes(packs[row_of])  # [N], in order
-    slots, slot_of, within = _slots(lanes)
-    ends = packs[row_of].flatten().cumsum(0) + 1
-    first = torch.cat([ends.new_ones(1), ends])
-    order = torch.empty_like(row_of).scatter_(0, row_of, torch.arange(n, device=row_of.device))  # the inverse
+    lengths = torch.cat([_streams(dense, keep, width, reach).length for _, dense, keep in chunks()])  # [N * blocks]
+    places, rows = _deal((-(-lengths // PACK)).view(n, blocks), _multiprocessors(packed))
+    parts, steps = places.lines.numel(), places.steps
 
-    total = int(ends[-1])
+    total = parts * places.most * 32
     values = torch.zeros(total * PACK, dtype=torch.int16, device=packed.device)
-    nibbles = torch.zeros(total * PACK, dtype=torch.uint8, device=packed.device)
-    starts = torch.zeros(slots.numel() - 1, blocks, 32, dtype=torch.int16, device=packed.device)
+    deltas = torch.zeros(total * PACK, dtype=torch.uint8, device=packed.device)
+    columns = torch.zeros(parts, THREADS, dtype=torch.int32, device=packed.device)
+    begins = torch.zeros(parts, steps, THREADS, dtype=torch.bool, device=packed.device)
     for top, dense, keep in chunks():
-        s = _streams(dense, keep, width)
-        at = order[top + s.stream // blocks]  # [entries], the row in order
-        block = s.stream % blocks
-        share = lanes[at]
-        lane, step, opens = _runs(s.position // PACK, packs.flatten()[top * blocks + s.stream], share)
-        slot = (first[at * blocks + block] + step * share + lane) * PACK + s.position % PACK
-        values[slot] = s.value
-        opens &= s.position % PACK == 0
-        before = torch.cat([s.column.new_zeros(1), s.column[:-1]])
-        nibbles[slot] = torch.where(opens, 0, s.column - before - 1).to(torch.uint8)
-        where = (slot_of[at], block, within[at] * share + lane)
-        starts[tuple(index[opens] for index in where)] = s.column[opens].to(torch.int16)
-    places = torch.arange(PACK, device=packed.device) * 4
-    deltas = (nibbles.view(total, PACK).to(torch.int64) << places).sum(1)
-    small = [tensor.to(torch.int32) for tensor in (deltas, first, slots, row_of)]
-    words, first, slots, row_of = small
-    return DeltaRows(values.view(packed.dtype).view(total, PACK), words, first, starts, slots, row_of, (n, k), width)
+        s = _streams(dense, keep, width, reach)
+        stream = top * blocks + s.stream
+        part, within = places.part.flatten()[stream], s.position % PACK
+        step, thread, pack = places.of(places.at.flatten()[stream] + s.position // PACK, part)
+        values[pack * PACK + within] = s.value
+        deltas[pack * PACK + within] = (s.column - s.before - 1).to(torch.uint8)
+        first = (within == 0) & (step == 0)
+        columns[part[first], thread[first]] = (s.before[first] + 1).to(torch.int32)
+        first = (s.position == 0) & (step != 0)
+        begins[part[first], step[first], thread[first]] = True
+    places.end(begins)
+    sums, starts = _sums(places, rows, begins)
+    deltas = deltas.view(parts, places.most, 32, PACK)
+    return DeltaRows(
+        values.view(packed.dtype).view(deltas.shape),
+        _packed([deltas[..., i] & 15 for i in range(PACK)], 4),
+        _fifths(deltas, steps if fifth else 0),
+        torch.stack([_packed(list(word.unbind(1)), 1) for word in begins.split(32, dim=1)], 1),
+        columns | starts << 16,
+        places.lines.to(torch.int32),
+        sums,
+        rows.to(torch.int32),
+        (n, k),
+        width,
+    )
 
 
 def nbytes(packed: Packed) -> int:
     """Bytes of what `build` makes, about: as though kept columns lay anywhere, each as likely as the others."""
-    n, k = packed.shape
-    streams, kept = n * -(-k // block_cols(k)), sbt.kept(packed)
-    skipped = (1 - kept / (n * k)) ** REACH  # the share of deltas that reach further, and further again
-    entries = min(kept / (1 - skipped) if kept else 0, kept + n * k / REACH)
-    packs = 1 + (entries + streams * (PACK - 1) / 2) / PACK
-    return int(packs * (2 * PACK + 4)) + 4 * (streams + n + 1) + 64 * streams  # as many lanes as may share a row
+    (n, k), fifth = packed.shape, _fifth(packed)
+    blocks = -(-k // block_cols(k))
+    packs = _entries(packed, REACH[fifth]) / PACK / (n * blocks)
+    packs += (PACK - 1) / 2 / PACK if packs else 0  # of a row in a block of columns
+    shares = _shares(n, int(packs * n * blocks), _multiprocessors(packed))
+    rows = -(-n // shares)
+    lines = math.ceil((rows * packs + 2 * math.sqrt(packs)) / 32)  # of the largest part, as rows differ by a little
+    steps = max(1, -(-lines // WARPS))
+    words = 1 + -(-steps // 32) + (-(-steps // GROUP) if fifth else 0)
+    return shares * (blocks * (lines * 32 * (2 * PACK + 4) + 4 * (words * THREADS + rows + 1)) + 4 * rows)
+
+
+def _multiprocessors(packed: Packed) -> int:
+    if packed.device.type != "cuda":
+        return MULTIPROCESSORS
+    return torch.cuda.get_device_properties(packed.device).multi_processor_count
+
+
+def _entries(packed: Packed, reach: int) -> float:
+    """Values and the zeros between them, if kept columns lay anywhere."""
+    weights, kept = packed.shape[0] * packed.shape[1], sbt.kept(packed)
+    skipped = (1 - kept / weights) ** reach  # the share of deltas that reach further, and further again
+    return min(kept / (1 - skipped) if kept else 0, kept + weights / reach)
+
+
+def _fifth(packed: Packed) -> bool:
+    """Whether deltas of five bits take fewer bytes."""
+    if (forced := os.environ.get("ALPHAPRUNE_DELTA_FIFTH")) is not None:
+        return forced == "1"
+    return (2 + 5 / 8) * _entries(packed, REACH[True]) < (2 + 4 / 8) * _entries(packed, REACH[False])
+
+
+def _shares(n: int, packs: int, multiprocessors: int) -> int:
+    """Shares of N rows with so many packs: the multiprocessors' number or a multiple of it, fewer of a small weight."""
+    shares = max(1, min(multiprocessors, n, math.ceil(packs / (LEAST * THREADS))))
+    if shares * THREADS >= n:
+        return shares
+    needed = -(-n // THREADS)
+    return needed if needed <= multiprocessors else -(-needed // multiprocessors) * multiprocessors
+
+
+def _deal(packs: Tensor, multiprocessors: int) -> tuple[_Places, Tensor]:
+    """(places, rows [shares, rows of a share]) for packs [N, blocks]: long rows first, to and fro over the shares."""
+    (n, blocks), device = packs.shape, packs.device
+    shares = _shares(n, int(packs.sum()), multiprocessors)
+    order = packs.sum(1).argsort(descending=True, stable=True)
+    rank = torch.arange(n, device=device)
+    turn, share = rank // shares, rank % shares
+    share = torch.where(turn % 2 == 1, shares - 1 - share, share)
+    rows = torch.full((shares, -(-n // shares)), -1, device=device)
+    rows[share, turn] = order
+    table = torch.zeros(*rows.shape, blocks, dtype=torch.int64, device=device)
+    table[share, turn] = packs[order]
+    at, part = torch.empty_like(packs), torch.empty_like(packs)
+    at[order] = (table.cumsum(1) - table)[share, turn]
+    part[order] = share[:, None] * blocks + torch.arange(blocks, device=device)
+    return _Places(at, packs, part, table.sum(1).flatten()), rows
 
 
 def _chunks(packed: Packed):
@@ -150,92 +285,105 @@ def _chunks(packed: Packed):
     return chunks
 
 
-def _streams(dense: Tensor, keep: Tensor, width: int) -> _Streams:
+def _streams(dense: Tensor, keep: Tensor, width: int, reach: int) -> _Streams:
     """The streams of dense rows (int16 bits), gaps filled with zeros."""
     rows, k = keep.shape
     blocks = -(-k // width)
     row, col = keep.nonzero(as_tuple=True)
     stream, column = row * blocks + col // width, col % width
-    same = torch.zeros_like(stream, dtype=torch.bool)
-    same[1:] = stream[1:] == stream[:-1]
-    gap = torch.ones_like(column)
-    gap[1:] = torch.where(same[1:], column[1:] - column[:-1], 1)
-    fills = (gap - 1) // REACH  # zeros before a value
+    gap = column + 1  # from the column before the block's first
+    gap[1:] = torch.where(stream[1:] == stream[:-1], column[1:] - column[:-1], gap[1:])
+    fills = (gap - 1) // reach  # zeros before a value
     copies = fills + 1
     last = copies.cumsum(0) - 1  # place of each value among all entries
     source = torch.arange(column.numel(), device=column.device).repeat_interleave(copies)
     back = last[source] - torch.arange(source.numel(), device=column.device)  # entries until the value itself
-    filled = column[source] - gap[source] + REACH * (fills[source] - back + 1)  # 16, 32, … past the value before
+    before = column[source] - gap[source] + reach * (fills[source] - back)  # 0, reach, … past the value before
     value = torch.where(back == 0, dense[row, col][source], 0)
     length = torch.zeros(rows * blocks, dtype=torch.int64, device=column.device)
     length.scatter_add_(0, stream, copies)
     position = torch.arange(source.numel(), device=column.device) - (length.cumsum(0) - length)[stream[source]]
-    return _Streams(torch.where(back == 0, column[source], filled), value, stream[source], position, length)
+    return _Streams(
+        torch.where(back == 0, column[source], before + reach), before, value, stream[source], position, length
+    )
 
 
-def _lanes(packs: Tensor) -> Tensor:
-    """How many lanes share each row, from packs [N, blocks] in falling order: never fewer than a later row has."""
-    steps = (packs.sum() / (32 * WARPS)).round().clamp(4, 24)  # that a warp should take
-    wanted = packs.sum(1) / packs.shape[1] / steps
-    lanes = torch.full_like(packs[:, 0], LANES[0])
-    for count in LANES[1:]:
-        lanes[wanted > count // 2] = count
-    return lanes
+def _sums(places: _Places, rows: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
+    """(sums [parts, rows of a share], number of each thread's first sum [parts, threads]), int32.
+
+    A thread ends a sum with its run and before each pack that begins a row; they are numbered in order of the packs.
+    """
+    ended = begins.cumsum(1, dtype=torch.int32)  # [parts, steps, threads], by a thread before it adds a pack
+    each = ended[:, -1] + 1
+    starts = each.cumsum(1, dtype=torch.int32) - each
+    number = lambda pack: (  # noqa: E731
+        starts[places.part, pack[1]] + ended[places.part, pack[0], pack[1]]
+    )
+    first = number(places.of(places.at, places.part))
+    last = number(places.of((places.at + places.packs - 1).clamp_min(0), places.part))
+    words = torch.where(places.packs > 0, first | (last + 1) << 16, 0)  # [N, blocks]
+    there = rows >= 0
+    sums = torch.zeros(*rows.shape, words.shape[1], dtype=torch.int32, device=rows.device)
+    sums[there] = words[rows[there]]
+    return sums.movedim(2, 1).reshape(-1, rows.shape[1]).contiguous(), starts
 
 
-def _slots(lanes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Slots of 32 lanes for rows in falling order of lanes: (slots int64 [slots + 1], slot of each row, row in it)."""
-    starts, slot_of, within, row, slot = [], [], [], 0, 0
-    for count in reversed(LANES):
-        rows, each = int((lanes == count).sum()), 32 // count
-        index = torch.arange(rows, device=lanes.device)
-        slot_of.append(slot + index // each)
-        within.append(index % each)
-        starts.append((row + torch.arange(0, rows, each, device=lanes.device)) * 8 + count.bit_length() - 1)
-        row, slot = row + rows, slot + -(-rows // each)
-    return torch.cat([*starts, starts[0].new_tensor([row * 8])]), torch.cat(slot_of), torch.cat(within)
+def _packed(fields: list[Tensor], bits: int) -> Tensor:
+    """int32 words of which the i-th field has so many bits from bit `bits` * i on."""
+    word = torch.zeros(fields[0].shape, dtype=torch.int32, device=fields[0].device)
+    for i, field in enumerate(fields):
+        word |= field.to(torch.int32) << bits * i
+    return word
 
 
-def _runs(pack: Tensor, packs: Tensor, lanes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(lane, step in its run, whether it opens the run) of the pack-th of `packs` that are shared by `lanes` lanes."""
-    each, more = packs // lanes, packs % lanes  # the first `more` lanes have one more
-    border = more * (each + 1)
-    early = pack < border
-    rest = (pack - border) // each.clamp_min(1)
-    lane = torch.where(early, pack // (each + 1), more + rest)
-    step = torch.where(early, pack % (each + 1), (pack - border) % each.clamp_min(1))
-    return lane, step, step == 0
+def _fifths(deltas: Tensor, steps: int) -> Tensor:
+    """The fifth bits of deltas [parts, lines, 32, 8]: a byte per pack, of the even ones, then of the odd ones."""
+    parts, groups = deltas.shape[0], -(-steps // GROUP)
+    high = _packed([deltas[..., i] >> 4 for i in (0, 2, 4, 6, 1, 3, 5, 7)], 1)
+    padded = torch.zeros(parts, groups * GROUP, THREADS, dtype=torch.int32, device=deltas.device)
+    if groups:
+        padded.view(parts, -1, 32)[:, : deltas.shape[1]] = high
+    bytes_ = padded.view(parts, groups, GROUP, THREADS)
+    return _packed([bytes_[:, :, i] for i in range(GROUP)], 8)
 
 
 def unpack(rows: DeltaRows) -> Tensor:
     """The dense weight [N, K], bits of the kept values unchanged and +0 elsewhere; takes some 100 times its memory."""
-    (n, k), blocks, device = rows.shape, rows.blocks, rows.values.device
-    first = rows.first.to(torch.int64)
-    packs = first.diff()  # [N * blocks], in order
-    lanes, slot_of, within = _lanes_of(rows)
-    stream = torch.arange(n * blocks, device=device).repeat_interleave(packs)  # [packs - 1]
-    pack = torch.arange(stream.numel(), device=device) - (first[:-1] - 1)[stream]
-    lane, step, _ = _runs(pack, packs[stream], lanes[stream // blocks])
-    stored = first[stream] + step * lanes[stream // blocks] + lane
-    places = torch.arange(PACK, device=device) * 4
-    moved = (rows.deltas[stored, None] >> places & 15) + 1  # [packs - 1, 8]
-    start = rows.starts[slot_of[stream // blocks], stream % blocks, (within * lanes)[stream // blocks] + lane]
-    start = start.to(torch.int64) & 0xFFFF
-    along = moved.flatten().cumsum(0).view(-1, PACK)
-    opens = torch.where(step == 0, along[:, 0] - 1, 0).cummax(0).values  # the sum up to a run's first entry, less one
-    column = start[:, None] + along - opens[:, None] - 1
-    row = rows.row_of.to(torch.int64)[stream // blocks]
-    dense = torch.zeros(n, blocks * rows.block_cols + PACK, dtype=torch.int16, device=device)
-    at = row[:, None] * dense.shape[1] + (stream % blocks * rows.block_cols)[:, None] + column
-    values = rows.values.view(torch.int16)[stored]
-    there = values != 0
-    dense.view(-1)[at[there]] = values[there]
-    return dense[:, :k].contiguous().view(rows.values.dtype)
+    n, k = rows.shape
+    parts, most = rows.counts.numel(), rows.values.shape[1]
+    steps = max(1, -(-most // WARPS))
+    by_run = lambda lines: (  # noqa: E731  [parts, lines, 32, 8] to [parts, threads, steps, 8]
+        torch.nn.functional.pad(lines, (0, 0, 0, 0, 0, steps * WARPS - most))
+        .view(parts, steps, THREADS, PACK)
+        .movedim(1, 2)
+    )
+    moved = (rows.deltas[..., None] >> 4 * torch.arange(PACK, device=rows.deltas.device) & 15) + 1
+    moved = by_run(moved)
+    if rows.fifths.numel():
+        byte = rows.fifths[:, :, None] >> 8 * torch.arange(GROUP, device=moved.device)[:, None]
+        byte = byte.view(parts, -1, THREADS)[:, :steps].movedim(1, 2)
+        places = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7], device=moved.device)
+        moved = moved + 16 * (byte[..., None] >> places & 1)
+    begins = rows.begins[:, :, None] >> torch.arange(32, device=moved.device)[:, None] & 1
+    begins = begins.view(parts, -1, THREADS)[:, :steps].movedim(1, 2)  # [parts, threads, steps]
+    along = moved.flatten(2).cumsum(2).view(moved.shape)
+    offset = torch.where(begins == 1, moved[..., 0] - along[..., 0], 1 << 30)
+    offset[..., 0] = rows.starts & 0xFFFF
+    column = along + offset.cummin(2).values[..., None] - 1
+    number = (rows.starts >> 16)[..., None] + begins.cumsum(2)
 
-
-def _lanes_of(rows: DeltaRows) -> tuple[Tensor, Tensor, Tensor]:
-    """(lanes, slot, row in the slot) of each row in order, from the slots."""
-    begin = rows.slots.to(torch.int64) >> 3
-    slot_of = torch.arange(begin.numel() - 1, device=begin.device).repeat_interleave(begin.diff())
-    lanes = torch.ones_like(slot_of) << (rows.slots[:-1].to(torch.int64) & 7)[slot_of]
-    return lanes, slot_of, torch.arange(slot_of.numel(), device=begin.device) - begin[slot_of]
+    first, end = (rows.sums & 0xFFFF).long(), (rows.sums >> 16).long()
+    row = rows.rows.long().repeat_interleave(rows.blocks, 0)  # [parts, rows of a share]
+    owner = torch.full((parts, int(number.max()) + 1), -1, device=moved.device)
+    part = torch.arange(parts, device=moved.device)
+    for i in range(row.shape[1]):
+        inside = torch.arange(owner.shape[1], device=moved.device)
+        inside = (inside >= first[:, i, None]) & (inside < end[:, i, None])
+        owner = torch.where(inside, row[:, i, None], owner)
+    to = owner[part[:, None, None], number.long()]
+    column = column + (part % rows.blocks * rows.block_cols)[:, None, None, None]
+    values = by_run(rows.values.view(torch.int16))
+    there = (values != 0) & (to >= 0)[..., None]
+    dense = torch.zeros(n, k, dtype=torch.int16, device=moved.device)
+    dense[to[..., None].expand_as(values)[there], column[there]] = values[there]
+    return dense.view(rows.values.dtype)

@@ -1,8 +1,10 @@
 // alphaprune._cuda: addresses and sizes in, exceptions out. Shapes, dtypes and devices were checked one layer up. The
 // same file makes the emulated module of the tests, whose addresses are the host's.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <stdexcept>
 #include <string>
 
@@ -175,34 +177,46 @@ class WideWeight {
 // Nibble-delta rows on a device, for few tokens.
 class DeltaWeight {
  public:
-  DeltaWeight(Address values, Address deltas, Address first, Address starts, Address slots, Address row_of,
-              int64_t rows, int64_t cols, int64_t slot_count, int64_t block_cols, int32_t dtype, int device)
+  // sizes: N, K, shares, rows of a share, lines of a part, words of a thread's begins, columns of a block, warps.
+  DeltaWeight(Address values, Address deltas, Address fifths, Address begins, Address starts, Address counts,
+              Address sums, Address rows_of, const std::array<int64_t, 8>& sizes, int32_t dtype, int device)
       : view_{at<const void>(values),
               at<const uint32_t>(deltas),
-              at<const uint32_t>(first),
-              at<const uint16_t>(starts),
-              at<const uint32_t>(slots),
-              at<const uint32_t>(row_of),
-              rows,
-              cols,
-              slot_count,
-              block_cols},
+              at<const uint32_t>(fifths),
+              at<const uint32_t>(begins),
+              at<const uint32_t>(starts),
+              at<const uint32_t>(counts),
+              at<const uint32_t>(sums),
+              at<const uint32_t>(rows_of),
+              sizes[0],
+              sizes[1],
+              sizes[2],
+              sizes[3],
+              sizes[4],
+              sizes[5],
+              sizes[6],
+              sizes[7]},
         dtype_(half_of(dtype)),
-        device_(device) {
+        device_(device),
+        most_(delta_most_tokens(view_, described(device))) {
+    const int64_t block_cols = view_.block_cols;
     if (block_cols < 8 || block_cols % 8 || block_cols > kMostBlockCols)
       throw std::invalid_argument("a block of columns has a multiple of 8, at most " + std::to_string(kMostBlockCols));
+    if (view_.share_rows > 32 * view_.warps)
+      throw std::invalid_argument("a share of rows has at most one per thread");
   }
 
   void multiply(Address x, int64_t tokens, Address bias, int32_t bias_dtype, Address residual, Address y,
                 Address stream) const {
-    launch(call_of(dtype_, x, tokens, bias, bias_dtype, residual, y, stream), device_, kMostDeltaTokens, view_.cols,
-           view_.rows, [&](const Call& part) { check(delta_spmv(view_, part), "delta_spmv"); });
+    launch(call_of(dtype_, x, tokens, bias, bias_dtype, residual, y, stream), device_, most_, view_.cols, view_.rows,
+           [&](const Call& part) { check(delta_spmv(view_, part), "delta_spmv"); });
   }
 
  private:
   DeltaView view_;
   Dtype dtype_;
   int device_;
+  int64_t most_;
 };
 
 // 2:4 panels on a device.
@@ -266,8 +280,8 @@ PYBIND11_MODULE(ALPHAPRUNE_MODULE, m) {
       .def(py::init<Address, Address, Address, int64_t, int64_t, int32_t, uint32_t, int>())
       .def("multiply", &WideWeight::multiply);
   py::class_<DeltaWeight>(m, "DeltaWeight")
-      .def(py::init<Address, Address, Address, Address, Address, Address, int64_t, int64_t, int64_t, int64_t, int32_t,
-                    int>())
+      .def(py::init<Address, Address, Address, Address, Address, Address, Address, Address,
+                    const std::array<int64_t, 8>&, int32_t, int>())
       .def("multiply", &DeltaWeight::multiply);
   py::class_<NmWeight>(m, "NmWeight")
       .def(py::init<Address, int64_t, int64_t, int32_t, int>())

@@ -1,54 +1,79 @@
 #include "delta_spmv.cuh"
 #include "launch.cuh"
+#include <cstdlib>
 
 namespace alphaprune::cuda {
 namespace {
 
-template <class Value, int kTokens>
-Status run(const DeltaProblem& p, void* stream) {
-  return start(delta_spmv<Value, kTokens>, ceil_div(p.slot_count, kDeltaWarps), kDeltaThreads,
-               delta_shared_bytes(kTokens, p.block_cols), stream, p);
+// Calls use(kernel) for the kernels that there are.
+template <class Value, int kTokens, int kWarps, int kAhead, class Use>
+Status with(bool fifth, const Use& use) {
+  return fifth ? use(delta_spmv<Value, kTokens, true, kWarps, kAhead>)
+               : use(delta_spmv<Value, kTokens, false, kWarps, kAhead>);
+}
+inline int ahead() { const char* v = std::getenv("ALPHAPRUNE_DELTA_AHEAD"); return v ? std::atoi(v) : 4; }
+template <class Value, int kTokens, class Use>
+Status variant(int64_t warps, bool fifth, const Use& use) {
+  if (warps == 16) return ahead() == 8 ? with<Value, kTokens, 16, 8>(fifth, use) : with<Value, kTokens, 16, 4>(fifth, use);
+  if (warps == 24) return with<Value, kTokens, 24, 4>(fifth, use);
+  return with<Value, kTokens, 32, 4>(fifth, use);
 }
 
-template <class Value>
-Status by_tokens(const DeltaProblem& p, void* stream) {
-  if (p.tokens == 1) return run<Value, 1>(p, stream);
-  if (p.tokens == 2) return run<Value, 2>(p, stream);
-  return run<Value, 4>(p, stream);
-}
-
-template <class Value>
-Status allow(int bytes) {
-  for (const Status status : {allow_shared(delta_spmv<Value, 1>, bytes), allow_shared(delta_spmv<Value, 2>, bytes),
-                              allow_shared(delta_spmv<Value, 4>, bytes)})
-    if (status) return status;
-  return 0;
+template <class Value, class Use>
+Status by_tokens(int64_t tokens, int64_t warps, bool fifth, const Use& use) {
+  if (tokens == 1) return variant<Value, 1>(warps, fifth, use);
+  if (tokens == 2) return variant<Value, 2>(warps, fifth, use);
+  return variant<Value, 4>(warps, fifth, use);
 }
 
 }  // namespace
 
 Status allow_delta_spmv(int bytes) {
-  if (const Status status = allow<Bfloat16>(bytes)) return status;
-  return allow<Float16>(bytes);
+  for (const int64_t tokens : {1, 2, 4})
+    for (const int64_t warps : {16, 24, 32})
+    for (const bool fifth : {false, true}) {
+      const auto allow = [bytes](auto kernel) { return allow_shared(kernel, bytes); };
+      if (const Status status = by_tokens<Bfloat16>(tokens, warps, fifth, allow)) return status;
+      if (const Status status = by_tokens<Float16>(tokens, warps, fifth, allow)) return status;
+    }
+  return 0;
+}
+
+int64_t delta_most_tokens(const DeltaView& weight, const Device& device) {
+  const size_t all = delta_shared_bytes(kMostDeltaTokens, static_cast<int>(weight.block_cols),
+                                        static_cast<int>(weight.warps), static_cast<int>(weight.share_rows));
+  return all <= static_cast<size_t>(device.shared_bytes) ? kMostDeltaTokens : 2;
 }
 
 Status delta_spmv(const DeltaView& weight, const Call& call) {
+  int lanes_log = 5;
+  while (weight.share_rows << lanes_log > weight.warps * kWarp) --lanes_log;
   const DeltaProblem p{static_cast<const uint4*>(weight.values),
                        weight.deltas,
-                       weight.first,
+                       weight.fifths,
+                       weight.begins,
                        weight.starts,
-                       weight.slots,
-                       weight.row_of,
+                       weight.counts,
+                       weight.sums,
+                       weight.rows_of,
                        static_cast<const uint16_t*>(call.x),
                        {call.bias, static_cast<const uint16_t*>(call.residual), static_cast<uint16_t*>(call.y),
                         static_cast<int>(weight.rows), static_cast<int>(call.bias_dtype)},
                        static_cast<int>(weight.cols),
                        static_cast<int>(call.tokens),
-                       static_cast<int>(weight.slot_count),
+                       static_cast<int>(weight.share_rows),
+                       static_cast<int>(weight.lines),
+                       static_cast<int>(weight.words),
                        static_cast<int>(ceil_div(weight.cols, weight.block_cols)),
                        static_cast<int>(weight.block_cols),
+                       lanes_log,
                        reinterpret_cast<uintptr_t>(call.x) % 16 == 0 && weight.cols % 8 == 0};
-  return call.dtype == Dtype::bfloat16 ? by_tokens<Bfloat16>(p, call.stream) : by_tokens<Float16>(p, call.stream);
+  const auto run = [&](auto kernel) {
+    const size_t shared = delta_shared_bytes(p.tokens, p.block_cols, static_cast<int>(weight.warps), p.share_rows);
+    return start(kernel, weight.shares, static_cast<int>(weight.warps) * kWarp, shared, call.stream, p);
+  };
+  return call.dtype == Dtype::bfloat16 ? by_tokens<Bfloat16>(call.tokens, weight.warps, weight.fifths, run)
+                                       : by_tokens<Float16>(call.tokens, weight.warps, weight.fifths, run);
 }
 
 }  // namespace alphaprune::cuda

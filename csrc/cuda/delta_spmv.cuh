@@ -1,63 +1,92 @@
-// y = x Wᵀ for up to 4 tokens from nibble-delta rows (DeltaView in launch.h). A lane walks a run of a row's kept values
-// of its own: columns are sums along the lane, so no lane asks another before the row is summed. x of a block of
-// columns lies in shared memory: one 32-bit word per column, a float for one token, two 16-bit floats for two.
+// y = x Wᵀ for up to 4 tokens from nibble-delta rows (DeltaView in launch.h). A block has a share of the rows, and each of
+// its threads a run of their packs, as long as the others': columns are sums along the run, and the next packs are
+// always under way. Where a row ends a thread leaves its sum in shared memory; the sums of a row are added at the end,
+// in their order. x of a block of columns lies in shared memory, too: one 32-bit word per column, a float for one
+// token, two 16-bit floats for two.
 #pragma once
 
 #include "output.cuh"
 
 namespace alphaprune::cuda {
 
-constexpr int kDeltaThreads = 512;
-constexpr int kDeltaWarps = kDeltaThreads / kWarp;
-constexpr int kDeltaPack = 8;  // values that one lane loads at once
-// Packs under way per lane: a warp waits for up to 4 x 32 x 20 bytes.
-template <int kTokens>
-constexpr int kDeltaAhead = kTokens <= 2 ? 4 : 2;
-// Zeros past a block's columns: a row's last pack may run over by 7, and up to 3 empty packs of a lane by 8 each.
-constexpr int kDeltaSlack = 4 * kDeltaPack;
+constexpr int kDeltaPack = 8;    // values that one lane loads at once
+constexpr int kDeltaGroup = 4;   // packs whose fifth bits are one word
+constexpr int kDeltaSlack = 8;   // zeros past a block's columns, over which a row's last pack may run
+constexpr int kDeltaEmpty = 31;  // empty packs at most behind the last row, each with a sum of its own
 
 struct DeltaProblem {
   const uint4* values;
   const uint32_t* deltas;
-  const uint32_t* first;
-  const uint16_t* starts;
-  const uint32_t* slots;
-  const uint32_t* row_of;
+  const uint32_t* fifths;
+  const uint32_t* begins;
+  const uint32_t* starts;
+  const uint32_t* counts;
+  const uint32_t* sums;
+  const uint32_t* rows;
   const uint16_t* x;
   Output out;
-  int cols, tokens, slot_count, blocks, block_cols;
-  bool eights;  // whether eight neighbouring activations can be loaded at once
+  int cols, tokens, share_rows, lines, words, blocks, block_cols;
+  int lanes_log;  // of the lanes that add up a row's sums
+  bool eights;    // whether eight neighbouring activations can be loaded at once
 };
 
 template <int kTokens>
 constexpr uint32_t kDeltaColumnBytes = kTokens <= 2 ? 4 : 8;
 
-constexpr size_t delta_shared_bytes(int tokens, int block_cols) {
-  return static_cast<size_t>(block_cols + kDeltaSlack) * (tokens <= 2 ? 4 : 8) + kDeltaWarps * sizeof(float);
+// x, a float per warp, and the sums.
+constexpr size_t delta_shared_bytes(int tokens, int block_cols, int warps, int share_rows) {
+  const size_t sums = warps * kWarp + share_rows + kDeltaEmpty;
+  return static_cast<size_t>(block_cols + kDeltaSlack) * (tokens <= 2 ? 4 : 8) +
+         (warps + sums * (tokens <= 2 ? tokens : 4)) * sizeof(float);
 }
 
 // Eight activations of a token from column `col` on, zeros from `end` on.
 ALPHAPRUNE_DEVICE uint4 eight_activations(const DeltaProblem& p, int token, int col, int end) {
   if (token >= p.tokens || col >= end) return {0, 0, 0, 0};
   const uint16_t* at = p.x + static_cast<size_t>(token) * p.cols + col;
-  if (p.eights && col + 8 <= end) return load_cached(reinterpret_cast<const uint4*>(at));
+  if (p.eights && col + 8 <= end) return load_once(reinterpret_cast<const uint4*>(at));
   uint32_t half[8];
   ALPHAPRUNE_UNROLL
   for (int i = 0; i < 8; ++i) half[i] = col + i < end ? load_cached(at + i) : 0;
   return {half[0] | half[1] << 16, half[2] | half[3] << 16, half[4] | half[5] << 16, half[6] | half[7] << 16};
 }
 
-// Brings x of the columns from `begin` on into shared memory; NaN unless all of it is finite.
-template <class Value, int kTokens>
-ALPHAPRUNE_DEVICE float stage_activations(const DeltaProblem& p, int begin) {
-  const int end = begin + p.block_cols < p.cols ? begin + p.block_cols : p.cols;
-  float poison = 0;
-  ALPHAPRUNE_NO_UNROLL
-  for (int col = 8 * thread_index(); col < p.block_cols + kDeltaSlack; col += 8 * kDeltaThreads) {
-    const uint32_t at = shared_start() + col * kDeltaColumnBytes<kTokens>;
-    uint4 x[kTokens];
+// x of a block of columns on its way into shared memory, eight columns of a thread at a time.
+template <class Value, int kTokens, int kWarps>
+struct DeltaActivations {
+  static constexpr int kStep = 8 * kWarps * kWarp, kHead = kTokens == 1 ? 2 : 1;
+  int begin, end;
+  uint4 head[kHead][kTokens];
+
+  ALPHAPRUNE_DEVICE void load(const DeltaProblem& p, uint4 (&x)[kTokens], int col) const {
     ALPHAPRUNE_UNROLL
     for (int t = 0; t < kTokens; ++t) x[t] = eight_activations(p, t, begin + col, end);
+  }
+  // The first ones, to be waited for later.
+  ALPHAPRUNE_DEVICE void first(const DeltaProblem& p, int block) {
+    begin = block * p.block_cols;
+    end = begin + p.block_cols < p.cols ? begin + p.block_cols : p.cols;
+    ALPHAPRUNE_UNROLL
+    for (int i = 0; i < kHead; ++i) load(p, head[i], 8 * thread_index() + i * kStep);
+  }
+  // All of them; NaN unless all are finite.
+  ALPHAPRUNE_DEVICE float stage(const DeltaProblem& p) const {
+    const int limit = p.block_cols + kDeltaSlack;
+    float poison = 0;
+    int col = 8 * thread_index();
+    ALPHAPRUNE_UNROLL
+    for (int i = 0; i < kHead; ++i, col += kStep)
+      if (col < limit) store(head[i], col, poison);
+    ALPHAPRUNE_NO_UNROLL
+    for (; col < limit; col += kStep) {
+      uint4 x[kTokens];
+      load(p, x, col);
+      store(x, col, poison);
+    }
+    return poison;
+  }
+  ALPHAPRUNE_DEVICE void store(const uint4 (&x)[kTokens], int col, float& poison) const {
+    const uint32_t at = shared_start() + col * kDeltaColumnBytes<kTokens>;
     ALPHAPRUNE_UNROLL
     for (int i = 0; i < 4; ++i) {
       float low[kTokens], high[kTokens];
@@ -78,8 +107,7 @@ ALPHAPRUNE_DEVICE float stage_activations(const DeltaProblem& p, int begin) {
       }
     }
   }
-  return poison;
-}
+};
 
 template <class Value, int kTokens>
 ALPHAPRUNE_DEVICE void activations_at(uint32_t at, float (&x)[kTokens]) {
@@ -95,11 +123,15 @@ ALPHAPRUNE_DEVICE void activations_at(uint32_t at, float (&x)[kTokens]) {
 }
 
 // Calls use(x of the column, value) for the eight values of a pack whose first column is the delta's distance from
-// `at`.
-template <class Value, int kTokens, class Use>
-ALPHAPRUNE_DEVICE void walk_pack(uint4 values, uint32_t deltas, uint32_t& at, const Use& use) {
+// `at`; fifth: a byte of the deltas' fifth bits, and above it anything.
+template <class Value, int kTokens, bool kFifth, class Use>
+ALPHAPRUNE_DEVICE void walk_pack(uint4 values, uint32_t deltas, uint32_t fifth, uint32_t& at, const Use& use) {
   constexpr uint32_t kBytes = kDeltaColumnBytes<kTokens>;
-  const uint32_t even = deltas & 0x0f0f0f0fu, odd = deltas >> 4 & 0x0f0f0f0fu;
+  uint32_t even = deltas & 0x0f0f0f0fu, odd = deltas >> 4 & 0x0f0f0f0fu;
+  if constexpr (kFifth) {  // bit i of four to bit 8 i + 4
+    even |= (fifth & 15u) * 0x02040810u & 0x10101010u;
+    odd |= (fifth >> 4 & 15u) * 0x02040810u & 0x10101010u;
+  }
   const uint32_t through_odd = (even + odd) * 0x01010101u;  // byte i: the sum of the deltas of pairs 0 to i
   const uint32_t through_even = through_odd - odd;
   const uint32_t from = at;
@@ -116,93 +148,242 @@ ALPHAPRUNE_DEVICE void walk_pack(uint4 values, uint32_t deltas, uint32_t& at, co
   at += kBytes;
 }
 
-// A run's sums where some x of the block is not finite: a pruned column there makes NaN, as 0 * x does in a dense
-// layer. A row keeps every such column, or it does not.
-template <class Value, int kTokens>
-ALPHAPRUNE_DEVICE void add_not_finite(const DeltaProblem& p, uint32_t pack, uint32_t end, int lanes, uint32_t at,
-                                      float (&sum)[kTokens]) {
-  float kept[kTokens] = {}, present[kTokens] = {};
+// Packs of a thread of a warp, of so many lines of 32.
+template <int kWarps>
+ALPHAPRUNE_DEVICE int steps_of(int lines, int warp) {
+  return (lines - warp + kWarps - 1) / kWarps;
+}
+// Words of fifth bits of a thread in a part.
+template <int kWarps>
+ALPHAPRUNE_DEVICE int groups_of(int lines) {
+  return (steps_of<kWarps>(lines, 0) + kDeltaGroup - 1) / kDeltaGroup;
+}
+
+// Where a thread is in its run: the column, and the place of the sum that it makes.
+struct DeltaPlace {
+  uint32_t column, sum, first_column;
+};
+
+template <int kTokens>
+ALPHAPRUNE_DEVICE DeltaPlace place_of(const DeltaProblem& p, uint32_t start, int warps) {
+  const uint32_t sums = shared_start() + (p.block_cols + kDeltaSlack) * kDeltaColumnBytes<kTokens> + 4 * warps;
+  const uint32_t first = opaque(shared_start());
+  return {first + (start & 0xffffu) * kDeltaColumnBytes<kTokens>, sums + (start >> 16) * 4 * kTokens, first};
+}
+
+template <int kTokens>
+ALPHAPRUNE_DEVICE void leave_sum(DeltaPlace& place, float (&sum)[kTokens]) {
+  ALPHAPRUNE_UNROLL
+  for (int t = 0; t < kTokens; ++t) {
+    store_shared_f32(place.sum + 4 * t, sum[t]);
+    sum[t] = 0;
+  }
+  place.sum += 4 * kTokens;
+  place.column = place.first_column;
+}
+
+// The sum of a row's sums, for each of the lanes that add them.
+template <int kTokens>
+ALPHAPRUNE_DEVICE void add_sums(const DeltaProblem& p, uint32_t range, int warps, float (&total)[kTokens]) {
+  const uint32_t sums = place_of<kTokens>(p, 0, warps).sum;
+  const int lanes = 1 << p.lanes_log;
+  float sum[kTokens] = {};
+  for (uint32_t i = (range & 0xffffu) + (lane_index() & (lanes - 1)); i < range >> 16; i += lanes) {
+    ALPHAPRUNE_UNROLL
+    for (int t = 0; t < kTokens; ++t) sum[t] += load_shared_f32(sums + (i * kTokens + t) * 4);
+  }
+  ALPHAPRUNE_UNROLL
+  for (int t = 0; t < kTokens; ++t) {
+    for (int step = lanes / 2; step; step /= 2) sum[t] += float_of(shuffle(bits_of(sum[t]), lane_index() ^ step));
+    total[t] += sum[t];
+  }
+}
+
+// A thread's run where some x of the block is not finite: its sums, or how many such x its rows keep.
+template <class Value, int kTokens, bool kFifth, bool kCount, int kWarps>
+ALPHAPRUNE_DEVICE void walk_slowly(const DeltaProblem& p, int part, int steps) {
+  constexpr int kThreads = kWarps * kWarp;
+  const int thread = thread_index(), groups = groups_of<kWarps>(p.lines);
+  DeltaPlace place = place_of<kTokens>(p, load_cached(p.starts + part * kThreads + thread), kWarps);
+  float sum[kTokens] = {};
   ALPHAPRUNE_NO_UNROLL
-  for (; pack < end; pack += lanes)
-    walk_pack<Value, kTokens>(load_once(p.values + pack), load_once(p.deltas + pack), at,
-                              [&](const float (&x)[kTokens], float value) {
-                                for (int t = 0; t < kTokens; ++t) {
-                                  sum[t] += value * x[t];
-                                  kept[t] += is_nan(poison_of(x[t]));
-                                }
-                              });
+  for (int step = 0; step < steps; ++step) {
+    const size_t pack = (static_cast<size_t>(part) * p.lines + step * kWarps) * kWarp + thread;
+    const uint32_t begins = load_cached(p.begins + (part * p.words + step / 32) * kThreads + thread);
+    uint32_t fifth = 0;
+    if constexpr (kFifth)
+      fifth = load_cached(p.fifths + (part * groups + step / kDeltaGroup) * kThreads + thread) >> step % 4 * 8;
+    if (begins >> step % 32 & 1) leave_sum(place, sum);
+    walk_pack<Value, kTokens, kFifth>(load_once(p.values + pack), load_once(p.deltas + pack), fifth, place.column,
+                                      [&](const float (&x)[kTokens], float value) {
+                                        for (int t = 0; t < kTokens; ++t)
+                                          sum[t] += kCount ? float(is_nan(poison_of(x[t]))) : value * x[t];
+                                      });
+  }
+  leave_sum(place, sum);
+}
+
+// The block's part of a row's sum where some x of the block is not finite: a pruned column there makes NaN, as 0 * x
+// does in a dense layer. A row keeps every such column, or it does not.
+template <class Value, int kTokens, bool kFifth, int kWarps>
+ALPHAPRUNE_DEVICE void add_not_finite(const DeltaProblem& p, int part, int steps, uint32_t range,
+                                      float (&total)[kTokens]) {
+  float kept[kTokens] = {}, present[kTokens] = {};
+  walk_slowly<Value, kTokens, kFifth, false, kWarps>(p, part, steps);
+  sync_block();
+  add_sums(p, range, kWarps, total);
+  sync_block();
+  walk_slowly<Value, kTokens, kFifth, true, kWarps>(p, part, steps);
   ALPHAPRUNE_NO_UNROLL
   for (int col = lane_index(); col < p.block_cols; col += kWarp) {
     float x[kTokens];
     activations_at<Value>(shared_start() + col * kDeltaColumnBytes<kTokens>, x);
     for (int t = 0; t < kTokens; ++t) present[t] += is_nan(poison_of(x[t]));
   }
-  for (int t = 0; t < kTokens; ++t) {
-    for (int step = lanes / 2; step; step /= 2) kept[t] += float_of(shuffle(bits_of(kept[t]), lane_index() ^ step));
-    if (kept[t] < sum_lanes(present[t])) sum[t] = float_of(0x7fc00000u);
-  }
+  sync_block();
+  add_sums(p, range, kWarps, kept);
+  for (int t = 0; t < kTokens; ++t)
+    if (kept[t] < sum_lanes(present[t])) total[t] = float_of(0x7fc00000u);
 }
 
-template <class Value, int kTokens>
-ALPHAPRUNE_KERNEL __launch_bounds__(kDeltaThreads, 2) delta_spmv(const DeltaProblem p) {
-  const int lane = lane_index(), warp = warp_index();
-  const int slot = block_x() * kDeltaWarps + warp, known = slot < p.slot_count ? slot : p.slot_count - 1;
-  const uint32_t word = load_cached(p.slots + known);
-  const int lanes = 1 << (word & 7), within = lane & (lanes - 1);
-  const uint32_t row = (word >> 3) + lane / lanes;
-  const bool there = slot < p.slot_count && row < load_cached(p.slots + known + 1) >> 3;
-  const uint32_t flags = shared_start() + (p.block_cols + kDeltaSlack) * kDeltaColumnBytes<kTokens>;
+// The next packs of a thread's run, in registers or on their way.
+template <class Value, int kTokens, bool kFifth, int kWarps, int kAhead>
+struct DeltaPacks {
+  static_assert(32 % kAhead == 0 && kAhead % kDeltaGroup == 0, "words of bits are whole groups of packs");
+  static constexpr int kThreads = kWarps * kWarp, kWords = kFifth ? kAhead / kDeltaGroup : 1;
 
-  float sum[kTokens] = {};
-  for (int block = 0; block < p.blocks; ++block) {
-    const uint32_t* first = p.first + static_cast<size_t>(row) * p.blocks + block;
-    const uint32_t begin = there ? load_cached(first) + within : 0, end = there ? load_cached(first + 1) : 0;
-    const uint32_t start = load_cached(p.starts + (static_cast<size_t>(known) * p.blocks + block) * kWarp + lane);
-    uint32_t at = shared_start() + start * kDeltaColumnBytes<kTokens>;
+  uint4 value[kAhead];
+  uint32_t delta[kAhead], fifth[kWords], now;  // now: the fifth bits of the group
+  const uint4* values;                         // where the next packs are
+  const uint32_t *deltas, *fifths;
 
-    // Past its end a lane loads pack 0, which is empty.
-    constexpr int kAhead = kDeltaAhead<kTokens>;
-    uint4 values[kAhead];
-    uint32_t deltas[kAhead], pack = begin;
-    const auto load = [&](int i) {
-      const uint32_t from = pack < end ? pack : 0;
-      values[i] = load_once(p.values + from);
-      deltas[i] = load_once(p.deltas + from);
-      pack += lanes;
-    };
+  ALPHAPRUNE_DEVICE void aim(const DeltaProblem& p, int part, int step = kAhead) {
+    const size_t pack = static_cast<size_t>(opaque(part)) * p.lines * kWarp + step * kThreads + thread_index();
+    values = p.values + pack;
+    deltas = p.deltas + pack;
+    if constexpr (kFifth)
+      fifths = p.fifths + static_cast<size_t>(opaque(part) * groups_of<kWarps>(p.lines) + step / kDeltaGroup) * kThreads +
+               thread_index();
+  }
+  ALPHAPRUNE_DEVICE void advance() {
+    values += kAhead * kThreads;
+    deltas += kAhead * kThreads;
+    if constexpr (kFifth) fifths += kWords * kThreads;
+  }
+  ALPHAPRUNE_DEVICE void load(int i) {
+    value[i] = load_once(values + i * kThreads);
+    delta[i] = load_once(deltas + i * kThreads);
+  }
+  // The first ones, where the thread has so many.
+  ALPHAPRUNE_DEVICE void first(const DeltaProblem& p, int part, int steps) {
+    aim(p, part, 0);
     ALPHAPRUNE_UNROLL
-    for (int i = 0; i < kAhead; ++i) load(i);
-
-    if (block) sync_block();
-    const float poison = sum_lanes(stage_activations<Value, kTokens>(p, block * p.block_cols));
-    if (lane == 0) store_shared_f32(flags + 4 * warp, poison);
-    sync_block();
-    float any = 0;
-    for (int w = 0; w < kDeltaWarps; ++w) any += load_shared_f32(flags + 4 * w);
-    if (is_nan(any)) {
-      add_not_finite<Value>(p, begin, end, lanes, at, sum);
-      continue;
-    }
-    const uint32_t past = end + kAhead * lanes;
-    ALPHAPRUNE_NO_UNROLL
-    while (pack < past) {  // cubins: main: the loop around it runs once per block of columns
+    for (int i = 0; i < kAhead; ++i)
+      if (i < steps) load(i);
+    if constexpr (kFifth) {
       ALPHAPRUNE_UNROLL
-      for (int i = 0; i < kAhead; ++i) {
-        walk_pack<Value, kTokens>(values[i], deltas[i], at, [&](const float (&x)[kTokens], float value) {
-          ALPHAPRUNE_UNROLL
-          for (int t = 0; t < kTokens; ++t) sum[t] += value * x[t];
-        });
-        load(i);
-      }
+      for (int i = 0; i < kWords; ++i)
+        if (i * kDeltaGroup < steps) fifth[i] = load_once(fifths + i * kThreads);
     }
   }
+  // Before pack i is walked; more: whether the next group has one in its place.
+  ALPHAPRUNE_DEVICE void fifths_of(int i, bool more) {
+    if constexpr (kFifth) {
+      if (i % kDeltaGroup) return;
+      now = fifth[i / kDeltaGroup];
+      if (more) fifth[i / kDeltaGroup] = load_once(fifths + i / kDeltaGroup * kThreads);
+    }
+  }
+  template <class Use>
+  ALPHAPRUNE_DEVICE void walk(int i, uint32_t& column, const Use& use) {
+    walk_pack<Value, kTokens, kFifth>(value[i], delta[i], now >> i % kDeltaGroup * 8, column, use);
+  }
+};
+
+template <int kWarps>
+ALPHAPRUNE_DEVICE const uint32_t* words_of(const DeltaProblem& p, int part) {
+  return p.begins + part * p.words * kWarps * kWarp + thread_index();
+}
+
+template <class Value, int kTokens, bool kFifth, int kWarps, int kAhead>
+ALPHAPRUNE_KERNEL __launch_bounds__(kWarps* kWarp, 1) delta_spmv(const DeltaProblem p) {
+  constexpr int kThreads = kWarps * kWarp;
+  using Packs = DeltaPacks<Value, kTokens, kFifth, kWarps, kAhead>;
+  const int lane = lane_index(), warp = warp_index();
+  const int at = thread_index() >> p.lanes_log;  // of the row, in the share, whose sums this thread adds
+  const bool there = at < p.share_rows;
+  const uint32_t flags = shared_start() + (p.block_cols + kDeltaSlack) * kDeltaColumnBytes<kTokens>;
+  const uint32_t row = there ? load_cached(p.rows + block_x() * p.share_rows + at) : ~0u;
+
+  float total[kTokens] = {};
+  for (int block = 0; block < p.blocks; ++block) {
+    const int part = block_x() * p.blocks + block;
+    // Nothing that is loaded here needs another load: all lines up to p.lines may be read. x first, which all wait for.
+    DeltaActivations<Value, kTokens, kWarps> activations;
+    activations.first(p, block);
+    const int steps = steps_of<kWarps>(static_cast<int>(load_cached(p.counts + part)), warp);
+    const uint32_t start = load_once(p.starts + part * kThreads + thread_index());
+    uint32_t begins = load_once(words_of<kWarps>(p, part)), later = 0;
+    if (p.words > 1) later = load_once(words_of<kWarps>(p, part) + kThreads);
+    Packs packs{};
+    packs.first(p, part, steps_of<kWarps>(p.lines, warp));
+    const uint32_t range = there ? load_cached(p.sums + part * p.share_rows + at) : 0;
+
+    const float poison = sum_lanes(activations.stage(p));
+    if (lane == 0) store_shared_f32(flags + 4 * warp, poison);
+    sync_block();
+    if (is_nan(sum_lanes(lane < kWarps ? load_shared_f32(flags + 4 * lane) : 0))) {
+      add_not_finite<Value, kTokens, kFifth, kWarps>(p, part, steps, range, total);
+      continue;
+    }
+    float sum[kTokens] = {};
+    DeltaPlace place = place_of<kTokens>(p, start, kWarps);
+    packs.aim(p, part);
+    const auto walk = [&](int i) {
+      if (begins >> i & 1) leave_sum(place, sum);
+      packs.walk(i, place.column, [&](const float (&x)[kTokens], float value) {
+        ALPHAPRUNE_UNROLL
+        for (int t = 0; t < kTokens; ++t) sum[t] += value * x[t];
+      });
+    };
+    const auto next = [&](int step) {  // the next group's word of `begins`
+      begins >>= kAhead;
+      if (step % 32) return;
+      begins = later;
+      if (step / 32 + 1 < p.words) later = load_once(words_of<kWarps>(p, part) + (step / 32 + 1) * kThreads);
+    };
+    int step = 0;
+    ALPHAPRUNE_NO_UNROLL
+    for (; step + 2 * kAhead <= steps; next(step)) {  // cubins: main: the loop around it runs once per block of columns
+      step += kAhead;
+      ALPHAPRUNE_UNROLL
+      for (int i = 0; i < kAhead; ++i) {
+        packs.fifths_of(i, true);
+        walk(i);
+        packs.load(i);
+      }
+      packs.advance();
+    }
+    ALPHAPRUNE_NO_UNROLL
+    for (; step < steps; next(step)) {
+      const int left = steps - step;
+      step += kAhead;
+      ALPHAPRUNE_UNROLL
+      for (int i = 0; i < kAhead; ++i) {
+        packs.fifths_of(i, i + kAhead < left);
+        if (i < left) walk(i);
+        if (i + kAhead < left) packs.load(i);
+      }
+      packs.advance();
+    }
+    leave_sum(place, sum);
+    sync_block();
+    add_sums(p, range, kWarps, total);
+  }
+  if (row == ~0u || lane & ((1 << p.lanes_log) - 1)) return;
   ALPHAPRUNE_UNROLL
   for (int t = 0; t < kTokens; ++t)
-    for (int step = lanes / 2; step; step /= 2) sum[t] += float_of(shuffle(bits_of(sum[t]), lane ^ step));
-  if (!there || within) return;
-  ALPHAPRUNE_UNROLL
-  for (int t = 0; t < kTokens; ++t)
-    if (t < p.tokens) store_output<Value>(p.out, t, static_cast<int>(load_cached(p.row_of + row)), sum[t]);
+    if (t < p.tokens) store_output<Value>(p.out, t, static_cast<int>(row), total[t]);
 }
 
 }  // namespace alphaprune::cuda

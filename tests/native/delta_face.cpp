@@ -3,21 +3,14 @@
 
 using namespace alphaprune;
 
-// What went wrong, or an empty text. counts: rows, cols, slots, columns of a block, tokens, dtype, bias's dtype.
+// What went wrong, or an empty text. counts: the sizes of DeltaView in their order, tokens, dtype, bias's dtype.
 extern "C" const char* delta_spmv_emulated(const void* const* weight, const int64_t* counts, const void* x,
                                            const void* bias, const void* residual, void* y, int order) {
   cuda::order() = static_cast<emulator::Order>(order);
-  const cuda::DeltaView view{weight[0],
-                             static_cast<const uint32_t*>(weight[1]),
-                             static_cast<const uint32_t*>(weight[2]),
-                             static_cast<const uint16_t*>(weight[3]),
-                             static_cast<const uint32_t*>(weight[4]),
-                             static_cast<const uint32_t*>(weight[5]),
-                             counts[0],
-                             counts[1],
-                             counts[2],
-                             counts[3]};
+  const auto words = [weight](int i) { return static_cast<const uint32_t*>(weight[i]); };
+  const cuda::DeltaView view{weight[0],  words(1),   words(2),  words(3),  words(4),  words(5),  words(6),  words(7),
+                             counts[0],  counts[1],  counts[2], counts[3], counts[4], counts[5], counts[6], counts[7]};
   cuda::delta_spmv(
-      view, {x, bias, residual, y, counts[4], static_cast<Dtype>(counts[5]), static_cast<Dtype>(counts[6]), nullptr});
+      view, {x, bias, residual, y, counts[8], static_cast<Dtype>(counts[9]), static_cast<Dtype>(counts[10]), nullptr});
   return cuda::last_failure().c_str();
 }
