@@ -72,9 +72,9 @@ Status allow_sbt_expand(int shared_bytes);
 // Rows are dealt to shares, each done by one block of 32 * warps threads; columns are in blocks of `block_cols`. What a
 // row keeps in a block is a stream of packs of 8 values, each with its column: that of the value before plus 1 to 16,
 // or to 32 with a fifth bit, by zeros in between where a gap is wider; before a row's first is column -1. The packs of
-// a share in a block of columns, a part, lie in the order of its rows in runs, one per thread, of which the first ones
-// are a pack longer where they are not equal: line j * warps + w has the j-th packs of the lanes of warp w. The last
-// line ends with empty packs, each a row of nobody's. Parts are ordered [share][block of columns].
+// a share in a block of columns, a part, lie in the order of its rows in runs, one per thread; those
+// of the first warps are a pack longer where they are not equal: line j * warps + w has the j-th packs of warp w's lanes.
+// The last runs end with up to 31 empty packs, each a row of nobody's. Parts are ordered [share][block of columns].
 struct DeltaView {
   const void* values;      // [parts, lines, 32, 8], 16-bit floats, aligned to 16 bytes
   const uint32_t* deltas;  // [parts, lines, 32], the low 4 bits per value of its distance - 1 from the value before
