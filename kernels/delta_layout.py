@@ -224,7 +224,7 @@ def nbytes(packed: Packed) -> int:
 def _multiprocessors(packed: Packed) -> int:
     if packed.device.type != "cuda":
         return MULTIPROCESSORS
-    return torch.cuda.get_device_properties(packed.device).multi_processor_count
+    return int(os.environ.get("ALPHAPRUNE_DELTA_SHARES", 1)) * torch.cuda.get_device_properties(packed.device).multi_processor_count
 
 
 def _entries(packed: Packed, reach: int) -> float:

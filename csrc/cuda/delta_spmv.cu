@@ -11,6 +11,7 @@ Status with(bool fifth, const Use& use) {
   return fifth ? use(delta_spmv<Value, kTokens, true, kWarps, kAhead>)
                : use(delta_spmv<Value, kTokens, false, kWarps, kAhead>);
 }
+inline int early() { const char* v = std::getenv("ALPHAPRUNE_DELTA_EARLY"); return v ? std::atoi(v) : 0; }
 inline int ahead() { const char* v = std::getenv("ALPHAPRUNE_DELTA_AHEAD"); return v ? std::atoi(v) : 4; }
 template <class Value, int kTokens, class Use>
 Status variant(int64_t warps, bool fifth, const Use& use) {
@@ -70,7 +71,9 @@ Status delta_spmv(const DeltaView& weight, const Call& call) {
                        reinterpret_cast<uintptr_t>(call.x) % 16 == 0 && weight.cols % 8 == 0};
   const auto run = [&](auto kernel) {
     const size_t shared = delta_shared_bytes(p.tokens, p.block_cols, static_cast<int>(weight.warps), p.share_rows);
-    return start(kernel, weight.shares, static_cast<int>(weight.warps) * kWarp, shared, call.stream, p);
+    const int threads = static_cast<int>(weight.warps) * kWarp;
+    if (early()) return start_early(kernel, weight.shares, threads, shared, call.stream, p);
+    return start(kernel, weight.shares, threads, shared, call.stream, p);
   };
   return call.dtype == Dtype::bfloat16 ? by_tokens<Bfloat16>(call.tokens, weight.warps, weight.fifths, run)
                                        : by_tokens<Float16>(call.tokens, weight.warps, weight.fifths, run);

@@ -274,16 +274,15 @@ struct DeltaPacks {
     value[i] = load_once(values + i * kThreads);
     delta[i] = load_once(deltas + i * kThreads);
   }
-  // The first ones, where the thread has so many.
-  ALPHAPRUNE_DEVICE void first(const DeltaProblem& p, int part, int steps) {
-    aim(p, part, 0);
+  // Packs kFrom to kTo, of those that the thread has.
+  template <int kFrom, int kTo>
+  ALPHAPRUNE_DEVICE void first(int steps) {
     ALPHAPRUNE_UNROLL
-    for (int i = 0; i < kAhead; ++i)
+    for (int i = kFrom; i < kTo; ++i) {
       if (i < steps) load(i);
-    if constexpr (kFifth) {
-      ALPHAPRUNE_UNROLL
-      for (int i = 0; i < kWords; ++i)
-        if (i * kDeltaGroup < steps) fifth[i] = load_once(fifths + i * kThreads);
+      if constexpr (kFifth) {
+        if (i % kDeltaGroup == 0 && i < steps) fifth[i / kDeltaGroup] = load_once(fifths + i / kDeltaGroup * kThreads);
+      }
     }
   }
   // Before pack i is walked; more: whether the next group has one in its place.
@@ -306,7 +305,7 @@ ALPHAPRUNE_DEVICE const uint32_t* words_of(const DeltaProblem& p, int part) {
 }
 
 template <class Value, int kTokens, bool kFifth, int kWarps, int kAhead>
-ALPHAPRUNE_KERNEL __launch_bounds__(kWarps* kWarp, 1) delta_spmv(const DeltaProblem p) {
+ALPHAPRUNE_KERNEL __launch_bounds__(kWarps* kWarp, kWarps == 16 && kAhead == 4 ? 2 : 1) delta_spmv(const DeltaProblem p) {
   constexpr int kThreads = kWarps * kWarp;
   using Packs = DeltaPacks<Value, kTokens, kFifth, kWarps, kAhead>;
   const int lane = lane_index(), warp = warp_index();
@@ -315,18 +314,24 @@ ALPHAPRUNE_KERNEL __launch_bounds__(kWarps* kWarp, 1) delta_spmv(const DeltaProb
   const uint32_t flags = shared_start() + (p.block_cols + kDeltaSlack) * kDeltaColumnBytes<kTokens>;
   const uint32_t row = there ? load_cached(p.rows + block_x() * p.share_rows + at) : ~0u;
 
+  let_next_begin();
   float total[kTokens] = {};
   for (int block = 0; block < p.blocks; ++block) {
     const int part = block_x() * p.blocks + block;
-    // Nothing that is loaded here needs another load: all lines up to p.lines may be read. x first, which all wait for.
+    // Nothing that is loaded here needs another load: all lines up to p.lines may be read. x is not last, as all wait
+    // for it, and not first, as the kernel before may still be making it.
     DeltaActivations<Value, kTokens, kWarps> activations;
-    activations.first(p, block);
+    const int left = steps_of<kWarps>(p.lines, warp);
     const int steps = steps_of<kWarps>(static_cast<int>(load_cached(p.counts + part)), warp);
     const uint32_t start = load_once(p.starts + part * kThreads + thread_index());
     uint32_t begins = load_once(words_of<kWarps>(p, part)), later = 0;
     if (p.words > 1) later = load_once(words_of<kWarps>(p, part) + kThreads);
     Packs packs{};
-    packs.first(p, part, steps_of<kWarps>(p.lines, warp));
+    packs.aim(p, part, 0);
+    packs.template first<0, kAhead / 2>(left);
+    wait_for_previous();
+    activations.first(p, block);
+    packs.template first<kAhead / 2, kAhead>(left);
     const uint32_t range = there ? load_cached(p.sums + part * p.share_rows + at) : 0;
 
     const float poison = sum_lanes(activations.stage(p));

@@ -117,6 +117,18 @@ inline void sync_warps(int number, int threads) { emulator::sync_warps(number, t
 inline int popcount(uint32_t v) { return __builtin_popcount(v); }
 #endif
 ALPHAPRUNE_DEVICE int lane_index() { return thread_index() % kWarp; }
+// Where the launch allows it (launch.cuh), the next kernel may begin before this one ends; and what the kernel before
+// wrote is there after the wait. Compute capability 9.0; before it kernels run one after another.
+ALPHAPRUNE_DEVICE void let_next_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+ALPHAPRUNE_DEVICE void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 // The same for all lanes, and known to the compiler to be so.
 ALPHAPRUNE_DEVICE int warp_index() {
 #ifdef __CUDACC__

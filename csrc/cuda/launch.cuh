@@ -17,6 +17,22 @@ Status start(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t 
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   return static_cast<Status>(cudaGetLastError());
 }
+// The same of a kernel that waits for the one before it by itself (wait_for_previous) and may begin earlier.
+template <class... Parameters, class... Arguments>
+Status start_early(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, void* stream,
+                   Arguments... arguments) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &early;
+  config.numAttrs = 1;
+  return static_cast<Status>(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
 // Lifts the limit of 48 KB; `shared_bytes` of the largest launch that the device allows.
 template <class... Parameters>
 Status allow_shared(void (*kernel)(Parameters...), int shared_bytes) {
@@ -44,6 +60,11 @@ Status start(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t 
   last_failure() = emulator::launch(
       {static_cast<unsigned>(blocks), 1, 1}, threads, shared_bytes, [&] { kernel(arguments...); }, order(), tracing());
   return last_failure().empty() ? 0 : 1;
+}
+template <class... Parameters, class... Arguments>
+Status start_early(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, void* stream,
+                   Arguments... arguments) {
+  return start(kernel, blocks, threads, shared_bytes, stream, arguments...);
 }
 template <class... Parameters>
 Status allow_shared(void (*)(Parameters...), int) {
