@@ -1,6 +1,7 @@
 """Variants of delta_spmv side by side: microseconds per call, graphs of calls over copies of the weight. Temporary."""
 import os, statistics, sys, time
 import torch
+from types import SimpleNamespace
 from alphaprune.formats import native, sbt
 from alphaprune.kernels import cuda, delta_layout as d
 
@@ -35,7 +36,7 @@ def timed(calls):
 
 def bind(rows, dtype):
     address = [t.data_ptr() if t.numel() else 0 for t in rows.tensors]
-    return cuda._bound(cuda.load().DeltaWeight(*address, rows.sizes, native.DTYPES[dtype], 0), rows, rows)
+    return cuda._bound(cuda.load().DeltaWeight(*address, rows.sizes, native.DTYPES[dtype], 0), SimpleNamespace(shape=rows.shape, device=dev), rows)
 
 cuda._device(0)
 print(torch.cuda.get_device_name(0), "L2", L2)
