@@ -226,16 +226,16 @@ def test_an_infinite_weight_meets_no_zeros_of_others(kernel) -> None:
 
 PLANTED = {
     "no barrier before x is read": (
-        "    sync_block();\n    if (is_nan(sum_lanes(lane",
-        "    if (is_nan(sum_lanes(lane",
+        "if (sync_block_any(!finite)) {",
+        "if (!finite) {",
     ),
     "no barrier before sums are added": (
-        "    leave_sum(place, sum);\n    sync_block();\n    add_sums(p, range, kWarps, total);",
-        "    leave_sum(place, sum);\n    add_sums(p, range, kWarps, total);",
+        "    leave_sum(place, sum);\n    sync_block();\n    add_sums(p, range, total);",
+        "    leave_sum(place, sum);\n    add_sums(p, range, total);",
     ),
     "no barrier before counts take the place of sums": (
-        "  add_sums(p, range, kWarps, total);\n  sync_block();",
-        "  add_sums(p, range, kWarps, total);",
+        "  add_sums(p, range, total);\n  sync_block();",
+        "  add_sums(p, range, total);",
     ),
     "a column too far": (
         "dot_bytes(through_odd, kBytes << 8 * i, from) + (2 * i + 1)",
@@ -254,6 +254,7 @@ PLANTED = {
     "no bias": ("if (out.bias) sum += bias_of(out, row);", ""),
     "no residual": ("if (out.residual) sum += Value::widen(out.residual[to]);", ""),
     "no zeros past the columns": ("const int limit = p.block_cols + kDeltaSlack;", "const int limit = p.block_cols;"),
+    "only the threads that saw it know of an infinity": ("sync_block_any(!finite)", "sync_block_any(!finite) && !finite"),
     "x not checked": ("poison += poison_of(low[t]) + poison_of(high[t]);", ""),
     "a pruned infinity forgotten": ("if (kept[t] < sum_lanes(present[t]))", "if (kept[t] > sum_lanes(present[t]))"),
     "y written by rows that are not there": ("if (row == ~0u || lane &", "if (lane &"),

@@ -33,11 +33,11 @@ struct DeltaProblem {
 template <int kTokens>
 constexpr uint32_t kDeltaColumnBytes = kTokens <= 2 ? 4 : 8;
 
-// x, a float per warp, and the sums.
+// x and the sums.
 constexpr size_t delta_shared_bytes(int tokens, int block_cols, int warps, int share_rows) {
   const size_t sums = warps * kWarp + share_rows + kDeltaEmpty;
   return static_cast<size_t>(block_cols + kDeltaSlack) * (tokens <= 2 ? 4 : 8) +
-         (warps + sums * (tokens <= 2 ? tokens : 4)) * sizeof(float);
+         sums * (tokens <= 2 ? tokens : 4) * sizeof(float);
 }
 
 // Eight activations of a token from column `col` on, zeros from `end` on.
@@ -54,9 +54,9 @@ ALPHAPRUNE_DEVICE uint4 eight_activations(const DeltaProblem& p, int token, int 
 // x of a block of columns on its way into shared memory, eight columns of a thread at a time.
 template <class Value, int kTokens, int kWarps>
 struct DeltaActivations {
-  static constexpr int kStep = 8 * kWarps * kWarp, kHead = kTokens == 1 ? 2 : 1;
+  static constexpr int kStep = 8 * kWarps * kWarp, kHead = kTokens > 2 ? 0 : 2 / kTokens;
   int begin, end;
-  uint4 head[kHead][kTokens];
+  uint4 head[kHead + 1][kTokens];  // none of 4 tokens: registers are too few
 
   ALPHAPRUNE_DEVICE void load(const DeltaProblem& p, uint4 (&x)[kTokens], int col) const {
     ALPHAPRUNE_UNROLL
@@ -165,8 +165,8 @@ struct DeltaPlace {
 };
 
 template <int kTokens>
-ALPHAPRUNE_DEVICE DeltaPlace place_of(const DeltaProblem& p, uint32_t start, int warps) {
-  const uint32_t sums = shared_start() + (p.block_cols + kDeltaSlack) * kDeltaColumnBytes<kTokens> + 4 * warps;
+ALPHAPRUNE_DEVICE DeltaPlace place_of(const DeltaProblem& p, uint32_t start) {
+  const uint32_t sums = shared_start() + (p.block_cols + kDeltaSlack) * kDeltaColumnBytes<kTokens>;
   const uint32_t first = opaque(shared_start());
   return {first + (start & 0xffffu) * kDeltaColumnBytes<kTokens>, sums + (start >> 16) * 4 * kTokens, first};
 }
@@ -184,8 +184,8 @@ ALPHAPRUNE_DEVICE void leave_sum(DeltaPlace& place, float (&sum)[kTokens]) {
 
 // The sum of a row's sums, for each of the lanes that add them.
 template <int kTokens>
-ALPHAPRUNE_DEVICE void add_sums(const DeltaProblem& p, uint32_t range, int warps, float (&total)[kTokens]) {
-  const uint32_t sums = place_of<kTokens>(p, 0, warps).sum;
+ALPHAPRUNE_DEVICE void add_sums(const DeltaProblem& p, uint32_t range, float (&total)[kTokens]) {
+  const uint32_t sums = place_of<kTokens>(p, 0).sum;
   const int lanes = 1 << p.lanes_log;
   float sum[kTokens] = {};
   for (uint32_t i = (range & 0xffffu) + (lane_index() & (lanes - 1)); i < range >> 16; i += lanes) {
@@ -204,7 +204,7 @@ template <class Value, int kTokens, bool kFifth, bool kCount, int kWarps>
 ALPHAPRUNE_DEVICE void walk_slowly(const DeltaProblem& p, int part, int steps) {
   constexpr int kThreads = kWarps * kWarp;
   const int thread = thread_index(), groups = groups_of<kWarps>(p.lines);
-  DeltaPlace place = place_of<kTokens>(p, load_cached(p.starts + part * kThreads + thread), kWarps);
+  DeltaPlace place = place_of<kTokens>(p, load_cached(p.starts + part * kThreads + thread));
   float sum[kTokens] = {};
   ALPHAPRUNE_NO_UNROLL
   for (int step = 0; step < steps; ++step) {
@@ -231,7 +231,7 @@ ALPHAPRUNE_DEVICE void add_not_finite(const DeltaProblem& p, int part, int steps
   float kept[kTokens] = {}, present[kTokens] = {};
   walk_slowly<Value, kTokens, kFifth, false, kWarps>(p, part, steps);
   sync_block();
-  add_sums(p, range, kWarps, total);
+  add_sums(p, range, total);
   sync_block();
   walk_slowly<Value, kTokens, kFifth, true, kWarps>(p, part, steps);
   ALPHAPRUNE_NO_UNROLL
@@ -241,7 +241,7 @@ ALPHAPRUNE_DEVICE void add_not_finite(const DeltaProblem& p, int part, int steps
     for (int t = 0; t < kTokens; ++t) present[t] += is_nan(poison_of(x[t]));
   }
   sync_block();
-  add_sums(p, range, kWarps, kept);
+  add_sums(p, range, kept);
   for (int t = 0; t < kTokens; ++t)
     if (kept[t] < sum_lanes(present[t])) total[t] = float_of(0x7fc00000u);
 }
@@ -311,7 +311,6 @@ ALPHAPRUNE_KERNEL __launch_bounds__(kWarps* kWarp, kWarps == 16 && kAhead == 4 ?
   const int lane = lane_index(), warp = warp_index();
   const int at = thread_index() >> p.lanes_log;  // of the row, in the share, whose sums this thread adds
   const bool there = at < p.share_rows;
-  const uint32_t flags = shared_start() + (p.block_cols + kDeltaSlack) * kDeltaColumnBytes<kTokens>;
   const uint32_t row = there ? load_cached(p.rows + block_x() * p.share_rows + at) : ~0u;
 
   let_next_begin();
@@ -328,21 +327,21 @@ ALPHAPRUNE_KERNEL __launch_bounds__(kWarps* kWarp, kWarps == 16 && kAhead == 4 ?
     if (p.words > 1) later = load_once(words_of<kWarps>(p, part) + kThreads);
     Packs packs{};
     packs.aim(p, part, 0);
-    packs.template first<0, kAhead / 2>(left);
+    constexpr int kEarly = kTokens > 2 ? 0 : kAhead;
+    packs.template first<0, kEarly / 2>(left);
     wait_for_previous();
     activations.first(p, block);
-    packs.template first<kAhead / 2, kAhead>(left);
+    packs.template first<kEarly / 2, kEarly>(left);
     const uint32_t range = there ? load_cached(p.sums + part * p.share_rows + at) : 0;
 
-    const float poison = sum_lanes(activations.stage(p));
-    if (lane == 0) store_shared_f32(flags + 4 * warp, poison);
-    sync_block();
-    if (is_nan(sum_lanes(lane < kWarps ? load_shared_f32(flags + 4 * lane) : 0))) {
+    const bool finite = !is_nan(activations.stage(p));
+    packs.template first<kEarly, kAhead>(left);
+    if (sync_block_any(!finite)) {
       add_not_finite<Value, kTokens, kFifth, kWarps>(p, part, steps, range, total);
       continue;
     }
     float sum[kTokens] = {};
-    DeltaPlace place = place_of<kTokens>(p, start, kWarps);
+    DeltaPlace place = place_of<kTokens>(p, start);
     packs.aim(p, part);
     const auto walk = [&](int i) {
       if (begins >> i & 1) leave_sum(place, sum);
@@ -383,7 +382,7 @@ ALPHAPRUNE_KERNEL __launch_bounds__(kWarps* kWarp, kWarps == 16 && kAhead == 4 ?
     }
     leave_sum(place, sum);
     sync_block();
-    add_sums(p, range, kWarps, total);
+    add_sums(p, range, total);
   }
   if (row == ~0u || lane & ((1 << p.lanes_log) - 1)) return;
   ALPHAPRUNE_UNROLL

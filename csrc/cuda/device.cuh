@@ -102,6 +102,8 @@ ALPHAPRUNE_DEVICE int thread_index() { return threadIdx.x; }
 ALPHAPRUNE_DEVICE int block_x() { return blockIdx.x; }
 ALPHAPRUNE_DEVICE void sync_warp() { __syncwarp(); }
 ALPHAPRUNE_DEVICE void sync_block() { __syncthreads(); }
+// The same, and whether it holds for any thread of the block.
+ALPHAPRUNE_DEVICE bool sync_block_any(bool mine) { return __syncthreads_or(mine); }
 // So many threads of the block, whole warps, meet at its barrier `number`, 1 to 15; what they wrote to shared memory is
 // there for all of them.
 ALPHAPRUNE_DEVICE void sync_warps(int number, int threads) {
@@ -113,6 +115,7 @@ inline int thread_index() { return emulator::thread_index(); }
 inline int block_x() { return static_cast<int>(emulator::block().index.x); }
 inline void sync_warp() { emulator::sync_warp(); }
 inline void sync_block() { emulator::sync_block(); }
+inline bool sync_block_any(bool mine) { return emulator::sync_block_any(mine); }
 inline void sync_warps(int number, int threads) { emulator::sync_warps(number, threads); }
 inline int popcount(uint32_t v) { return __builtin_popcount(v); }
 #endif

@@ -126,6 +126,7 @@ struct Block {
   std::vector<Shadow> shadow;
   uint32_t epoch = 0;
   int arrived = 0, finished = 0;
+  bool any[2] = {};  // of sync_block_any, by the last bit of the epoch
   Meeting meetings[16];
   std::vector<Mbarrier> mbarriers;
   // Where there are some: what each warp knows of the others' clocks, which go on when one arrives; and by 16 bytes of
@@ -190,7 +191,7 @@ inline void start() {
 
 // Barriers.
 inline void pass_barrier(Block& b) {
-  ++b.epoch;
+  b.any[++b.epoch & 1] = false;  // all have read it: they have met since
   for (size_t w = 0; w < b.clocks.size(); ++w) ++b.clocks[w][w];
   for (auto& known : b.clocks)
     for (size_t w = 0; w < b.clocks.size(); ++w) known[w] = std::max(known[w], b.clocks[w][w] - 1);
@@ -207,6 +208,14 @@ inline void sync_block() {
   } else {
     while (b.epoch == mine) yield();
   }
+}
+
+inline bool sync_block_any(bool mine) {
+  Block& b = block();
+  bool& any = b.any[b.epoch & 1];
+  any |= mine;
+  sync_block();
+  return any;
 }
 
 // All lanes of the warp meet in `operation`; returns which of the two slots holds what they brought.
