@@ -308,10 +308,9 @@ template <class Value, int kTokens, bool kFifth, int kWarps, int kAhead>
 ALPHAPRUNE_KERNEL __launch_bounds__(kWarps* kWarp, kWarps == 16 && kAhead == 4 ? 2 : 1) delta_spmv(const DeltaProblem p) {
   constexpr int kThreads = kWarps * kWarp;
   using Packs = DeltaPacks<Value, kTokens, kFifth, kWarps, kAhead>;
-  const int lane = lane_index(), warp = warp_index();
   const int at = thread_index() >> p.lanes_log;  // of the row, in the share, whose sums this thread adds
   const bool there = at < p.share_rows;
-  const uint32_t row = there ? load_cached(p.rows + block_x() * p.share_rows + at) : ~0u;
+  uint32_t row = ~0u;
 
   let_next_begin();
   float total[kTokens] = {};
@@ -320,11 +319,10 @@ ALPHAPRUNE_KERNEL __launch_bounds__(kWarps* kWarp, kWarps == 16 && kAhead == 4 ?
     // Nothing that is loaded here needs another load: all lines up to p.lines may be read. x is not last, as all wait
     // for it, and not first, as the kernel before may still be making it.
     DeltaActivations<Value, kTokens, kWarps> activations;
-    const int left = steps_of<kWarps>(p.lines, warp);
-    const int steps = steps_of<kWarps>(static_cast<int>(load_cached(p.counts + part)), warp);
+    const int left = steps_of<kWarps>(p.lines, warp_index());
+    const int steps = steps_of<kWarps>(static_cast<int>(load_once(p.counts + part)), warp_index());
     const uint32_t start = load_once(p.starts + part * kThreads + thread_index());
-    uint32_t begins = load_once(words_of<kWarps>(p, part)), later = 0;
-    if (p.words > 1) later = load_once(words_of<kWarps>(p, part) + kThreads);
+    uint32_t begins = load_once(words_of<kWarps>(p, part));
     Packs packs{};
     packs.aim(p, part, 0);
     constexpr int kEarly = kTokens > 2 ? 0 : kAhead;
@@ -332,7 +330,10 @@ ALPHAPRUNE_KERNEL __launch_bounds__(kWarps* kWarp, kWarps == 16 && kAhead == 4 ?
     wait_for_previous();
     activations.first(p, block);
     packs.template first<kEarly / 2, kEarly>(left);
-    const uint32_t range = there ? load_cached(p.sums + part * p.share_rows + at) : 0;
+    uint32_t later = 0;
+    if (p.words > 1) later = load_once(words_of<kWarps>(p, part) + kThreads);
+    if (there) row = load_once(p.rows + block_x() * p.share_rows + at);
+    const uint32_t range = there ? load_once(p.sums + part * p.share_rows + at) : 0;
 
     const bool finite = !is_nan(activations.stage(p));
     packs.template first<kEarly, kAhead>(left);
@@ -384,7 +385,7 @@ ALPHAPRUNE_KERNEL __launch_bounds__(kWarps* kWarp, kWarps == 16 && kAhead == 4 ?
     sync_block();
     add_sums(p, range, total);
   }
-  if (row == ~0u || lane & ((1 << p.lanes_log) - 1)) return;
+  if (row == ~0u || lane_index() & ((1 << p.lanes_log) - 1)) return;
   ALPHAPRUNE_UNROLL
   for (int t = 0; t < kTokens; ++t)
     if (t < p.tokens) store_output<Value>(p.out, t, static_cast<int>(row), total[t]);
