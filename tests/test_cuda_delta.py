@@ -118,7 +118,7 @@ def test_layout_refuses_other_dtypes() -> None:
 
 
 def test_shares_and_runs_are_equal() -> None:
-    mask = torch.rand(640, 200) < torch.linspace(0, 1, 640)[:, None]
+    mask = torch.rand(640, 200) < torch.linspace(0.2, 1, 640)[:, None]
     rows = delta_layout.build(sbt.pack(torch.ones(640, 200, dtype=torch.float16), mask))
     counts, longest = rows.counts, -(-200 // delta_layout.PACK)
     assert (counts.max() - counts.min()) * 32 <= longest + 31, "shares differ by a row and by the end of a line"
@@ -192,9 +192,10 @@ def not_finite(kernel) -> None:
             mask[:, column] |= torch.rand(n) < 0.5
         if tokens > 1:
             x[-1] = torch.randn(k)
+        mask[0, -1] = True
         weight = torch.where(mask, torch.randn(n, k), 0).to(dtype)
         if k == 40:
-            weight[0, mask[0].nonzero()[0]] = float("inf")
+            weight[0, -1] = float("inf")
         problem, y = multiply(kernel, delta_layout.build(sbt.pack(weight, mask)), x)
         assert not problem
         assert_product(y, x, weight)
