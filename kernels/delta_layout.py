@@ -18,7 +18,7 @@ from alphaprune.formats import Packed, sbt
 PACK = 8
 REACH = {False: 16, True: 32}  # columns that a delta spans at most, by whether it has a fifth bit
 MOST_COLS = 20480  # of a block: kMostBlockCols
-WARPS = int(os.environ.get("ALPHAPRUNE_DELTA_WARPS", 32))  # of a share: kDeltaWarps
+WARPS = int(os.environ.get("ALPHAPRUNE_DELTA_WARPS", 12))  # of a share: kDeltaWarps
 THREADS = 32 * WARPS
 GROUP = 4  # packs whose fifth bits are one word
 MULTIPROCESSORS = 132  # where a weight is not on a device: an H100's
@@ -224,7 +224,7 @@ def nbytes(packed: Packed) -> int:
 def _multiprocessors(packed: Packed) -> int:
     if packed.device.type != "cuda":
         return MULTIPROCESSORS
-    return int(os.environ.get("ALPHAPRUNE_DELTA_SHARES", 1)) * torch.cuda.get_device_properties(packed.device).multi_processor_count
+    return 24 // WARPS * torch.cuda.get_device_properties(packed.device).multi_processor_count
 
 
 def _entries(packed: Packed, reach: int) -> float:

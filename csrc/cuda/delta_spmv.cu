@@ -5,19 +5,28 @@
 namespace alphaprune::cuda {
 namespace {
 
-// Calls use(kernel) for the kernels that there are.
-template <class Value, int kTokens, int kWarps, int kAhead, class Use>
-Status with(bool fifth, const Use& use) {
-  return fifth ? use(delta_spmv<Value, kTokens, true, kWarps, kAhead>)
-               : use(delta_spmv<Value, kTokens, false, kWarps, kAhead>);
-}
 inline int early() { const char* v = std::getenv("ALPHAPRUNE_DELTA_EARLY"); return v ? std::atoi(v) : 0; }
-inline int ahead() { const char* v = std::getenv("ALPHAPRUNE_DELTA_AHEAD"); return v ? std::atoi(v) : 4; }
+inline int before() { const char* v = std::getenv("ALPHAPRUNE_DELTA_BEFORE"); return v ? std::atoi(v) : 2; }
+template <class Value, int kTokens, int kWarps, int kBefore, class Use>
+Status with(bool fifth, const Use& use) {
+  return fifth ? use(delta_spmv<Value, kTokens, true, kWarps, 4, kBefore>)
+               : use(delta_spmv<Value, kTokens, false, kWarps, 4, kBefore>);
+}
+template <class Value, int kTokens, int kWarps, class Use>
+Status placed(bool fifth, const Use& use) {
+  if constexpr (Value::code == Bfloat16::code && kTokens <= 2) {
+    if (before() == 0) return with<Value, kTokens, kWarps, 0>(fifth, use);
+    if (before() == 4) return with<Value, kTokens, kWarps, 4>(fifth, use);
+  }
+  return with<Value, kTokens, kWarps, 2>(fifth, use);
+}
 template <class Value, int kTokens, class Use>
 Status variant(int64_t warps, bool fifth, const Use& use) {
-  if (warps == 16) return ahead() == 8 ? with<Value, kTokens, 16, 8>(fifth, use) : with<Value, kTokens, 16, 4>(fifth, use);
-  if (warps == 24) return with<Value, kTokens, 24, 4>(fifth, use);
-  return with<Value, kTokens, 32, 4>(fifth, use);
+  if constexpr (Value::code == Bfloat16::code) {
+    if (warps == 8) return placed<Value, kTokens, 8>(fifth, use);
+    if (warps == 12) return placed<Value, kTokens, 12>(fifth, use);
+  }
+  return placed<Value, kTokens, 24>(fifth, use);
 }
 
 template <class Value, class Use>
@@ -31,12 +40,15 @@ Status by_tokens(int64_t tokens, int64_t warps, bool fifth, const Use& use) {
 
 Status allow_delta_spmv(int bytes) {
   for (const int64_t tokens : {1, 2, 4})
-    for (const int64_t warps : {16, 24, 32})
+    for (const int64_t warps : {8, 12, 24})
+    for (const char* b : {"0", "2", "4"})
     for (const bool fifth : {false, true}) {
+      setenv("ALPHAPRUNE_DELTA_BEFORE", b, 1);
       const auto allow = [bytes](auto kernel) { return allow_shared(kernel, bytes); };
       if (const Status status = by_tokens<Bfloat16>(tokens, warps, fifth, allow)) return status;
       if (const Status status = by_tokens<Float16>(tokens, warps, fifth, allow)) return status;
     }
+  unsetenv("ALPHAPRUNE_DELTA_BEFORE");
   return 0;
 }
 

@@ -54,7 +54,7 @@ ALPHAPRUNE_DEVICE uint4 eight_activations(const DeltaProblem& p, int token, int 
 // x of a block of columns on its way into shared memory, eight columns of a thread at a time.
 template <class Value, int kTokens, int kWarps>
 struct DeltaActivations {
-  static constexpr int kStep = 8 * kWarps * kWarp, kHead = kTokens > 2 ? 0 : 2 / kTokens;
+  static constexpr int kStep = 8 * kWarps * kWarp, kHead = kTokens > 2 ? 0 : 2 / kTokens, kBatch = kTokens > 2 ? 1 : 4 / kTokens;
   int begin, end;
   uint4 head[kHead + 1][kTokens];  // none of 4 tokens: registers are too few
 
@@ -78,10 +78,13 @@ struct DeltaActivations {
     for (int i = 0; i < kHead; ++i, col += kStep)
       if (col < limit) store(head[i], col, poison);
     ALPHAPRUNE_NO_UNROLL
-    for (; col < limit; col += kStep) {
-      uint4 x[kTokens];
-      load(p, x, col);
-      store(x, col, poison);
+    for (; col < limit; col += kBatch * kStep) {
+      uint4 x[kBatch][kTokens];
+      ALPHAPRUNE_UNROLL
+      for (int i = 0; i < kBatch; ++i) load(p, x[i], col + i * kStep);
+      ALPHAPRUNE_UNROLL
+      for (int i = 0; i < kBatch; ++i)
+        if (col + i * kStep < limit) store(x[i], col + i * kStep, poison);
     }
     return poison;
   }
@@ -304,8 +307,8 @@ ALPHAPRUNE_DEVICE const uint32_t* words_of(const DeltaProblem& p, int part) {
   return p.begins + part * p.words * kWarps * kWarp + thread_index();
 }
 
-template <class Value, int kTokens, bool kFifth, int kWarps, int kAhead>
-ALPHAPRUNE_KERNEL __launch_bounds__(kWarps* kWarp, kWarps == 16 && kAhead == 4 ? 2 : 1) delta_spmv(const DeltaProblem p) {
+template <class Value, int kTokens, bool kFifth, int kWarps, int kAhead, int kBefore>
+ALPHAPRUNE_KERNEL __launch_bounds__(kWarps* kWarp, 24 / kWarps) delta_spmv(const DeltaProblem p) {
   constexpr int kThreads = kWarps * kWarp;
   using Packs = DeltaPacks<Value, kTokens, kFifth, kWarps, kAhead>;
   const int at = thread_index() >> p.lanes_log;  // of the row, in the share, whose sums this thread adds
@@ -325,11 +328,11 @@ ALPHAPRUNE_KERNEL __launch_bounds__(kWarps* kWarp, kWarps == 16 && kAhead == 4 ?
     uint32_t begins = load_once(words_of<kWarps>(p, part));
     Packs packs{};
     packs.aim(p, part, 0);
-    constexpr int kEarly = kTokens > 2 ? 0 : kAhead;
-    packs.template first<0, kEarly / 2>(left);
+    constexpr int kEarly = kTokens > 2 ? 0 : kAhead, kMiddle = kTokens > 2 ? 0 : kBefore;
+    packs.template first<0, kMiddle>(left);
     wait_for_previous();
     activations.first(p, block);
-    packs.template first<kEarly / 2, kEarly>(left);
+    packs.template first<kMiddle, kEarly>(left);
     uint32_t later = 0;
     if (p.words > 1) later = load_once(words_of<kWarps>(p, part) + kThreads);
     if (there) row = load_once(p.rows + block_x() * p.share_rows + at);
