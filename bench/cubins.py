@@ -78,7 +78,7 @@ SHARED = {
     "sbt_wgmma": ("cuda/sbt_wgmma.cuh", "wide_shared_bytes({0}, 2, half(1))"),
     "sbt_expand": ("cuda/sbt_expand.cuh", "expand_shared_bytes(half(kChunk))"),
     "nm_mma_sp": ("cuda/nm_mma_sp.cuh", "nm_shared_bytes({0})"),
-    "delta_spmv": ("cuda/delta_spmv.cuh", "delta_shared_bytes({0}, 4096)"),
+    "delta_spmv": ("cuda/delta_spmv.cuh", "delta_shared_bytes({0}, 4096, 109)"),
 }
 HALF = """unsigned half(int tiles, unsigned size = 2) {
   const double weights = 1024.0 * tiles;

@@ -178,6 +178,8 @@ def bind_delta(packed: Packed) -> Bound:
     index = packed.device.index or 0
     _device(index)
     rows = delta_layout.build(packed)
+    if packed.device.type == "cuda":  # the kernel may read its weight before those that came earlier have ended
+        torch.cuda.current_stream(packed.device).synchronize()
     addresses = [tensor.data_ptr() if tensor.numel() else 0 for tensor in rows.tensors]
     made = load().DeltaWeight(*addresses, rows.sizes, native.DTYPES[packed.dtype], index)
     return _bound(made, packed, rows)

@@ -2,12 +2,11 @@
 
 The byte layout is described at DeltaView in csrc/cuda/launch.h. A row keeps a stream of values per block of columns;
 where one is further from that before than a delta reaches stand zeros in pruned columns. Eight of the stream are a
-pack. Rows are dealt to shares, one for a multiprocessor, and a share's packs to threads in equal, contiguous runs.
+pack. Rows are dealt to shares, two for a multiprocessor, and a share's packs to threads in equal, contiguous runs.
 """
 
 import functools
 import math
-import os
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,8 @@ from alphaprune.formats import Packed, sbt
 PACK = 8
 REACH = {False: 16, True: 32}  # columns that a delta spans at most, by whether it has a fifth bit
 MOST_COLS = 20480  # of a block: kMostBlockCols
-WARPS = int(os.environ.get("ALPHAPRUNE_DELTA_WARPS", 12))  # of a share: kDeltaWarps
+WARPS = 12  # of a share: kDeltaWarps
+BLOCKS = 2  # shares of a multiprocessor: kDeltaBlocks
 THREADS = 32 * WARPS
 GROUP = 4  # packs whose fifth bits are one word
 MULTIPROCESSORS = 132  # where a weight is not on a device: an H100's
@@ -67,14 +67,13 @@ class DeltaRows:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """N, K, shares, rows of a share, lines of a part, words of a thread's begins, columns of a block, warps."""
+        """N, K, shares, rows of a share, lines of a part, words of a thread's begins, columns of a block."""
         return (
             *self.shape,
             *self.rows.shape,
             self.values.shape[1],
             self.begins.shape[1],
             self.block_cols,
-            WARPS,
         )
 
     @property
@@ -224,7 +223,7 @@ def nbytes(packed: Packed) -> int:
 def _multiprocessors(packed: Packed) -> int:
     if packed.device.type != "cuda":
         return MULTIPROCESSORS
-    return 24 // WARPS * torch.cuda.get_device_properties(packed.device).multi_processor_count
+    return torch.cuda.get_device_properties(packed.device).multi_processor_count
 
 
 def _entries(packed: Packed, reach: int) -> float:
@@ -236,18 +235,17 @@ def _entries(packed: Packed, reach: int) -> float:
 
 def _fifth(packed: Packed) -> bool:
     """Whether deltas of five bits take fewer bytes."""
-    if (forced := os.environ.get("ALPHAPRUNE_DELTA_FIFTH")) is not None:
-        return forced == "1"
     return (2 + 5 / 8) * _entries(packed, REACH[True]) < (2 + 4 / 8) * _entries(packed, REACH[False])
 
 
 def _shares(n: int, packs: int, multiprocessors: int) -> int:
-    """Shares of N rows with so many packs: the multiprocessors' number or a multiple of it, fewer of a small weight."""
-    shares = max(1, min(multiprocessors, n, math.ceil(packs / (LEAST * THREADS))))
+    """Shares of N rows with so many packs: BLOCKS per multiprocessor or a multiple of it, fewer of a small weight."""
+    at_once = BLOCKS * multiprocessors
+    shares = max(1, min(at_once, n, math.ceil(packs / (LEAST * THREADS))))
     if shares * THREADS >= n:
         return shares
     needed = -(-n // THREADS)
-    return needed if needed <= multiprocessors else -(-needed // multiprocessors) * multiprocessors
+    return needed if needed <= at_once else -(-needed // at_once) * at_once
 
 
 def _deal(packs: Tensor, multiprocessors: int) -> tuple[_Places, Tensor]:

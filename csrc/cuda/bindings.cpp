@@ -177,9 +177,9 @@ class WideWeight {
 // Nibble-delta rows on a device, for few tokens.
 class DeltaWeight {
  public:
-  // sizes: N, K, shares, rows of a share, lines of a part, words of a thread's begins, columns of a block, warps.
+  // sizes: N, K, shares, rows of a share, lines of a part, words of a thread's begins, columns of a block.
   DeltaWeight(Address values, Address deltas, Address fifths, Address begins, Address starts, Address counts,
-              Address sums, Address rows_of, const std::array<int64_t, 8>& sizes, int32_t dtype, int device)
+              Address sums, Address rows_of, const std::array<int64_t, 7>& sizes, int32_t dtype, int device)
       : view_{at<const void>(values),
               at<const uint32_t>(deltas),
               at<const uint32_t>(fifths),
@@ -194,28 +194,28 @@ class DeltaWeight {
               sizes[3],
               sizes[4],
               sizes[5],
-              sizes[6],
-              sizes[7]},
+              sizes[6]},
         dtype_(half_of(dtype)),
-        device_(device),
-        most_(delta_most_tokens(view_, described(device))) {
+        index_(device),
+        device_(described(device)),
+        most_(delta_most_tokens(view_, device_)) {
     const int64_t block_cols = view_.block_cols;
     if (block_cols < 8 || block_cols % 8 || block_cols > kMostBlockCols)
       throw std::invalid_argument("a block of columns has a multiple of 8, at most " + std::to_string(kMostBlockCols));
-    if (view_.share_rows > 32 * view_.warps)
-      throw std::invalid_argument("a share of rows has at most one per thread");
+    if (view_.share_rows > delta_threads()) throw std::invalid_argument("a share of rows has at most one per thread");
   }
 
   void multiply(Address x, int64_t tokens, Address bias, int32_t bias_dtype, Address residual, Address y,
                 Address stream) const {
-    launch(call_of(dtype_, x, tokens, bias, bias_dtype, residual, y, stream), device_, most_, view_.cols, view_.rows,
-           [&](const Call& part) { check(delta_spmv(view_, part), "delta_spmv"); });
+    launch(call_of(dtype_, x, tokens, bias, bias_dtype, residual, y, stream), index_, most_, view_.cols, view_.rows,
+           [&](const Call& part) { check(delta_spmv(view_, device_, part), "delta_spmv"); });
   }
 
  private:
   DeltaView view_;
   Dtype dtype_;
-  int device_;
+  int index_;
+  Device device_;
   int64_t most_;
 };
 
@@ -281,7 +281,7 @@ PYBIND11_MODULE(ALPHAPRUNE_MODULE, m) {
       .def("multiply", &WideWeight::multiply);
   py::class_<DeltaWeight>(m, "DeltaWeight")
       .def(py::init<Address, Address, Address, Address, Address, Address, Address, Address,
-                    const std::array<int64_t, 8>&, int32_t, int>())
+                    const std::array<int64_t, 7>&, int32_t, int>())
       .def("multiply", &DeltaWeight::multiply);
   py::class_<NmWeight>(m, "NmWeight")
       .def(py::init<Address, int64_t, int64_t, int32_t, int>())

@@ -1,5 +1,5 @@
-// y = x Wᵀ for up to 4 tokens from nibble-delta rows (DeltaView in launch.h). A block has a share of the rows, and each of
-// its threads a run of their packs, as long as the others': columns are sums along the run, and the next packs are
+// y = x Wᵀ for up to 4 tokens from nibble-delta rows (DeltaView in launch.h). A block has a share of the rows, and each
+// of its threads a run of their packs, as long as the others': columns are sums along the run, and the next packs are
 // always under way. Where a row ends a thread leaves its sum in shared memory; the sums of a row are added at the end,
 // in their order. x of a block of columns lies in shared memory, too: one 32-bit word per column, a float for one
 // token, two 16-bit floats for two.
@@ -9,6 +9,10 @@
 
 namespace alphaprune::cuda {
 
+constexpr int kDeltaWarps = 12;
+constexpr int kDeltaBlocks = 2;  // of a multiprocessor
+constexpr int kDeltaThreads = kDeltaWarps * kWarp;
+constexpr int kDeltaAhead = 4;   // packs of a thread that are under way
 constexpr int kDeltaPack = 8;    // values that one lane loads at once
 constexpr int kDeltaGroup = 4;   // packs whose fifth bits are one word
 constexpr int kDeltaSlack = 8;   // zeros past a block's columns, over which a row's last pack may run
@@ -34,8 +38,8 @@ template <int kTokens>
 constexpr uint32_t kDeltaColumnBytes = kTokens <= 2 ? 4 : 8;
 
 // x and the sums.
-constexpr size_t delta_shared_bytes(int tokens, int block_cols, int warps, int share_rows) {
-  const size_t sums = warps * kWarp + share_rows + kDeltaEmpty;
+constexpr size_t delta_shared_bytes(int tokens, int block_cols, int share_rows) {
+  const size_t sums = kDeltaThreads + share_rows + kDeltaEmpty;
   return static_cast<size_t>(block_cols + kDeltaSlack) * (tokens <= 2 ? 4 : 8) +
          sums * (tokens <= 2 ? tokens : 4) * sizeof(float);
 }
@@ -52,9 +56,10 @@ ALPHAPRUNE_DEVICE uint4 eight_activations(const DeltaProblem& p, int token, int 
 }
 
 // x of a block of columns on its way into shared memory, eight columns of a thread at a time.
-template <class Value, int kTokens, int kWarps>
+template <class Value, int kTokens>
 struct DeltaActivations {
-  static constexpr int kStep = 8 * kWarps * kWarp, kHead = kTokens > 2 ? 0 : 2 / kTokens, kBatch = kTokens > 2 ? 1 : 4 / kTokens;
+  static constexpr int kStep = 8 * kDeltaThreads, kHead = kTokens > 2 ? 0 : 2 / kTokens,
+                       kBatch = kTokens > 2 ? 1 : 4 / kTokens;
   int begin, end;
   uint4 head[kHead + 1][kTokens];  // none of 4 tokens: registers are too few
 
@@ -152,15 +157,9 @@ ALPHAPRUNE_DEVICE void walk_pack(uint4 values, uint32_t deltas, uint32_t fifth, 
 }
 
 // Packs of a thread of a warp, of so many lines of 32.
-template <int kWarps>
-ALPHAPRUNE_DEVICE int steps_of(int lines, int warp) {
-  return (lines - warp + kWarps - 1) / kWarps;
-}
+ALPHAPRUNE_DEVICE int steps_of(int lines, int warp) { return (lines - warp + kDeltaWarps - 1) / kDeltaWarps; }
 // Words of fifth bits of a thread in a part.
-template <int kWarps>
-ALPHAPRUNE_DEVICE int groups_of(int lines) {
-  return (steps_of<kWarps>(lines, 0) + kDeltaGroup - 1) / kDeltaGroup;
-}
+ALPHAPRUNE_DEVICE int groups_of(int lines) { return (steps_of(lines, 0) + kDeltaGroup - 1) / kDeltaGroup; }
 
 // Where a thread is in its run: the column, and the place of the sum that it makes.
 struct DeltaPlace {
@@ -203,19 +202,18 @@ ALPHAPRUNE_DEVICE void add_sums(const DeltaProblem& p, uint32_t range, float (&t
 }
 
 // A thread's run where some x of the block is not finite: its sums, or how many such x its rows keep.
-template <class Value, int kTokens, bool kFifth, bool kCount, int kWarps>
+template <class Value, int kTokens, bool kFifth, bool kCount>
 ALPHAPRUNE_DEVICE void walk_slowly(const DeltaProblem& p, int part, int steps) {
-  constexpr int kThreads = kWarps * kWarp;
-  const int thread = thread_index(), groups = groups_of<kWarps>(p.lines);
-  DeltaPlace place = place_of<kTokens>(p, load_cached(p.starts + part * kThreads + thread));
+  const int thread = thread_index(), groups = groups_of(p.lines);
+  DeltaPlace place = place_of<kTokens>(p, load_cached(p.starts + part * kDeltaThreads + thread));
   float sum[kTokens] = {};
   ALPHAPRUNE_NO_UNROLL
   for (int step = 0; step < steps; ++step) {
-    const size_t pack = (static_cast<size_t>(part) * p.lines + step * kWarps) * kWarp + thread;
-    const uint32_t begins = load_cached(p.begins + (part * p.words + step / 32) * kThreads + thread);
+    const size_t pack = (static_cast<size_t>(part) * p.lines + step * kDeltaWarps) * kWarp + thread;
+    const uint32_t begins = load_cached(p.begins + (part * p.words + step / 32) * kDeltaThreads + thread);
     uint32_t fifth = 0;
     if constexpr (kFifth)
-      fifth = load_cached(p.fifths + (part * groups + step / kDeltaGroup) * kThreads + thread) >> step % 4 * 8;
+      fifth = load_cached(p.fifths + (part * groups + step / kDeltaGroup) * kDeltaThreads + thread) >> step % 4 * 8;
     if (begins >> step % 32 & 1) leave_sum(place, sum);
     walk_pack<Value, kTokens, kFifth>(load_once(p.values + pack), load_once(p.deltas + pack), fifth, place.column,
                                       [&](const float (&x)[kTokens], float value) {
@@ -228,15 +226,15 @@ ALPHAPRUNE_DEVICE void walk_slowly(const DeltaProblem& p, int part, int steps) {
 
 // The block's part of a row's sum where some x of the block is not finite: a pruned column there makes NaN, as 0 * x
 // does in a dense layer. A row keeps every such column, or it does not.
-template <class Value, int kTokens, bool kFifth, int kWarps>
+template <class Value, int kTokens, bool kFifth>
 ALPHAPRUNE_DEVICE void add_not_finite(const DeltaProblem& p, int part, int steps, uint32_t range,
                                       float (&total)[kTokens]) {
   float kept[kTokens] = {}, present[kTokens] = {};
-  walk_slowly<Value, kTokens, kFifth, false, kWarps>(p, part, steps);
+  walk_slowly<Value, kTokens, kFifth, false>(p, part, steps);
   sync_block();
   add_sums(p, range, total);
   sync_block();
-  walk_slowly<Value, kTokens, kFifth, true, kWarps>(p, part, steps);
+  walk_slowly<Value, kTokens, kFifth, true>(p, part, steps);
   ALPHAPRUNE_NO_UNROLL
   for (int col = lane_index(); col < p.block_cols; col += kWarp) {
     float x[kTokens];
@@ -250,32 +248,32 @@ ALPHAPRUNE_DEVICE void add_not_finite(const DeltaProblem& p, int part, int steps
 }
 
 // The next packs of a thread's run, in registers or on their way.
-template <class Value, int kTokens, bool kFifth, int kWarps, int kAhead>
+template <class Value, int kTokens, bool kFifth>
 struct DeltaPacks {
-  static_assert(32 % kAhead == 0 && kAhead % kDeltaGroup == 0, "words of bits are whole groups of packs");
-  static constexpr int kThreads = kWarps * kWarp, kWords = kFifth ? kAhead / kDeltaGroup : 1;
+  static_assert(32 % kDeltaAhead == 0 && kDeltaAhead % kDeltaGroup == 0, "words of bits are whole groups of packs");
+  static constexpr int kWords = kFifth ? kDeltaAhead / kDeltaGroup : 1;
 
-  uint4 value[kAhead];
-  uint32_t delta[kAhead], fifth[kWords], now;  // now: the fifth bits of the group
-  const uint4* values;                         // where the next packs are
+  uint4 value[kDeltaAhead];
+  uint32_t delta[kDeltaAhead], fifth[kWords], now;  // now: the fifth bits of the group
+  const uint4* values;                              // where the next packs are
   const uint32_t *deltas, *fifths;
 
-  ALPHAPRUNE_DEVICE void aim(const DeltaProblem& p, int part, int step = kAhead) {
-    const size_t pack = static_cast<size_t>(opaque(part)) * p.lines * kWarp + step * kThreads + thread_index();
+  ALPHAPRUNE_DEVICE void aim(const DeltaProblem& p, int part, int step = kDeltaAhead) {
+    const size_t pack = static_cast<size_t>(opaque(part)) * p.lines * kWarp + step * kDeltaThreads + thread_index();
     values = p.values + pack;
     deltas = p.deltas + pack;
     if constexpr (kFifth)
-      fifths = p.fifths + static_cast<size_t>(opaque(part) * groups_of<kWarps>(p.lines) + step / kDeltaGroup) * kThreads +
+      fifths = p.fifths + static_cast<size_t>(opaque(part) * groups_of(p.lines) + step / kDeltaGroup) * kDeltaThreads +
                thread_index();
   }
   ALPHAPRUNE_DEVICE void advance() {
-    values += kAhead * kThreads;
-    deltas += kAhead * kThreads;
-    if constexpr (kFifth) fifths += kWords * kThreads;
+    values += kDeltaAhead * kDeltaThreads;
+    deltas += kDeltaAhead * kDeltaThreads;
+    if constexpr (kFifth) fifths += kWords * kDeltaThreads;
   }
   ALPHAPRUNE_DEVICE void load(int i) {
-    value[i] = load_once(values + i * kThreads);
-    delta[i] = load_once(deltas + i * kThreads);
+    value[i] = load_once(values + i * kDeltaThreads);
+    delta[i] = load_once(deltas + i * kDeltaThreads);
   }
   // Packs kFrom to kTo, of those that the thread has.
   template <int kFrom, int kTo>
@@ -284,7 +282,8 @@ struct DeltaPacks {
     for (int i = kFrom; i < kTo; ++i) {
       if (i < steps) load(i);
       if constexpr (kFifth) {
-        if (i % kDeltaGroup == 0 && i < steps) fifth[i / kDeltaGroup] = load_once(fifths + i / kDeltaGroup * kThreads);
+        if (i % kDeltaGroup == 0 && i < steps)
+          fifth[i / kDeltaGroup] = load_once(fifths + i / kDeltaGroup * kDeltaThreads);
       }
     }
   }
@@ -293,7 +292,7 @@ struct DeltaPacks {
     if constexpr (kFifth) {
       if (i % kDeltaGroup) return;
       now = fifth[i / kDeltaGroup];
-      if (more) fifth[i / kDeltaGroup] = load_once(fifths + i / kDeltaGroup * kThreads);
+      if (more) fifth[i / kDeltaGroup] = load_once(fifths + i / kDeltaGroup * kDeltaThreads);
     }
   }
   template <class Use>
@@ -302,15 +301,13 @@ struct DeltaPacks {
   }
 };
 
-template <int kWarps>
 ALPHAPRUNE_DEVICE const uint32_t* words_of(const DeltaProblem& p, int part) {
-  return p.begins + part * p.words * kWarps * kWarp + thread_index();
+  return p.begins + part * p.words * kDeltaThreads + thread_index();
 }
 
-template <class Value, int kTokens, bool kFifth, int kWarps, int kAhead, int kBefore>
-ALPHAPRUNE_KERNEL __launch_bounds__(kWarps* kWarp, 24 / kWarps) delta_spmv(const DeltaProblem p) {
-  constexpr int kThreads = kWarps * kWarp;
-  using Packs = DeltaPacks<Value, kTokens, kFifth, kWarps, kAhead>;
+template <class Value, int kTokens, bool kFifth>
+ALPHAPRUNE_KERNEL __launch_bounds__(kDeltaThreads, kDeltaBlocks) delta_spmv(const DeltaProblem p) {
+  using Packs = DeltaPacks<Value, kTokens, kFifth>;
   const int at = thread_index() >> p.lanes_log;  // of the row, in the share, whose sums this thread adds
   const bool there = at < p.share_rows;
   uint32_t row = ~0u;
@@ -321,27 +318,27 @@ ALPHAPRUNE_KERNEL __launch_bounds__(kWarps* kWarp, 24 / kWarps) delta_spmv(const
     const int part = block_x() * p.blocks + block;
     // Nothing that is loaded here needs another load: all lines up to p.lines may be read. x is not last, as all wait
     // for it, and not first, as the kernel before may still be making it.
-    DeltaActivations<Value, kTokens, kWarps> activations;
-    const int left = steps_of<kWarps>(p.lines, warp_index());
-    const int steps = steps_of<kWarps>(static_cast<int>(load_once(p.counts + part)), warp_index());
-    const uint32_t start = load_once(p.starts + part * kThreads + thread_index());
-    uint32_t begins = load_once(words_of<kWarps>(p, part));
+    DeltaActivations<Value, kTokens> activations;
+    const int left = steps_of(p.lines, warp_index());
+    const int steps = steps_of(static_cast<int>(load_once(p.counts + part)), warp_index());
+    const uint32_t start = load_once(p.starts + part * kDeltaThreads + thread_index());
+    uint32_t begins = load_once(words_of(p, part));
     Packs packs{};
     packs.aim(p, part, 0);
-    constexpr int kEarly = kTokens > 2 ? 0 : kAhead, kMiddle = kTokens > 2 ? 0 : kBefore;
+    constexpr int kEarly = kTokens > 2 ? 0 : kDeltaAhead, kMiddle = kEarly / 2;
     packs.template first<0, kMiddle>(left);
-    wait_for_previous();
+    wait_for_kernels_before();
     activations.first(p, block);
     packs.template first<kMiddle, kEarly>(left);
     uint32_t later = 0;
-    if (p.words > 1) later = load_once(words_of<kWarps>(p, part) + kThreads);
+    if (p.words > 1) later = load_once(words_of(p, part) + kDeltaThreads);
     if (there) row = load_once(p.rows + block_x() * p.share_rows + at);
     const uint32_t range = there ? load_once(p.sums + part * p.share_rows + at) : 0;
 
     const bool finite = !is_nan(activations.stage(p));
-    packs.template first<kEarly, kAhead>(left);
+    packs.template first<kEarly, kDeltaAhead>(left);
     if (sync_block_any(!finite)) {
-      add_not_finite<Value, kTokens, kFifth, kWarps>(p, part, steps, range, total);
+      add_not_finite<Value, kTokens, kFifth>(p, part, steps, range, total);
       continue;
     }
     float sum[kTokens] = {};
@@ -355,34 +352,36 @@ ALPHAPRUNE_KERNEL __launch_bounds__(kWarps* kWarp, 24 / kWarps) delta_spmv(const
       });
     };
     const auto next = [&](int step) {  // the next group's word of `begins`
-      begins >>= kAhead;
+      begins >>= kDeltaAhead;
       if (step % 32) return;
       begins = later;
-      if (step / 32 + 1 < p.words) later = load_once(words_of<kWarps>(p, part) + (step / 32 + 1) * kThreads);
+      if (step / 32 + 1 < p.words) later = load_once(words_of(p, part) + (step / 32 + 1) * kDeltaThreads);
     };
     int step = 0;
     ALPHAPRUNE_NO_UNROLL
-    for (; step + 2 * kAhead <= steps; next(step)) {  // cubins: main: the loop around it runs once per block of columns
-      step += kAhead;
+    while (step + 2 * kDeltaAhead <= steps) {  // cubins: main: the loop around it runs once per block of columns
+      step += kDeltaAhead;
       ALPHAPRUNE_UNROLL
-      for (int i = 0; i < kAhead; ++i) {
+      for (int i = 0; i < kDeltaAhead; ++i) {
         packs.fifths_of(i, true);
         walk(i);
         packs.load(i);
       }
       packs.advance();
+      next(step);
     }
     ALPHAPRUNE_NO_UNROLL
-    for (; step < steps; next(step)) {
+    while (step < steps) {
       const int left = steps - step;
-      step += kAhead;
+      step += kDeltaAhead;
       ALPHAPRUNE_UNROLL
-      for (int i = 0; i < kAhead; ++i) {
-        packs.fifths_of(i, i + kAhead < left);
+      for (int i = 0; i < kDeltaAhead; ++i) {
+        packs.fifths_of(i, i + kDeltaAhead < left);
         if (i < left) walk(i);
-        if (i + kAhead < left) packs.load(i);
+        if (i + kDeltaAhead < left) packs.load(i);
       }
       packs.advance();
+      next(step);
     }
     leave_sum(place, sum);
     sync_block();

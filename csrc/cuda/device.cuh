@@ -120,14 +120,15 @@ inline void sync_warps(int number, int threads) { emulator::sync_warps(number, t
 inline int popcount(uint32_t v) { return __builtin_popcount(v); }
 #endif
 ALPHAPRUNE_DEVICE int lane_index() { return thread_index() % kWarp; }
-// Where the launch allows it (launch.cuh), the next kernel may begin before this one ends; and what the kernel before
-// wrote is there after the wait. Compute capability 9.0; before it kernels run one after another.
+// Lets a kernel that was started early (start_early in launch.cuh) begin while this one still runs. Nothing before
+// compute capability 9.0, where none is.
 ALPHAPRUNE_DEVICE void let_next_begin() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-ALPHAPRUNE_DEVICE void wait_for_previous() {
+// Until the kernels before this one have ended and all that they wrote is there.
+ALPHAPRUNE_DEVICE void wait_for_kernels_before() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif

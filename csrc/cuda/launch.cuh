@@ -17,10 +17,15 @@ Status start(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t 
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   return static_cast<Status>(cudaGetLastError());
 }
-// The same of a kernel that waits for the one before it by itself (wait_for_previous) and may begin earlier.
+// The same of a kernel that waits for the one before it by itself (wait_for_kernels_before) and may begin earlier.
 template <class... Parameters, class... Arguments>
 Status start_early(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, void* stream,
                    Arguments... arguments) {
+  static const bool captured = [] {  // graphs hold such launches from 12.3 on
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12030;
+  }();
+  if (!captured) return start(kernel, blocks, threads, shared_bytes, stream, arguments...);
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;

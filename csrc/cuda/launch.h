@@ -69,40 +69,41 @@ Status allow_sbt_wgmma(int shared_bytes);
 Status allow_sbt_expand(int shared_bytes);
 
 // ---- nibble-delta rows, made from SBT at load (kernels/delta_layout.py) ----
-// Rows are dealt to shares, each done by one block of 32 * warps threads; columns are in blocks of `block_cols`. What a
-// row keeps in a block is a stream of packs of 8 values, each with its column: that of the value before plus 1 to 16,
-// or to 32 with a fifth bit, by zeros in between where a gap is wider; before a row's first is column -1. The packs of
-// a share in a block of columns, a part, lie in the order of its rows in runs, one per thread; those
-// of the first warps are a pack longer where they are not equal: line j * warps + w has the j-th packs of warp w's lanes.
-// The last runs end with up to 31 empty packs, each a row of nobody's. Parts are ordered [share][block of columns].
+// Rows are dealt to shares, each done by one block of kDeltaWarps = 12 warps; columns are in blocks of `block_cols`.
+// What a row keeps in a block is a stream of packs of 8 values, each with its column: that of the value before plus 1
+// to 16, or to 32 with a fifth bit, by zeros in between where a gap is wider; before a row's first is column -1. The
+// packs of a share in a block of columns, a part, lie in the order of its rows in runs, one per thread; those of the
+// first warps are a pack longer where they are not equal: line j * kDeltaWarps + w has the j-th packs of warp w's
+// lanes. The last runs end with up to 31 empty packs, each a row of nobody's. Parts are ordered [share][block of
+// columns].
 struct DeltaView {
   const void* values;      // [parts, lines, 32, 8], 16-bit floats, aligned to 16 bytes
   const uint32_t* deltas;  // [parts, lines, 32], the low 4 bits per value of its distance - 1 from the value before
   // [parts, (steps + 3) / 4, threads], a byte for each of 4 packs: the fifth bits of values 0, 2, 4, 6, 1, 3, 5, 7;
-  // steps = (lines + warps - 1) / warps. Null: 4 bits are all.
+  // steps = lines / kDeltaWarps, rounded up. Null: 4 bits are all.
   const uint32_t* fifths;
   const uint32_t* begins;  // [parts, words, threads], a bit per pack of a run but the first: a row begins with it
   const uint32_t* starts;  // [parts, threads], the column past that before the run + 2^16 * the number of its first sum
   const uint32_t* counts;  // [parts], lines that are in use
-  // [parts, share_rows], the first of a row's sums + 2^16 * the one past its last. A thread makes a sum of each row, and
-  // they are numbered in order of the packs.
+  // [parts, share_rows], the first of a row's sums + 2^16 * the one past its last. A thread makes a sum of each row,
+  // and they are numbered in order of the packs.
   const uint32_t* sums;
   const uint32_t* rows_of;  // [shares, share_rows], the row of W, ~0 past a share's last
   int64_t rows;             // N
   int64_t cols;             // K
   int64_t shares;
-  int64_t share_rows;  // at most 32 * warps
+  int64_t share_rows;  // at most one per thread
   int64_t lines;       // of each part in memory
   int64_t words;       // (steps + 31) / 32
   int64_t block_cols;  // a multiple of 8, at most kMostBlockCols
-  int64_t warps;
 };
 constexpr int64_t kMostDeltaTokens = 4;
+int delta_threads();                       // of a share's block
 constexpr int64_t kMostBlockCols = 20480;  // 80 KB of shared memory for up to 2 tokens, 160 KB for 4
 // As many tokens as one call may have: fewer than kMostDeltaTokens where shared memory does not hold more.
 int64_t delta_most_tokens(const DeltaView& weight, const Device& device);
 Status allow_delta_spmv(int shared_bytes);
-Status delta_spmv(const DeltaView& weight, const Call& call);
+Status delta_spmv(const DeltaView& weight, const Device& device, const Call& call);
 
 // ---- 2:4 for sparse tensor cores, made from SBT at load (kernels/nm_layout.py) ----
 // Panels of 32 rows x 128 columns, ordered [row panel][column panel], padded with zeros. A panel is, 16 bytes per lane
