@@ -166,7 +166,7 @@ def build(packed: Packed, name: str = "the weight") -> DeltaRows:
     if packed.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"{name}: nibble-delta rows hold float16 or bfloat16, got {packed.dtype}; convert the weight")
     n, k = packed.shape
-    width, fifth = block_cols(k), _fifth(packed)
+    width, fifth = block_cols(k), _wide(sbt.kept(packed) / (n * k))
     reach, blocks = REACH[fifth], -(-k // width)
     chunks = _chunks(packed)
     lengths = torch.cat([_streams(dense, keep, width, reach).length for _, dense, keep in chunks()])  # [N * blocks]
@@ -208,9 +208,10 @@ def build(packed: Packed, name: str = "the weight") -> DeltaRows:
 
 def nbytes(packed: Packed) -> int:
     """Bytes of what `build` makes, about: as though kept columns lay anywhere, each as likely as the others."""
-    (n, k), fifth = packed.shape, _fifth(packed)
-    blocks = -(-k // block_cols(k))
-    packs = _entries(packed, REACH[fifth]) / PACK / (n * blocks)
+    n, k = packed.shape
+    density, blocks = sbt.kept(packed) / (n * k), -(-k // block_cols(k))
+    fifth = _wide(density)
+    packs = _entries(density, REACH[fifth]) / PACK * k / blocks
     packs += (PACK - 1) / 2 / PACK if packs else 0  # of a row in a block of columns
     shares = _shares(n, int(packs * n * blocks), _multiprocessors(packed))
     rows = -(-n // shares)
@@ -226,16 +227,21 @@ def _multiprocessors(packed: Packed) -> int:
     return torch.cuda.get_device_properties(packed.device).multi_processor_count
 
 
-def _entries(packed: Packed, reach: int) -> float:
-    """Values and the zeros between them, if kept columns lay anywhere."""
-    weights, kept = packed.shape[0] * packed.shape[1], sbt.kept(packed)
-    skipped = (1 - kept / weights) ** reach  # the share of deltas that reach further, and further again
-    return min(kept / (1 - skipped) if kept else 0, kept + weights / reach)
+def _entries(density: float, reach: int) -> float:
+    """Values and the zeros between them per weight, if kept columns lay anywhere."""
+    skipped = (1 - density) ** reach  # the share of deltas that reach further, and further again
+    return min(density / (1 - skipped) if density else 0, density + 1 / reach)
 
 
-def _fifth(packed: Packed) -> bool:
+def _wide(density: float) -> bool:
     """Whether deltas of five bits take fewer bytes."""
-    return (2 + 5 / 8) * _entries(packed, REACH[True]) < (2 + 4 / 8) * _entries(packed, REACH[False])
+    return (2 + 5 / 8) * _entries(density, REACH[True]) < (2 + 4 / 8) * _entries(density, REACH[False])
+
+
+def bytes_per_weight(density: float) -> float:
+    """Bytes of values and deltas per weight of the dense matrix, if kept columns lay anywhere."""
+    wide = _wide(density)
+    return (2 + (5 if wide else 4) / 8) * _entries(density, REACH[wide])
 
 
 def _shares(n: int, packs: int, multiprocessors: int) -> int:

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from alphaprune.kernels import delta_layout
 from alphaprune.kernels.table import DENSE, Curve, Gpu, Table
 
 UNIT = 1024
@@ -51,9 +52,9 @@ RATES = {
 # shared memory, simulated for sbt_mma and one for each load or store elsewhere. A test holds them to the counted rows.
 COUNTS: dict[str, dict[tuple[str, int], tuple[float, float]]] = {
     "sm_80": {
-        ("delta_spmv", 1): (188.0, 40.0),
-        ("delta_spmv", 2): (286.0, 40.0),
-        ("delta_spmv", 4): (416.0, 40.0),
+        ("delta_spmv", 1): (247.0, 46.0),
+        ("delta_spmv", 2): (354.0, 50.0),
+        ("delta_spmv", 4): (481.0, 50.0),
         ("nm_mma_sp", 8): (15.5, 5.0),
         ("nm_mma_sp", 16): (22.5, 7.0),
         ("nm_mma_sp", 32): (36.75, 11.0),
@@ -70,9 +71,9 @@ COUNTS: dict[str, dict[tuple[str, int], tuple[float, float]]] = {
         ("sbt_mma_int8", 128): (374.5, 86.38),
     },
     "sm_90a": {
-        ("delta_spmv", 1): (191.0, 40.0),
-        ("delta_spmv", 2): (287.0, 40.0),
-        ("delta_spmv", 4): (420.0, 40.0),
+        ("delta_spmv", 1): (255.0, 46.0),
+        ("delta_spmv", 2): (358.0, 50.0),
+        ("delta_spmv", 4): (487.0, 50.0),
         ("nm_mma_sp", 8): (15.25, 5.25),
         ("nm_mma_sp", 16): (22.0, 7.0),
         ("nm_mma_sp", 32): (36.25, 11.0),
@@ -147,7 +148,7 @@ def _call(
     issued, wavefronts = counts[kernel, size]
     units = weights / UNIT * (density if kernel == "delta_spmv" else 1)
     if kernel == "delta_spmv":
-        packed = weights * 2.5 * density
+        packed = weights * delta_layout.bytes_per_weight(density)
     elif kernel == "nm_mma_sp":
         packed = weights * 9 / 8
     per_clock = 0 if kernel == "delta_spmv" else rates.fmas * (2 if kernel == "nm_mma_sp" else 1)
