@@ -95,6 +95,7 @@ struct DeltaActivations {
   }
   ALPHAPRUNE_DEVICE void store(const uint4 (&x)[kTokens], int col, float& poison) const {
     const uint32_t at = shared_start() + col * kDeltaColumnBytes<kTokens>;
+    uint32_t column[8];
     ALPHAPRUNE_UNROLL
     for (int i = 0; i < 4; ++i) {
       float low[kTokens], high[kTokens];
@@ -104,14 +105,24 @@ struct DeltaActivations {
         poison += poison_of(low[t]) + poison_of(high[t]);
       }
       if constexpr (kTokens == 1) {
-        store_shared_u64(at + 8 * i, {bits_of(low[0]), bits_of(high[0])});
+        column[2 * i] = bits_of(low[0]), column[2 * i + 1] = bits_of(high[0]);
       } else if constexpr (kTokens == 2) {
         const uint32_t a = word_of(x[0], i), b = word_of(x[1], i);
-        store_shared_u64(at + 8 * i, {pick_bytes<0x5410>(a, b), pick_bytes<0x7632>(a, b)});
+        column[2 * i] = pick_bytes<0x5410>(a, b), column[2 * i + 1] = pick_bytes<0x7632>(a, b);
       } else {
         const uint32_t a = word_of(x[0], i), b = word_of(x[1], i), c = word_of(x[2], i), d = word_of(x[3], i);
         store_shared_u128(at + 16 * i, {pick_bytes<0x5410>(a, b), pick_bytes<0x5410>(c, d), pick_bytes<0x7632>(a, b),
                                         pick_bytes<0x7632>(c, d)});
+      }
+    }
+    if constexpr (kTokens <= 2) {  // four of eight lanes write their halves the other way round: all banks at once
+      const bool turned = lane_index() & 4;
+      ALPHAPRUNE_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        uint32_t four[4];
+        ALPHAPRUNE_UNROLL
+        for (int j = 0; j < 4; ++j) four[j] = turned ? column[4 - 4 * i + j] : column[4 * i + j];
+        store_shared_u128(at + (turned ? 16 - 16 * i : 16 * i), {four[0], four[1], four[2], four[3]});
       }
     }
   }
