@@ -32,7 +32,14 @@ CUDA = ROOT / "csrc" / "cuda"
 ARCHITECTURES = ("sm_80", "sm_90a")
 UNIT = 1024
 COLUMNS = ("instr", "alu", "popc", "lsu", "hmma", "fma", "uniform", "control")
-TEMPLATES = ("sbt_mma<", "sbt_mma_int8<", "nm_mma_sp<", "delta_spmv<")  # kernels with <value type, tiles or tokens>
+TEMPLATES = (
+    "sbt_mma<",
+    "sbt_mma_int8<",
+    "nm_mma_sp<",
+    "nm_mma_sp_sm90<",
+    "delta_spmv<",
+)  # kernels with <value type, tiles or tokens>
+HOPPER = ("sbt_wgmma<", "nm_mma_sp_sm90<")  # kernels of sm_90a
 # Weights of the dense matrix that an instruction multiplies by eight tokens, and the registers of operands a and b.
 PRODUCTS = {
     "HMMA.SP.16832": (512, 4, 4),
@@ -78,6 +85,10 @@ SHARED = {
     "sbt_wgmma": ("cuda/sbt_wgmma.cuh", "wide_shared_bytes({0}, 2, half(1))"),
     "sbt_expand": ("cuda/sbt_expand.cuh", "expand_shared_bytes(half(kChunk))"),
     "nm_mma_sp": ("cuda/nm_mma_sp.cuh", "nm_shared_bytes({0})"),
+    "nm_mma_sp_sm90": (
+        "cuda/nm_mma_sp_sm90.cuh",
+        "StreamProblem{{{{}}, 0, 7, {0} < 2 ? 1 : 2, 4, 1, 1, 1, true}}.shared_bytes({0})",
+    ),
     "delta_spmv": ("cuda/delta_spmv.cuh", "delta_shared_bytes({0}, 4096, 109)"),
 }
 HALF = """unsigned half(int tiles, unsigned size = 2) {
@@ -240,7 +251,7 @@ def rows(source: Path, arch: str, pattern: str = "", options: tuple[str, ...] = 
         kernels = [(kernel, symbol) for kernel, symbol in kernels if re.search(pattern, kernel)]
         dynamic = dynamic_shared([kernel for kernel, _ in kernels], folder) if ours(source) else {}
     for kernel, symbol in kernels:
-        if kernel.startswith("sbt_wgmma<") and arch != "sm_90a":
+        if kernel.startswith(HOPPER) and arch != "sm_90a":
             continue  # empty there, and never started
         use, block = used[symbol], threads(parts.get(f".nv.info.{symbol}", b""))
         shared = use.shared + dynamic.get(kernel, 0)

@@ -190,6 +190,8 @@ def bind_nm(packed: Packed) -> Bound:
     index = packed.device.index or 0
     _device(index)
     panels = nm_layout.build(packed)
+    if packed.device.type == "cuda":  # the kernel may read the weight before those before it in the stream have ended
+        torch.cuda.current_stream(packed.device).synchronize()
     made = load().NmWeight(panels.panels.data_ptr(), *packed.shape, native.DTYPES[packed.dtype], index)
     return _bound(made, packed, panels)
 

@@ -24,7 +24,10 @@ _regions: list[mmap.mmap] = []  # never unmapped while tests run
 
 def build(name: str, folder: Path, changes: dict[str, str] | None = None, optimize: str = "-O1") -> ctypes.CDLL:
     """tests/native/NAME_face.cpp as a library; changes: text of csrc/cuda/*.cuh that is replaced before compiling."""
-    source, others = folder / "csrc", ("cpu", "sbt_mma*", "sbt_expand*", *(["sbt_wgmma*"] if name != "wgmma" else []))
+    source, others = (
+        folder / "csrc",
+        ["cpu", "sbt_mma*", "sbt_expand*", "nm_mma_sp*" if name == "wgmma" else "sbt_wgmma*"],
+    )
     shutil.copytree(ROOT / "csrc", source, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*others))
     for old, new in (changes or {}).items():
         files = [file for file in (source / "cuda").glob("*.cuh") if old in file.read_text()]

@@ -26,6 +26,7 @@ GATES = {
     "sbt_mma_int8": {"instr": 210, "alu": 90, "popc": 10, "lsu": 45, "wavefronts": 55},
     "delta_spmv": {"instr": 260},
     "nm_mma_sp": {"instr": 16},
+    "nm_mma_sp_sm90": {"instr": 18},
 }
 
 
@@ -62,7 +63,7 @@ def test_main_loops_stay_within_their_gates(kernels: list[dict]) -> None:
     gated = {(row["kernel"].partition("<")[0], row["arch"], row["dtype"]) for row in kernels if gates_of(row)}
     names = {row["kernel"].partition("<")[0] for row in kernels}
     for name, arch in itertools.product(names & GATES.keys(), cubins.ARCHITECTURES):
-        assert (name, arch, "bfloat16") in gated
+        assert (name, arch, "bfloat16") in gated or (arch != "sm_90a" and f"{name}<" in cubins.HOPPER)
     over = [
         f"{row['kernel']} {row['arch']}: {column} {row[column]} > {limit}"
         for row in kernels

@@ -223,20 +223,21 @@ class DeltaWeight {
 class NmWeight {
  public:
   NmWeight(Address panels, int64_t rows, int64_t cols, int32_t dtype, int device)
-      : view_{at<const void>(panels), rows, cols}, dtype_(half_of(dtype)), device_(device) {
+      : view_{at<const void>(panels), rows, cols}, dtype_(half_of(dtype)), index_(device), device_(described(device)) {
     if (panels % 16) throw std::invalid_argument("panels start on 16 bytes");
   }
 
   void multiply(Address x, int64_t tokens, Address bias, int32_t bias_dtype, Address residual, Address y,
                 Address stream) const {
-    launch(call_of(dtype_, x, tokens, bias, bias_dtype, residual, y, stream), device_, kMostNmTokens, view_.cols,
-           view_.rows, [&](const Call& part) { check(nm_mma_sp(view_, part), "nm_mma_sp"); });
+    launch(call_of(dtype_, x, tokens, bias, bias_dtype, residual, y, stream), index_, kMostNmTokens, view_.cols,
+           view_.rows, [&](const Call& part) { check(nm_mma_sp(view_, device_, part), "nm_mma_sp"); });
   }
 
  private:
   NmView view_;
   Dtype dtype_;
-  int device_;
+  int index_;
+  Device device_;
 };
 
 }  // namespace

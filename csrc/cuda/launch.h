@@ -117,6 +117,14 @@ struct NmView {
 };
 constexpr int64_t kMostNmTokens = 64;  // of one call of nm_mma_sp
 Status allow_nm_mma_sp(int shared_bytes);
-Status nm_mma_sp(const NmView& weight, const Call& call);
+Status allow_nm_mma_sp_sm90(int shared_bytes);
+Status nm_mma_sp(const NmView& weight, const Device& device, const Call& call);
+// How nm_mma_sp_sm90 shares the work; 0: chosen.
+struct NmShare {
+  int group;   // panels of rows that a block has at a time, 1 to 8
+  int splits;  // blocks of a cluster that share the columns: 1, 2, 4 or 8
+};
+// The same on compute capability 9.0, where x starts on 16 bytes and has a multiple of 8 columns.
+Status nm_mma_sp_sm90(const NmView& weight, NmShare wanted, const Device& device, const Call& call);
 
 }  // namespace alphaprune::cuda

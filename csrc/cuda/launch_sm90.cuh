@@ -49,19 +49,23 @@ inline Status map_matrix(const Matrix& matrix, int box_rows, int box_cols, Dtype
   return made == CUDA_SUCCESS ? 0 : static_cast<Status>(cudaErrorInvalidValue);
 }
 
+// early: the kernel may begin while those before it in the stream still run, where they let it, and waits for them by
+// itself before it reads or writes what they may write or read.
 template <class... Parameters, class... Arguments>
 Status start_cluster(void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads, size_t shared_bytes,
-                     void* stream, Arguments... arguments) {
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+                     bool early, void* stream, Arguments... arguments) {
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = static_cast<unsigned>(blocks);
   config.blockDim = static_cast<unsigned>(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = early ? 2 : 1;
   return static_cast<Status>(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 #else
@@ -80,7 +84,7 @@ inline Status map_matrix(const Matrix& matrix, int box_rows, int box_cols, Dtype
 }
 
 template <class... Parameters, class... Arguments>
-Status start_cluster(void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads, size_t shared_bytes,
+Status start_cluster(void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads, size_t shared_bytes, bool,
                      void*, Arguments... arguments) {
   last_failure() = emulator::launch(
       {static_cast<unsigned>(blocks), 1, 1}, threads, shared_bytes, [&] { kernel(arguments...); }, order(), tracing(),

@@ -39,7 +39,7 @@ Status allow_nm_mma_sp(int bytes) {
   return allow_all<Float16>(bytes);
 }
 
-Status nm_mma_sp(const NmView& weight, const Call& call) {
+Status nm_mma_sp(const NmView& weight, const Device& device, const Call& call) {
   const NmProblem p{static_cast<const uint4*>(weight.panels),
                     static_cast<const uint16_t*>(call.x),
                     {call.bias, static_cast<const uint16_t*>(call.residual), static_cast<uint16_t*>(call.y),
@@ -48,6 +48,10 @@ Status nm_mma_sp(const NmView& weight, const Call& call) {
                     static_cast<int>(call.tokens),
                     static_cast<int>(ceil_div(weight.cols, kNmCols)),
                     reinterpret_cast<uintptr_t>(call.x) % 16 == 0 && weight.cols % 8 == 0};
+  // Few tokens of few rows: a block for each panel of rows is as fast, and has less to begin and to end.
+  const bool rows = ceil_div(weight.rows, kNmRows) > 2 * int64_t{device.multiprocessors};
+  if (device.capability == 90 && p.eights && (rows || p.tokens > 16))
+    return nm_mma_sp_sm90(weight, {0, 0}, device, call);
   const bool whole = p.eights && weight.cols % kNmCols == 0;
   return call.dtype == Dtype::bfloat16 ? by_tokens<Bfloat16>(p, whole, call.stream)
                                        : by_tokens<Float16>(p, whole, call.stream);

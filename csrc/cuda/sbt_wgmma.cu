@@ -4,12 +4,16 @@
 namespace alphaprune::cuda {
 namespace {
 
+// A block's beginning and end, and those of blocks that add up, take as long as so many stages: an estimate.
+constexpr int64_t kStart = 2, kSharing = 2;
+
 // As many blocks of a cluster as let the device end soonest: waves of blocks times the stages that each walks.
 int splits_for(int64_t row_blocks, int64_t chunks, const Device& device) {
   int best = 1;
   int64_t least = 0;
   for (int splits = 1; splits <= kWideMostSplits && splits <= chunks; splits *= 2) {
-    const int64_t time = ceil_div(row_blocks * splits, device.multiprocessors) * ceil_div(chunks, splits);
+    const int64_t stages = ceil_div(chunks, splits) + kStart + (splits > 1 ? kSharing : 0);
+    const int64_t time = ceil_div(row_blocks * splits, device.multiprocessors) * stages;
     if (splits > 1 && time >= least) continue;
     best = splits;
     least = time;
@@ -23,7 +27,7 @@ Status run(WideProblem p, const TensorMap& x, const Device& device, void* stream
   for (p.stages = kWideMostStages; p.stages > 2 && shared() > static_cast<size_t>(device.shared_bytes);) --p.stages;
   const int64_t row_blocks = ceil_div(p.row_tiles, kWideTiles);
   return start_cluster(sbt_wgmma<Value, kTokens>, row_blocks * p.splits, p.splits, wide_threads(kTokens), shared(),
-                       stream, p, x);
+                       false, stream, p, x);
 }
 
 template <class Value>

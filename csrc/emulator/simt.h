@@ -8,6 +8,7 @@
 // What it cannot show: times, the order in which a real scheduler runs warps, and memory shared between blocks.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -18,6 +19,9 @@
 #include <memory>
 #include <string>
 #include <vector>
+
+// Under its own name: a fortified one takes a jump to another stack, which fibers are made of, for a mistake.
+extern "C" [[noreturn]] void alphaprune_jump(jmp_buf to, int value) __asm__("_longjmp");
 
 namespace alphaprune::emulator {
 
@@ -81,7 +85,9 @@ struct Sums {
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // where it starts
+  jmp_buf where;       // and where it goes on: without the system calls of a switch of contexts
+  bool started = false;
   std::unique_ptr<char[]> stack;
   bool done = false;
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
@@ -129,9 +135,12 @@ struct Block {
   bool any[2] = {};  // of sync_block_any, by the last bit of the epoch
   Meeting meetings[16];
   std::vector<Mbarrier> mbarriers;
-  // Where there are some: what each warp knows of the others' clocks, which go on when one arrives; and by 16 bytes of
-  // shared memory the clocks of the last reads, to tell what a copy overwrites too early.
-  std::vector<std::vector<uint32_t>> clocks, read_at;
+  // Where there are barriers in shared memory: what each warp knows of the others' clocks, which go on when one
+  // arrives.
+  std::vector<std::vector<uint32_t>> clocks;
+  // By 16 bytes of shared memory and warp: 1 + the warp's epoch of its last read; and, where there are such barriers,
+  // its clock then, to tell what a copy overwrites too early.
+  std::vector<uint32_t> read_in, read_at;
 };
 
 struct Machine {
@@ -143,7 +152,7 @@ struct Machine {
   int cluster_arrived = 0;
   uint64_t progress = 0;
   int current = 0;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   std::function<void()> body;
   std::string failure;
   bool tracing = false;
@@ -161,9 +170,14 @@ inline Fiber& fiber() { return machine().fibers[machine().current]; }
 inline Warp& warp() { return block().warps[warp_index()]; }
 
 inline void yield() {
-  Machine& m = machine();
-  const int me = m.current;
-  swapcontext(&m.fibers[me].context, &m.scheduler);
+  if (!_setjmp(fiber().where)) alphaprune_jump(machine().scheduler, 1);
+}
+// The current fiber goes on until it yields.
+__attribute__((noinline)) inline void resume() {
+  if (_setjmp(machine().scheduler)) return;
+  if (fiber().started) alphaprune_jump(fiber().where, 1);
+  fiber().started = true;
+  setcontext(&fiber().context);
 }
 
 // Ends the launch with this sentence.
@@ -192,6 +206,11 @@ inline void start() {
 // Barriers.
 inline void pass_barrier(Block& b) {
   b.any[++b.epoch & 1] = false;  // all have read it: they have met since
+  for (Warp& w : b.warps) ++w.epoch;
+  for (Warp& w : b.warps) {
+    w.met.resize(b.warps.size());
+    for (size_t other = 0; other < b.warps.size(); ++other) w.met[other] = b.warps[other].epoch;
+  }
   for (size_t w = 0; w < b.clocks.size(); ++w) ++b.clocks[w][w];
   for (auto& known : b.clocks)
     for (size_t w = 0; w < b.clocks.size(); ++w) known[w] = std::max(known[w], b.clocks[w][w] - 1);
@@ -283,6 +302,18 @@ inline bool ordered(int16_t other, uint16_t other_warp, uint32_t block_epoch, ui
   return other_warp < warp().met.size() && warp_epoch < warp().met[other_warp];
 }
 
+// Whether what warps read of these 16 bytes has happened for this one.
+inline bool readers_met(uint32_t address) {
+  const Block& b = block();
+  const Warp& mine = warp();
+  const size_t count = b.warps.size(), here = warp_index();
+  for (size_t w = 0; w < count; ++w) {
+    const uint32_t read = b.read_in[address / 16 * count + w];
+    if (read && (w == here ? read > mine.epoch : w >= mine.met.size() || read > mine.met[w])) return false;
+  }
+  return true;
+}
+
 inline std::string who(int16_t thread) {
   return thread >= 0 ? "thread " + std::to_string(thread) : std::string("other threads");
 }
@@ -292,7 +323,11 @@ inline void touch(const char* kind, uint32_t address, uint32_t bytes, bool write
   check_range(kind, address, bytes);
   const auto here = static_cast<uint16_t>(warp_index());
   const auto me = static_cast<int16_t>(thread_index());
-  if (!write && !m.read_at.empty()) m.read_at[address / 16][here] = m.clocks[here][here];
+  if (!write) {
+    const size_t place = address / 16 * m.warps.size() + here;
+    m.read_in[place] = warp().epoch + 1;
+    if (!m.read_at.empty()) m.read_at[place] = m.clocks[here][here];
+  }
   for (uint32_t i = address; i < address + bytes; ++i) {
     Shadow& s = m.shadow[i];
     const auto at = [&] { return std::string(kind) + " byte " + std::to_string(i) + " of shared memory"; };
@@ -306,7 +341,8 @@ inline void touch(const char* kind, uint32_t address, uint32_t bytes, bool write
     if (write) {
       if (s.read_cluster == machine().cluster_epoch + 1)
         fail(at() + " races with a read of another block: a barrier of the cluster is missing");
-      if (!ordered(s.reader, s.reader_warp, s.read_block, s.read_warp))
+      if (!ordered(s.reader, s.reader_warp, s.read_block, s.read_warp) &&
+          (s.reader != Shadow::kWarps || !readers_met(i)))
         fail(at() + " races with a read of " + who(s.reader) + ": a barrier is missing");
       s.valid = true;
       s.barrier = -1;
@@ -465,7 +501,7 @@ inline void run_blocks(Order order) {
         for (int t = first; t < last && m.failure.empty(); ++t) {
           if (m.fibers[turns[t]].done) continue;
           m.current = turns[t];
-          swapcontext(&m.scheduler, &m.fibers[turns[t]].context);
+          resume();
         }
         if (order != Order::warps_apart) break;
       }
@@ -492,11 +528,17 @@ inline std::string launch(Size grid, int threads, size_t shared_bytes, const std
   for (unsigned y = 0; y < grid.y; ++y)
     for (unsigned x = 0; x < grid.x; x += cluster) {
       for (unsigned i = 0; i < cluster; ++i) {
-        Block& b = m.blocks[i] = Block{};
+        Block& b = m.blocks[i];
+        Block next;  // with the memory of the one before, which is large
+        next.memory.swap(b.memory);
+        next.shadow.swap(b.shadow);
+        next.read_in.swap(b.read_in);
+        b = std::move(next);
         b.index = {x + i, y, 0};
         b.memory.assign(shared_bytes, kPoison);
         b.shadow.assign(shared_bytes, Shadow{});
         b.warps.assign((threads + kWarp - 1) / kWarp, Warp{});
+        b.read_in.assign((shared_bytes / 16 + 1) * b.warps.size(), 0);
       }
       m.cluster_epoch = 0;
       m.cluster_arrived = 0;

@@ -30,7 +30,7 @@ inline void mbarrier_init(uint32_t at, uint32_t arrivals) {
     const size_t warps = b.warps.size();
     b.clocks.assign(warps, std::vector<uint32_t>(warps, 0));
     for (size_t w = 0; w < warps; ++w) b.clocks[w][w] = 1;
-    b.read_at.assign(b.memory.size() / 16 + 1, std::vector<uint32_t>(warps, 0));
+    b.read_at.assign(b.read_in.size(), 0);
   }
   for (const Mbarrier& other : b.mbarriers)
     if (other.at == at) fail("a barrier is made twice");
@@ -128,7 +128,7 @@ inline void copy_to_barrier(uint32_t to, uint32_t bytes, uint32_t at, std::funct
       fail(text() + "races with a write of " + who(s.writer) + ": a barrier is missing");
     if (i % 16 == 0)
       for (size_t w = 0; w < b.clocks.size(); ++w)
-        if (static_cast<int>(w) != here && b.read_at[i / 16][w] > b.clocks[here][w])
+        if (static_cast<int>(w) != here && b.read_at[i / 16 * b.clocks.size() + w] > b.clocks[here][w])
           fail(text() + "races with a read of warp " + std::to_string(w) + ": an arrival or a wait is missing");
     b.memory[i] = kPoison;
     s = Shadow{};
