@@ -40,9 +40,7 @@ def kept(n: int, k: int, keep: int, of: int) -> Tensor:
     return (order < keep).flatten(1)[:, :k]
 
 
-def multiply(
-    kernel, panels: nm_layout.NmPanels, x: Tensor, device=A100, share=(0, 0), **options
-) -> tuple[str, Tensor]:
+def multiply(kernel, panels: nm_layout.NmPanels, x: Tensor, device=A100, share=(0, 0), **options) -> tuple[str, Tensor]:
     """device: capability, multiprocessors, bytes of shared memory; share: panels of a unit, blocks of a cluster."""
     counts = [*panels.shape, *device, *share]
     return cuda_face.run(kernel, [panels.panels], counts, x, panels.shape[0], **options)
@@ -182,9 +180,7 @@ def not_finite(kernel, device=A100, share=(0, 0)) -> None:
         assert_product(y, x, weight)
 
 
-@pytest.mark.parametrize(
-    ("device", "share"), [(A100, (0, 0)), (TINY, (0, 0)), (TINY, (1, 2)), (TINY, (2, 1))]
-)
+@pytest.mark.parametrize(("device", "share"), [(A100, (0, 0)), (TINY, (0, 0)), (TINY, (1, 2)), (TINY, (2, 1))])
 def test_not_finite_activations_are_as_in_a_dense_layer(kernel, device, share) -> None:
     not_finite(kernel, device, share)
 
