@@ -78,6 +78,10 @@ COUNTS: dict[str, dict[tuple[str, int], tuple[float, float]]] = {
         ("nm_mma_sp", 16): (22.0, 7.0),
         ("nm_mma_sp", 32): (36.25, 11.0),
         ("nm_mma_sp", 64): (64.0, 20.0),
+        ("nm_mma_sp_sm90", 8): (13.25, 3.75),
+        ("nm_mma_sp_sm90", 16): (18.0, 4.75),
+        ("nm_mma_sp_sm90", 32): (26.75, 7.5),
+        ("nm_mma_sp_sm90", 64): (56.75, 11.0),
         ("sbt_mma", 8): (215.0, 64.77),
         ("sbt_mma", 16): (230.5, 64.77),
         ("sbt_mma", 32): (242.0, 65.34),
@@ -96,6 +100,7 @@ COUNTS: dict[str, dict[tuple[str, int], tuple[float, float]]] = {
 }
 MOST = {"delta_spmv": 4, "nm_mma_sp": 64, "sbt_mma": 128, "sbt_wgmma": 256}  # tokens of one call
 INT8 = {"sbt_mma": "sbt_mma_int8"}  # compiled kernels that multiply int8 values: under what name they are counted
+SM90 = {"nm_mma_sp": "nm_mma_sp_sm90"}  # what runs for it on sm_90a
 EXPANDED = ("sbt_expand", "triton_expand")
 
 
@@ -126,12 +131,13 @@ def seconds(
         return 2 * LAUNCH + memory(packed + 4 * weights / CACHE) + max(memory(passing), multiplied)
     most, counts = MOST.get(kernel), COUNTS[rates.arch]
     kernel = INT8.get(kernel, "") if itemsize == 1 else kernel
-    sizes = sorted(m for name, m in counts if name == kernel)
+    counted = SM90[kernel] if kernel in SM90 and rates.arch == "sm_90a" else kernel
+    sizes = {m: found for (name, m), found in sorted(counts.items()) if name == counted}
     if most is None or not sizes:
         return None
     calls, last = divmod(tokens, most)
     parts = [most] * calls + ([last] if last else [])
-    return sum(_call(kernel, rates, weights, density, packed, part, sizes, counts) for part in parts)
+    return sum(_call(kernel, rates, weights, density, packed, part, sizes) for part in parts)
 
 
 def _call(
@@ -141,11 +147,10 @@ def _call(
     density: float,
     packed: float,
     tokens: int,
-    sizes: list[int],
-    counts: dict[tuple[str, int], tuple[float, float]],
+    sizes: dict[int, tuple[float, float]],
 ) -> float:
     size = next(m for m in sizes if m >= tokens)
-    issued, wavefronts = counts[kernel, size]
+    issued, wavefronts = sizes[size]
     units = weights / UNIT * (density if kernel == "delta_spmv" else 1)
     if kernel == "delta_spmv":
         packed = weights * delta_layout.bytes_per_weight(density)

@@ -26,7 +26,7 @@ GATES = {
     "sbt_mma_int8": {"instr": 210, "alu": 90, "popc": 10, "lsu": 45, "wavefronts": 55},
     "delta_spmv": {"instr": 260},
     "nm_mma_sp": {"instr": 16},
-    "nm_mma_sp_sm90": {"instr": 18},
+    "nm_mma_sp_sm90": {"instr": 14},
 }
 
 

@@ -115,8 +115,8 @@ PLANTED_SM90 = {
         "wait is missing|deadlock",
     ),
     "the panel of the next slot": (
-        "const int panel = slot * kPanels + q;",
-        "const int panel = slot * kPanels + q + 1;",
+        "panel = warp % p.group,",
+        "panel = (warp + 1) % p.group,",
         WRONG,
     ),
     "a slice forgotten": (
@@ -129,7 +129,7 @@ PLANTED_SM90 = {
         "for (int from = 1; from < p.splits; ++from)\n      for",
         WRONG,
     ),
-    "x not probed": ("mma_sparse<0, Value>(probe, b[t], b[t], kAnyPlaces);", ";", WRONG),
+    "x not probed": ("mma_sparse<0, Value>(probe, b[t], b[t], word_of(words, 0));", ";", WRONG),
     "three steps probed": ("step < kNmSteps; ++step) probes", "step < kNmSteps - 1; ++step) probes", WRONG),
     "flags of other blocks forgotten": ("load(shared.flags + at, from)", "load(shared.flags + at, rank)", WRONG),
     "a pruned infinity forgotten": (

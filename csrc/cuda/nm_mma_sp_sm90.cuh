@@ -18,7 +18,6 @@ constexpr int kStreamMostSplits = 8;  // blocks of a cluster: all that every dev
 constexpr uint32_t kPanelBytes = kNmPanel * 16;
 constexpr uint32_t kStreamFlags = (kStreamWarps + 1) * sizeof(float);
 constexpr int kStreamBox = kSwizzleBytes / 2;  // columns of a box of x
-constexpr uint32_t kAnyPlaces = 0x44444444u;   // metadata that selects the first two of four
 
 static_assert(kNmCols == 2 * kStreamBox, "a stage has two boxes of x");
 
@@ -189,14 +188,14 @@ ALPHAPRUNE_DEVICE void multiply_panels(const StreamProblem& p, const StreamShare
   for (int unit = cluster; unit < p.units; unit += p.clusters) {
     const int panels = panels_of(p, unit);
     // In a stage; who has no panel takes the last one there is, for nothing.
-    const uint32_t at = shared.weight + (panel < panels ? panel : panels - 1) * kPanelBytes + lane * 16;
+    const uint32_t at = opaque(shared.weight + (panel < panels ? panel : panels - 1) * kPanelBytes + lane * 16);
     // probe: fragments of x times themselves, finite only where all of x is, whatever the metadata selects.
     float sum[2][kTiles][4] = {}, probe[4] = {};
     past += columns.end - columns.begin;
     ALPHAPRUNE_NO_UNROLL
     for (; stage < past; stage += p.slices) {  // cubins: main: the loop around it runs once per unit of work
       mbarrier_wait(shared.full(index), parity);
-      const uint32_t x = shared.x + index * kX + mine, weight = at + index * p.group * kPanelBytes;
+      const uint32_t x = opaque(shared.x + index * kX + mine), weight = opaque(at + index * p.group * kPanelBytes);
       const uint4 words = load_shared_u128(weight + kNmFragments * kWarp * 16);
       ALPHAPRUNE_UNROLL
       for (int step = 0; step < kNmSteps; ++step) {
@@ -210,8 +209,8 @@ ALPHAPRUNE_DEVICE void multiply_panels(const StreamProblem& p, const StreamShare
         for (int t = 0; t < kTiles; ++t) {
           ALPHAPRUNE_UNROLL
           for (int r = 0; r < 2; ++r)
-            multiply<Value>(sum[r][t], a[r], b[t], word_of(words, 2 * r + step / 2), step % 2);
-          if (probes >> step & 1u) mma_sparse<0, Value>(probe, b[t], b[t], kAnyPlaces);
+            multiply<Value>(sum[r][t], a[r], b[t], word_of(words, step / 2 + 2 * r), step % 2);
+          if (probes >> step & 1u) mma_sparse<0, Value>(probe, b[t], b[t], word_of(words, 0));
         }
       }
       sync_warp();  // every lane has read
