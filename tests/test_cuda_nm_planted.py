@@ -114,11 +114,7 @@ PLANTED_SM90 = {
         "index -= p.stages;",
         "wait is missing|deadlock",
     ),
-    "the panel of the next slot": (
-        "panel = warp % p.group,",
-        "panel = (warp + 1) % p.group,",
-        WRONG,
-    ),
+    "another panel": ("(panel < panels ? panel :", "(panel < panels ? panels - 1 - panel :", WRONG),
     "a slice forgotten": (
         "for (int slice = 0; slice < p.slices; ++slice) {",
         "for (int slice = 1; slice < p.slices; ++slice) {",
