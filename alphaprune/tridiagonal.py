@@ -11,18 +11,24 @@ counting signs (Givens 1954; Barth, Martin, Wilkinson 1967), all at the same tim
 
 import contextlib
 import importlib.util
+import logging
+import sys
 import threading
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from alphaprune.files import first_line
 from alphaprune.gram import full_float32
 
 PANEL = 32  # columns between two updates of the whole matrix
 TILE = 128  # rows and columns of A that one program multiplies
 LARGEST = 1 << 14  # rows: one program holds vectors of so many
 STEPS = {torch.float32: 34, torch.float64: 58}  # halvings of an interval: a few bits more than the dtype has
+
+
+log = logging.getLogger("alphaprune")
 
 
 class Unusable(RuntimeError):
@@ -96,15 +102,18 @@ class Recorder:
         self._lock = threading.Lock()
 
     def __call__(self, matrices: Tensor) -> tuple[Tensor, Tensor]:
-        """See `reduce`. Batches that the memory has no room for a copy of are reduced without a graph."""
+        """See `reduce`. Where no graph can be made, for want of memory most likely, there is none from then on."""
         alike = matrices.device, matrices.dtype, matrices.shape
         with self._lock:
             if alike != self._alike:
                 self._alike, self._count, self._recorded = alike, 0, None
             self._count += 1
             if self._recorded is None and self._count > self._since:
-                with contextlib.suppress(torch.OutOfMemoryError):
+                try:
                     self._recorded = _record(matrices)
+                except RuntimeError as reason:  # torch's for no memory, too
+                    log.warning("eigenvalues without a CUDA graph, because %s", first_line(reason))
+                    self._since = sys.maxsize
             if self._recorded is None:
                 return reduce(matrices)
             graph, given, main, beside = self._recorded

@@ -111,7 +111,7 @@ def test_a_graph_repeats_it(device: str, dtype: torch.dtype) -> None:
         assert_solved(symmetric(3, 200), dtype, device)
 
 
-def test_what_is_recorded_when(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_recorded_when(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     """From the second batch that is like the one before on, if there is memory."""
     said, room = [], [True]
 
@@ -142,8 +142,11 @@ def test_what_is_recorded_when(monkeypatch: pytest.MonkeyPatch) -> None:
     said.clear()
     room[0], recorder = False, tridiagonal.Recorder(since=0)
     recorder(small)
+    room[0] = True
     recorder(small)
-    assert said == ["reduce", "reduce"]
+    assert said == ["reduce", "reduce"] and caplog.messages == [
+        "eigenvalues without a CUDA graph, because CUDA out of memory"
+    ]
     with tridiagonal.recording(recorder):
         assert tridiagonal._recorder is recorder
     assert tridiagonal._recorder is None
