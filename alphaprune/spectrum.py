@@ -70,12 +70,14 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def choose(need: Need, shape: tuple[int, int], device: torch.device, solver: str = "auto") -> Solver:
-    """The cheapest solver that may be exact enough for `need` of a matrix [N, K]; float64 on request, and on devices
-    where it is cheap."""
-    if solver == "float64" or (device.type == "cuda" and torch.cuda.get_device_capability(device) in CHEAP_FLOAT64):
+    """The cheapest solver that may be exact enough for `need` of a matrix [N, K]; float64 on request and, where the
+    smallest eigenvalue counts, on devices where it is cheap."""
+    if solver == "float64":
         return EXACT
     if need == "tail":
         return TAIL
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) in CHEAP_FLOAT64:
+        return EXACT
     return LONG_SIDED if max(shape) >= LONG * min(shape) else EXACT
 
 

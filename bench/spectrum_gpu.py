@@ -257,9 +257,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, torch.device]:
     parser.add_argument("--ways", default=WAYS, type=lambda text: tuple(text.split(",")), help="of: " + ", ".join(WAYS))
     parser.add_argument("--minutes", type=float, default=10, help="no way and no block is begun after so many")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument(
-        "--model", action="store_true", help="the matrices of LLaMA 7B, by --ways and --dtypes, if given"
-    )
+    parser.add_argument("--model", action="store_true", help="the matrices of LLaMA 7B, by --ways, if given")
     parser.add_argument("--solver", default="auto", choices=spectrum.SOLVERS, help="of --model")
     parser.add_argument("--launches", action="store_true", help="single launches of the way tridiagonal")
     parser.add_argument("--json", action="store_true", help="one JSON object per row instead of the table")
@@ -279,8 +277,6 @@ def every(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
         return end - time.monotonic()
 
     if options.model:
-        if options.dtypes == ("float32",):
-            spectrum.CHEAP_FLOAT64 = frozenset()
         if options.ways != WAYS:
             cusolver.FASTEST = {dtype: ((cusolver.LARGEST, 1, options.ways[0]),) for dtype in cusolver.FASTEST}
         yield from model(device, options.solver, left)

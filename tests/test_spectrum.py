@@ -134,6 +134,16 @@ def test_policy() -> None:
     assert chosen("tail", solver="float64") == chosen("all", (9, 60), "float64") == "gram float64"
 
 
+@pytest.mark.parametrize(("capability", "all_"), [((9, 0), "gram float64"), ((8, 6), "gram float32 solved in float64")])
+def test_policy_on_a_gpu(capability, all_, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tail in float32 as on a CPU; a smallest eigenvalue in float64 where that costs little."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu, shape = torch.device("cuda"), (120, 60)
+    assert str(spectrum.choose("tail", shape, gpu)) == "gram float32"
+    assert str(spectrum.choose("all", shape, gpu)) == all_
+    assert str(spectrum.choose("tail", shape, gpu, "float64")) == "gram float64"
+
+
 @pytest.mark.parametrize("torch_has, most, wanted", [(1, 4, 1), (3, None, 1), (5, 2, 2), (2, 2, 1)])
 def test_a_pool_shares_what_torch_has(torch_has, most, wanted) -> None:
     torch.set_num_threads(torch_has)
