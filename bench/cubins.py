@@ -76,11 +76,13 @@ SYSTEM_SHARED = 1024
 SHARED = {
     "sbt_mma": (
         "cuda/sbt_mma.cuh",
-        "mma_shared_bytes<FloatLane>({1}, {0}, {1} == 4 && {0} < 16 ? 7 : kMostWarps, half(kChunk))",
+        "mma_shared_bytes<FloatLane>({{1, mma_most_warps({1}, {0}), 1, 8, 2}}, {1}, {0}, {2}, "
+        "Copies::{copies}, {0} * 8, half(kChunk))",
     ),
     "sbt_mma_int8": (
         "cuda/sbt_mma.cuh",
-        "mma_shared_bytes<IntegerLane<Bfloat16>>({1}, {0}, kMostWarps, half(kChunk, 1))",
+        "mma_shared_bytes<IntegerLane<Bfloat16>>({{1, mma_most_warps({1}, {0}), 1, 8, 2}}, {1}, {0}, {2}, "
+        "Copies::{copies}, {0} * 8, half(kChunk, 1))",
     ),
     "sbt_wgmma": ("cuda/sbt_wgmma.cuh", "wide_shared_bytes({0}, 2, half(1))"),
     "sbt_expand": ("cuda/sbt_expand.cuh", "expand_shared_bytes(half(kChunk))"),
@@ -119,8 +121,8 @@ def dynamic_shared(kernels: list[str], folder: Path) -> dict[str, int]:
     program, text = folder / "shared", [f'#include "{header}"' for header in sorted({h for h, _ in chosen.values()})]
     text += ["#include <cmath>", "#include <cstdio>", "using namespace alphaprune::cuda;", HALF, "int main() {"]
     for kernel, (_, expression) in chosen.items():
-        numbers = [a for a in arguments_of(kernel) if a.isdigit()]
-        text.append(f'  std::printf("%zu\\n", static_cast<size_t>({expression.format(*numbers)}));')
+        numbers, copies = [a for a in arguments_of(kernel) if a.isdigit()], copies_of(kernel)
+        text.append(f'  std::printf("%zu\\n", static_cast<size_t>({expression.format(*numbers, copies=copies)}));')
     done = subprocess.run(
         [tool("g++"), "-x", "c++", "-std=c++17", f"-I{ROOT / 'csrc'}", "-", "-o", str(program)],
         input="\n".join([*text, "}"]),
@@ -131,6 +133,12 @@ def dynamic_shared(kernels: list[str], folder: Path) -> dict[str, int]:
         raise ValueError(f"an expression of SHARED does not compile:\n{done.stderr.strip()}")
     sizes = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout.split()
     return dict(zip(chosen, map(int, sizes), strict=True))
+
+
+def copies_of(kernel: str) -> str:
+    """How sbt_mma copies: the name of the number that stands for it, the last but one or last of the template's."""
+    numbers = [a for a in arguments_of(kernel) if a.isdigit()]
+    return ("edges", "whole", "bulk")[int(numbers[3])] if kernel.startswith("sbt_mma") else ""
 
 
 def arguments_of(kernel: str) -> list[str]:

@@ -18,7 +18,6 @@ OLDEST = 80  # compute capability, major * 10 + minor: cp.async and mma.m16n8k16
 HALVES = (torch.float16, torch.bfloat16)
 HOPPER = 90  # the one capability that has wgmma and TMA as sbt_wgmma uses them: H100, H200
 MOST_DELTA_TOKENS = 4  # csrc/cuda/launch.h
-WARPS_PER_SM = 16  # that the columns of a row tile are shared between for; a prediction, not measured
 
 
 @functools.cache
@@ -97,13 +96,6 @@ def stage_units(packed: Packed, tiles: int) -> int:
     return int((offsets[row + (first + tiles).clamp_max(columns)] - offsets[row + first]).max())
 
 
-def warps(packed: Packed, multiprocessors: int) -> int:
-    """How many warps share a row tile's columns: enough of them on every multiprocessor, each with enough to do."""
-    rows, columns = packed.mask.shape[:2]
-    wanted = -(-WARPS_PER_SM * multiprocessors // rows)
-    return max(1, min(8, max(4, wanted), columns // (2 * load().CHUNK_TILES)))
-
-
 Handles = tuple[dict[torch.dtype, Any], Packed]
 _handles: "weakref.WeakKeyDictionary[Packed, Handles]" = weakref.WeakKeyDictionary()
 
@@ -117,8 +109,8 @@ def handles(packed: Packed) -> Handles:
     if packed in _handles:
         return _handles[packed]
     index = packed.device.index or 0
-    units, multiprocessors = stage_units(packed, load().CHUNK_TILES), _device(index)[1]
-    aligned, shared = packed.map(_aligned), (units, warps(packed, multiprocessors), index)
+    _device(index)
+    aligned, shared = packed.map(_aligned), (stage_units(packed, load().CHUNK_TILES), index)
     scale, groups = (0, 0) if aligned.scale is None else (aligned.scale.data_ptr(), aligned.scale[0].numel())
     addresses = aligned.weight.data_ptr(), aligned.mask.data_ptr(), aligned.offsets.data_ptr(), scale
     made = {

@@ -19,8 +19,8 @@ from alphaprune.formats import Packed, quantize, sbt
 from alphaprune.kernels import cuda, spmm
 
 HALVES = cuda.HALVES
-H100, SMALL = (90, 132, 232448), (80, 1, 166912)  # SMALL: so few multiprocessors that blocks own 64 rows
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 100)  # of the last one two warps share the decoding
+H100, SMALL = (90, 132, 232448), (80, 1, 166912)  # SMALL: so few multiprocessors that a block owns all row tiles
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 100)
 INTEGERS = ("int8", "int8/128")  # with a scale per row, and per 128 columns of it
 SHAPES = [(1, 1, 1), (16, 64, 0.4), (17, 65, 0), (17, 65, 1), (5, 300, 0.4), (50, 128, 0.6), (37, 512, 0.3)]
 
@@ -146,24 +146,24 @@ def test_two_of_four_is_recognised() -> None:
         assert "2 of 4" in cuda.crowded(sbt.pack(weight, mask))
 
 
-@pytest.mark.parametrize("warps", range(1, 9))
-def test_any_number_of_warps_shares_the_columns(emulator: ModuleType, monkeypatch, warps: int) -> None:
-    monkeypatch.setattr(cuda, "warps", lambda packed, multiprocessors: warps)
-    for tokens, values in itertools.product((3, 40, 70), (None, *INTEGERS)):
-        check(40, 1000, tokens, 0.5, torch.bfloat16, None, values=values)
+@pytest.mark.parametrize("shared", (20000, 40000, 232448))
+@pytest.mark.parametrize(("capability", "multiprocessors"), ((80, 1), (90, 1), (90, 3)))
+def test_any_device_shares_out_the_work(
+    emulator: ModuleType, poisoned: None, capability: int, multiprocessors: int, shared: int
+) -> None:
+    """From all of x in shared memory to slabs of few columns, from warps that take turns to several row tiles each."""
+    emulator.emulate_device(capability, multiprocessors, shared)
+    for (n, k), tokens, values in itertools.product(((40, 1000), (70, 2048)), (3, 9, 40), (None, *INTEGERS)):
+        emulator.emulate_in_order((n + tokens) % 3)
+        check(n, k, tokens, 0.5, torch.bfloat16, torch.randn(n), values=values)
 
 
 @pytest.mark.parametrize("order", range(3))
-def test_blocks_of_64_rows(emulator: ModuleType, poisoned: None, order: int) -> None:
-    """Where a device has less to do at once than there are rows: some of the last block's row tiles are not there."""
-    emulator.emulate_device(*SMALL)
+def test_more_row_tiles_than_warps(emulator: ModuleType, poisoned: None, order: int) -> None:
+    emulator.emulate_device(90, 1, 80000)
     emulator.emulate_in_order(order)
-    for values in (None, *INTEGERS):
-        for n, k, tokens, dtype in ((1, 1, 17, HALVES[0]), (70, 512, 40, HALVES[1]), (129, 300, 64, HALVES[0])):
-            check(n, k, tokens, 0.5, dtype, torch.randn(n), values=values)
-        for n, k, tokens in ((70, 300, 128), (17, 512, 65)):  # of the second half of a block's row tiles few are there
-            check(n, k, tokens, 0.5, HALVES[1], torch.randn(n), values=values)
-        check(64, 256, 33, 1, torch.bfloat16, None, values=values)
+    for (n, k, tokens), values in itertools.product(((530, 128, 2), (700, 64, 20), (530, 512, 50)), (None, *INTEGERS)):
+        check(n, k, tokens, 0.5, HALVES[tokens % 3 == 0], None, values=values)
 
 
 def test_dense_tiles_beside_empty_ones(emulator: ModuleType, poisoned: None) -> None:
@@ -244,12 +244,12 @@ def test_scales_that_do_not_fit_are_refused(emulator: ModuleType) -> None:
     address = [tensor.data_ptr() for tensor in (packed.weight, packed.mask, packed.offsets)]
     for scale, groups in ((packed.scale.data_ptr(), 2), (packed.scale.data_ptr(), 0), (0, 1), (0, 3)):
         with pytest.raises(ValueError, match="one scale per row or per 128 columns"):
-            emulator.Weight(*address, scale, 16, 300, groups, 2, 100, 1, 0)
+            emulator.Weight(*address, scale, 16, 300, groups, 2, 100, 0)
     made, _alive = cuda.handles(packed)
     with pytest.raises(ValueError, match="16-bit values, not int8"):
         made[torch.bfloat16].expand(0, 16, 0, 0)
     with pytest.raises(ValueError, match=r"float16 and bfloat16, not the dtype 0"):
-        emulator.Weight(*address, packed.scale.data_ptr(), 16, 300, 3, 0, 100, 1, 0)
+        emulator.Weight(*address, packed.scale.data_ptr(), 16, 300, 3, 0, 100, 0)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -268,13 +268,12 @@ def test_expansion_keeps_the_bits(emulator: ModuleType, poisoned: None, dtype: t
 def test_a_failure_of_a_launch_raises(emulator: ModuleType) -> None:
     _, packed, x = problem(16, 128, 1, 0.9, torch.bfloat16, torch.bfloat16)
     address = [t.data_ptr() for t in (packed.weight, packed.mask, packed.offsets)]
-    made = emulator.Weight(*address, 0, 16, 128, 0, 2, 10, 1, 0)  # room for 10 units where there are more
+    made = emulator.Weight(*address, 0, 16, 128, 0, 2, 10, 0)  # room for 10 units where there are more
     with pytest.raises(RuntimeError, match="sbt_mma: emulated: block 0,0 thread"):
         made.multiply(x.data_ptr(), 1, 0, 0, 0, x.new_empty(1, 16).data_ptr(), 0)
     for arguments, sentence in (
-        ((0, 128, 0, 2, 10, 1), "one row"),
-        ((16, 128, 0, 0, 10, 1), "dtype 0"),
-        ((16, 1, 0, 2, 1, 9), "8"),
+        ((0, 128, 0, 2, 10), "one row"),
+        ((16, 128, 0, 0, 10), "dtype 0"),
     ):
         with pytest.raises(ValueError, match=sentence):
             emulator.Weight(*address, 0, *arguments, 0)

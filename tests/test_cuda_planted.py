@@ -18,27 +18,76 @@ from alphaprune.kernels import cuda
 WRONG = "error is|nobody wrote|NaN"  # a wrong number, or bytes that were never written
 # What a mistake in the source does: (file, text, replacement, what is seen).
 PLANTED = {
-    "no barrier before the words are read": ("sbt_mma.cuh", "sync_warp();", ";", "barrier is missing|nobody wrote"),
-    "no wait for the copies": ("sbt_mma.cuh", "copy_wait<kStages - 2>();", "", "a wait is missing"),
+    "no barrier before the words are read": (
+        "sbt_mma.cuh",
+        "sync_warp();  // every lane's",
+        "// every lane's",
+        "barrier is missing|nobody wrote|races",
+    ),
+    "words that the next chunk overwrites": ("sbt_mma.cuh", "sync_warp();  // nobody reads", "// nobody reads", "races"),
+    "no wait for the copies": ("sbt_mma.cuh", "if constexpr (!kBulk) copy_wait<kStages - 2>();", "", "a wait is missing"),
     "a wait for too few copies": (
         "sbt_mma.cuh",
-        "copy_wait<kStages - 2>",
-        "copy_wait<kStages - 1>",
+        "if constexpr (!kBulk) copy_wait<kStages - 2>",
+        "if constexpr (!kBulk) copy_wait<kStages - 1>",
         "a wait is missing",
+    ),
+    "no wait for a stage": (
+        "sbt_mma.cuh",
+        "if constexpr (kBulk) mbarrier_wait(landed + stage * kMbarrierBytes, phase);",
+        "",
+        "under way|nobody wrote|wait",
+    ),
+    "no wait for a slab of x": (
+        "sbt_mma.cuh",
+        "mbarrier_wait(slab_landed(number), number / 2 % 2);",
+        "",
+        "under way|nobody wrote|wait",
+    ),
+    "a slab of x over one that is read": (
+        "sbt_mma.cuh",
+        "if (slab) mbarrier_wait(slab_left(number - 1), (number - 1) / 2 % 2);",
+        "",
+        "races|wait is missing",
+    ),
+    "a slab of x that nobody leaves": (
+        "sbt_mma.cuh",
+        "if (kBulk && lane == 0) mbarrier_arrive(slab_left(number));",
+        "",
+        "deadlock",
+    ),
+    "lanes that a barrier leaves behind": (
+        "sbt_mma.cuh",
+        "if constexpr (kBulk) sync_warp();  // no lane",
+        "// no lane",
+        "deadlock",
+    ),
+    "fewer bytes expected": ("sbt_mma.cuh", "all += bytes[r] + kMaskBytes", "all += bytes[r]", "bytes more"),
+    "tokens that are not there": (
+        "sbt_mma.cuh",
+        "if constexpr (kTiles > 1) clear_activations<kTiles>(p, all_x);",
+        "",
+        "nobody wrote",
     ),
     "no barrier before the rings become sums": (
         "sbt_mma.cuh",
-        "copy_wait<0>();\n  sync_block();",
-        "copy_wait<0>();",
+        "    sync_block();\n    constexpr uint32_t kSums",
+        "    constexpr uint32_t kSums",
         "races",
     ),
     "no barrier before the sums are added": (
         "sbt_mma.cuh",
-        "  sync_block();\n  for (int index",
-        "  for (int index",
+        "    sync_block();\n    // Half a warp",
+        "    // Half a warp",
         "races|nobody wrote",
     ),
-    "a copy that nobody waits for": ("sbt_mma.cuh", "copy_wait<0>();\n", "", "a wait is missing|under way"),
+    "no barrier before the rings are filled again": (
+        "sbt_mma.cuh",
+        "sync_block();  // the sums are read",
+        "// the sums are read",
+        "races",
+    ),
+    "a copy that nobody waits for": ("sbt_mma.cuh", "      copy_wait<0>();\n    }\n", "    }\n", "a wait is missing|under way"),
     "words stored outside": (
         "chunk.cuh",
         "to = lane / 4 * kStepMeta",
@@ -60,41 +109,9 @@ PLANTED = {
         "uint32_t mask[2] = {words.z, words.x}",
         WRONG,
     ),
-    "another row tile's values": (
-        "sbt_mma.cuh",
-        "one.offsets += (r < there ? r : 0) * stride;",
-        "one.offsets += (r < there ? 0 : 0) * stride;",
-        WRONG,
-    ),
-    "rows that are not there": ("sbt_mma.cuh", "if (r >= there) one.mask_left = 0;", "", WRONG + "|outside|signal"),
-    "a token too many": ("sbt_mma.cuh", "8 * t + group < p.tokens", "8 * t + group <= p.tokens", "signal 11"),
-    "no barrier before a partner's operands are read": (
-        "sbt_mma.cuh",
-        "sync_warps(1 + team, kSharers * kWarp);",
-        "",
-        "races|nobody wrote",
-    ),
-    "one barrier for all teams": (
-        "sbt_mma.cuh",
-        "sync_warps(1 + team,",
-        "sync_warps(1,",
-        "races|nobody wrote|deadlock",
-    ),
-    "operands given where the partner still reads": (
-        "sbt_mma.cuh",
-        "given = step % 2 == 0 ? given + kMine * kOperandBytes : given - kMine * kOperandBytes;",
-        "",
-        "races",
-    ),
-    "its own operands taken": ("sbt_mma.cuh", "given + taken + r", "given + r", WRONG),
-    "the partner's row tiles in the wrong place": ("sbt_mma.cuh", "/ 16 ^ of * kMine", "/ 16", "error is"),
-    "both of a team with the same tokens": ("sbt_mma.cuh", "first_token = member *", "first_token = 0 *", "error is"),
-    "a team of which one has no row tile": (
-        "sbt_mma.cuh",
-        "const int first = kSure || there > 0 ? first_tile : p.row_tiles - 1;",
-        "const int first = first_tile;",
-        "signal 11|outside|nobody wrote|not aligned",
-    ),
+    "another row tile's values": ("sbt_mma.cuh", "r < there ? first_tile + r : first_tile", "first_tile", WRONG),
+    "another warp's chunk": ("sbt_mma.cuh", "part * kChunk, splits * kChunk", "0 * kChunk, splits * kChunk", WRONG),
+    "a block's first row tile twice": ("sbt_mma.cuh", "round_tile + team * kRows", "round_tile + 0 * team", "error is|NaN"),
     "the residual's or bias's row": (
         "output.cuh",
         "static_cast<const float*>(out.bias)[row]",
@@ -120,21 +137,15 @@ PLANTED_INT8 = {
     "one table for all warps": ("sbt_mma.cuh", "shared_start() + warp * Lane::kTableBytes", "shared_start()", "races"),
     "rings where the tables are": (
         "sbt_mma.cuh",
-        "rings = shared_start() + p.warps * Lane::kTableBytes",
-        "rings = shared_start()",
+        "barriers = shared_start() + warps * Lane::kTableBytes",
+        "barriers = shared_start()",
         WRONG + "|races|under way",
     ),
     "offsets of 16 bytes": ("chunk.cuh", "kUnitOffsets = kUnitBytes / kOffsetBytes", "kUnitOffsets = 1", "not aligned"),
-    "a scale too early": ("sbt_mma.cuh", "    ++next;\n", "    next += warp_index() * 0;\n", "error is"),
+    "a scale too early": ("sbt_mma.cuh", "    next += further;\n", "    next += 0 * further;\n", "error is"),
     "the upper rows' scales": ("sbt_mma.cuh", "[i / 2] * part", "[0] * part", "error is"),
     "scales past the last row": ("sbt_mma.cuh", "(8 * i < last ? 8 * i : last)", "8 * i", "signal 11"),
-    "the partner's scales for its own": (
-        "sbt_mma.cuh",
-        "(block_tile + (member ^ i) * kMine)",
-        "first_tile",
-        "error is",
-    ),
-    "a scale forgotten": ("sbt_mma.cuh", "total *= p.scale[at_row];", "total *= p.scale[block_tile];", "error is"),
+    "a scale forgotten": ("sbt_mma.cuh", "total *= p.scale[row];", "total *= p.scale[round_tile];", "error is"),
     "a factor forgotten": ("sbt_mma.cuh", "if constexpr (kBytes == 1) total *= Lane::kFactor;", "", "error is"),
 }
 
@@ -145,13 +156,18 @@ def run_all(library: str, kinds: tuple[str | None, ...]) -> None:
     cuda._find = lambda: (module, "")
     original = Tensor.new_empty
     Tensor.new_empty = lambda self, *sizes, **keywords: guarded(original(self, *sizes, **keywords).fill_(float("nan")))
+    few, narrow = (90, 1, 40000), (80, 1, 40000)  # so little shared memory that x comes in slabs and warps take turns
     for order, (n, k, density) in itertools.product(range(3), [(40, 1000, 0.5), (16, 128, 1), (37, 640, 0.8)]):
         module.emulate_in_order(order)
-        for tokens, device in ((1, H100), (8, H100), (40, H100), (40, SMALL), (70, H100), (70, SMALL)):
+        cases = [(1, H100), (8, H100), (40, H100), (40, SMALL), (70, H100), (9, few), (9, narrow), (30, few)]
+        for tokens, device in cases:
             module.emulate_device(*device)
             cuda._device.cache_clear()
             for values in kinds:
                 check(n, k, tokens, density, torch.bfloat16, torch.randn(n), values=values)
+    module.emulate_device(90, 1, 40000)  # more row tiles than warps
+    for values in kinds:
+        check(300, 640, 3, 0.5, torch.bfloat16, None, values=values)
 
 
 @pytest.fixture(scope="module")

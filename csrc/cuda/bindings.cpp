@@ -87,7 +87,7 @@ void launch(Call call, int device, int64_t most, int64_t cols, int64_t rows, Run
 class Weight {
  public:
   Weight(Address values, Address mask, Address offsets, Address scale, int64_t rows, int64_t cols, int64_t groups,
-         int32_t dtype, uint32_t stage_units, int warps, int device)
+         int32_t dtype, uint32_t stage_units, int device)
       : view_{at<const void>(values),
               at<const uint32_t>(mask),
               at<const uint32_t>(offsets),
@@ -98,11 +98,9 @@ class Weight {
               groups},
         dtype_(half_of(dtype)),
         stage_units_(stage_units),
-        warps_(warps),
         index_(device),
         device_(described(device)) {
     if (rows < 1 || cols < 1) throw std::invalid_argument("a packed weight has at least one row and one column");
-    if (warps < 1 || warps > 8) throw std::invalid_argument("1 to 8 warps share a row tile");
     if (values % 16 || mask % 8 || offsets % 4 || scale % 4)
       throw std::invalid_argument("on a GPU values start on 16 bytes, the mask on 8, offsets and scales on 4");
     if (groups != (scale ? 1 : 0) && !(scale && groups == ceil_div(cols, sbt::kScaleCols)))
@@ -114,7 +112,7 @@ class Weight {
     const auto product = view_.scale ? sbt_mma_int8 : sbt_mma;
     launch(call_of(dtype_, x, tokens, bias, bias_dtype, residual, y, stream), index_, kMostTokens, view_.cols,
            view_.rows,
-           [&](const Call& part) { check(product(view_, stage_units_, warps_, device_, part), "sbt_mma"); });
+           [&](const Call& part) { check(product(view_, stage_units_, device_, part), "sbt_mma"); });
   }
 
   void expand(int64_t first, int64_t last, Address out, Address stream) const {
@@ -134,7 +132,7 @@ class Weight {
   sbt::View view_;
   Dtype dtype_;
   uint32_t stage_units_;
-  int warps_, index_;
+  int index_;
   Device device_;
 };
 
@@ -274,7 +272,7 @@ PYBIND11_MODULE(ALPHAPRUNE_MODULE, m) {
       "what `device` tells, until it is called again");
 #endif
   py::class_<Weight>(m, "Weight")
-      .def(py::init<Address, Address, Address, Address, int64_t, int64_t, int64_t, int32_t, uint32_t, int, int>())
+      .def(py::init<Address, Address, Address, Address, int64_t, int64_t, int64_t, int32_t, uint32_t, int>())
       .def("multiply", &Weight::multiply)
       .def("expand", &Weight::expand);
   py::class_<WideWeight>(m, "WideWeight")

@@ -32,15 +32,18 @@ struct Chunk {
   uint32_t first, middle, last;
 };
 
-// What a warp walks along: the macro tiles of one row tile, a chunk at a time.
+// What a warp walks along: the macro tiles of one row tile, a chunk of every `stride` macro tiles.
 template <bool kWhole>
 struct Row {
   const uint2* mask;            // of this lane in the chunk whose mask is loaded next
   const uint32_t* offsets;      // of the first macro tile of the chunk whose offsets are loaded next
   int mask_left, offsets_left;  // macro tiles from there on; 0 or less past the last row tile
+  int stride;
 
   // From macro tile `first` on; `left` of them are there.
-  ALPHAPRUNE_DEVICE void start(const uint32_t* masks, const uint32_t* all_offsets, size_t first, int left, int lane) {
+  ALPHAPRUNE_DEVICE void start(const uint32_t* masks, const uint32_t* all_offsets, size_t first, int left, int lane,
+                               int further = kChunk) {
+    stride = further;
     mask = reinterpret_cast<const uint2*>(masks + first * sbt::kWords) + lane;
     offsets = all_offsets + first;
     mask_left = left - lane / (kWarp / kChunk);
@@ -52,15 +55,20 @@ struct Row {
     to.first = load_cached(offsets + at(0));
     to.middle = load_cached(offsets + at(1));
     to.last = load_cached(offsets + at(2));
-    offsets += kChunk;
-    offsets_left -= kChunk;
+    offsets += stride;
+    offsets_left -= stride;
   }
   ALPHAPRUNE_DEVICE uint2 next_mask() {
     uint2 words{0, 0};
     if (kWhole || mask_left > 0) words = load_once(mask);
-    mask += kWarp;
-    mask_left -= kChunk;
+    mask += stride * (sbt::kWords / 2);
+    mask_left -= stride;
     return words;
+  }
+  // The address in `mask` is then that of the next chunk's words.
+  ALPHAPRUNE_DEVICE void skip_mask() {
+    mask += stride * (sbt::kWords / 2);
+    mask_left -= stride;
   }
 
  private:

@@ -78,6 +78,13 @@ ALPHAPRUNE_DEVICE void mbarrier_wait(uint32_t at, uint32_t parity) {
 #endif
 }
 
+// Between this thread's own accesses to shared memory and copies that others start after a barrier of the block.
+ALPHAPRUNE_DEVICE void fence_for_copies() {
+#ifdef __CUDACC__
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 // ---- copies that complete on a barrier ----
 // `bytes` from global to shared memory, a multiple of 16, both sides aligned to 16.
 ALPHAPRUNE_DEVICE void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {

@@ -48,11 +48,10 @@ void emulate_device(const Device& device);
 // stage_units: the largest number of 8-value units that `chunk_tiles()` neighbouring macro tiles of a row tile have,
 // counted from the first, the third, … tile of the row.
 int chunk_tiles();
-constexpr int64_t kMostTokens = 128;  // of one call of sbt_mma
-// warps: at most so many, 1 to 8, share the columns of a row tile; fewer where their memory does not fit the device.
-Status sbt_mma(const sbt::View& weight, uint32_t stage_units, int warps, const Device& device, const Call& call);
+constexpr int64_t kMostTokens = 64;  // of one call of sbt_mma
+Status sbt_mma(const sbt::View& weight, uint32_t stage_units, const Device& device, const Call& call);
 // The same of int8 values with their scales, where `call.dtype` is that of x, y and the residual only.
-Status sbt_mma_int8(const sbt::View& weight, uint32_t stage_units, int warps, const Device& device, const Call& call);
+Status sbt_mma_int8(const sbt::View& weight, uint32_t stage_units, const Device& device, const Call& call);
 // For sm_90a, of up to kMostWideTokens. tile_units: of the largest macro tile. splits: blocks that share the columns of
 // 128 rows, 1, 2, 4 or 8; 0 for as many as fill the device. x has rows of x_stride elements, a multiple of 8, zeros
 // past the weight's columns, and starts on 16 bytes; the mask does, too.

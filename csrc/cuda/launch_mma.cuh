@@ -1,52 +1,95 @@
-// Which variant of sbt_mma a product takes, and how it is started: the same for all kinds of values.
+// Which variant of sbt_mma a product takes, how it is shared out, and how it is started: the same for all kinds of
+// values.
 #pragma once
+
+#include <cstdlib>
+#include <cstring>
 
 #include "launch.cuh"
 #include "sbt_mma.cuh"
 
 namespace alphaprune::cuda {
 
-// Kernels: Lane<Value>, kernel<Value, kTiles, kRows, kWhole>() and kMostRows, the most row tiles that a block takes, 2
-// or 4.
-template <class Kernels, class Value, int kTiles, int kRows>
-Status run_mma(MmaProblem p, bool whole, const Device& device, void* stream) {
-  using Lane = typename Kernels::template Lane<Value>;
-  const auto kernel = whole ? Kernels::template kernel<Value, kTiles, kRows, true>()
-                            : Kernels::template kernel<Value, kTiles, kRows, false>();
-  const auto shared = [&] { return mma_shared_bytes<Lane>(kRows, kTiles, p.warps, p.value_bytes); };
-  constexpr int kSharers = mma_sharers(kTiles);
-  p.warps = p.warps > kSharers ? p.warps / kSharers * kSharers : kSharers;
-  while (p.warps > kSharers && shared() > static_cast<size_t>(device.shared_bytes)) p.warps -= kSharers;
-  return start(kernel, ceil_div(p.row_tiles, kRows), p.warps * kWarp, shared(), stream, p);
+// The share of the warps' time that is work where `splits` of them take turns with the chunks.
+inline double mma_balance(int chunks, int splits) {
+  return static_cast<double>(chunks) / (ceil_div(chunks, splits) * splits);
 }
 
-// More tokens let a block take several row tiles, so that it loads each activation fewer times; the most where there
-// are blocks enough for the device.
-//
-// Past 64 tokens teams of two warps decode each weight once. Per 1024 weights of bfloat16 and 128 tokens (sm_80,
-// bench/cubins.py) that issues 390 instructions where two passes issue 579, so 97 clocks of the four schedulers under
-// the 128 that the tensor cores take, and the packed weight is read once. One warp for all tokens would have 256 sums
-// for four row tiles, more than there are registers; with two it would load x twice as often.
+// A block for each multiprocessor, with as many warps as there may be. shared(plan) -> bytes.
+template <class Shared>
+MmaPlan plan_mma(const MmaProblem& p, int kRows, int most_warps, const Device& device, const Shared& shared) {
+  const int chunks = static_cast<int>(ceil_div(p.col_tiles, kChunk));
+  MmaPlan plan{};
+  plan.blocks = p.row_tiles < device.multiprocessors ? p.row_tiles : device.multiprocessors;
+  const int groups = static_cast<int>(ceil_div(ceil_div(p.row_tiles, plan.blocks), kRows));
+  const char* forced = std::getenv("ALPHAPRUNE_MMA");
+  int most = most_warps, whole = 1;
+  if (forced) { most = std::atoi(forced); if (const char* comma = std::strchr(forced, ',')) whole = std::atoi(comma + 1); }
+  if (most > most_warps) most = most_warps;
+  for (;; most = most > 1 ? most - 1 : 1) {
+    plan.teams = static_cast<int>(ceil_div(groups, ceil_div(groups, most)));
+    // Of the numbers of warps that fit, the one that leaves the fewest of them without work at the end.
+    const int limit = most / plan.teams < chunks ? most / plan.teams : chunks;
+    plan.splits = limit;
+    for (int splits = limit; splits > limit / 2 && splits > 0; --splits)
+      if (mma_balance(chunks, splits) > mma_balance(chunks, plan.splits) + 0.02) plan.splits = splits;
+    plan.slab_chunks = chunks;
+    plan.slabs = 1;
+    if (whole && shared(plan) <= static_cast<size_t>(device.shared_bytes)) return plan;
+    // Slabs of some turns of every warp, the longest that fit.
+    for (int turns : {4, 2, 1}) {
+      plan.slab_chunks = turns * plan.splits;
+      plan.slabs = static_cast<int>(ceil_div(chunks, plan.slab_chunks));
+      if (shared(plan) <= static_cast<size_t>(device.shared_bytes)) return plan;
+    }
+    if (most == 1) return plan;
+  }
+}
+
+// Kernels: Lane<Value>, kernel<Value, kTiles, kRows, kStages, kWhole>() and rows<kTiles>, the row tiles of a warp.
+template <class Kernels, class Value, int kTiles, int kStages, int kRows = Kernels::rows(kTiles)>
+Status run_mma(MmaProblem p, const Device& device, void* stream) {
+  using Lane = typename Kernels::template Lane<Value>;
+  const bool whole = p.cols % kChunkCols == 0, bulk = whole && p.eights && device.capability >= 90 && !std::getenv("ALPHAPRUNE_NO_BULK");
+  const Copies copies = bulk ? Copies::bulk : whole ? Copies::whole : Copies::edges;
+  const auto kernel = bulk    ? Kernels::template kernel<Value, kTiles, kRows, kStages, Copies::bulk>()
+                      : whole ? Kernels::template kernel<Value, kTiles, kRows, kStages, Copies::whole>()
+                              : Kernels::template kernel<Value, kTiles, kRows, kStages, Copies::edges>();
+  const auto shared = [&](const MmaPlan& plan) {
+    return mma_shared_bytes<Lane>(plan, kRows, kTiles, kStages, copies, p.tokens, p.value_bytes);
+  };
+  p.plan = plan_mma(p, kRows, mma_most_warps(kRows, kTiles), device, shared);
+  if (bulk && !std::getenv("ALPHAPRUNE_NO_PDL")) return start_early(kernel, p.plan.blocks, p.plan.warps() * kWarp, shared(p.plan), stream, p);
+  return start(kernel, p.plan.blocks, p.plan.warps() * kWarp, shared(p.plan), stream, p);
+}
+
+inline int asked(const char* name, int otherwise) {
+  const char* found = std::getenv(name);
+  return found ? std::atoi(found) : otherwise;
+}
+
 template <class Kernels, class Value>
-Status mma_by_tokens(const MmaProblem& p, bool whole, const Device& device, void* stream) {
-  constexpr int kMost = Kernels::kMostRows;
-  const bool many = ceil_div(p.row_tiles, kMost) >= device.multiprocessors;
-  if (p.tokens <= 8) return run_mma<Kernels, Value, 1, 1>(p, whole, device, stream);
-  if (p.tokens <= 16) return run_mma<Kernels, Value, 2, 1>(p, whole, device, stream);
-  if (p.tokens <= 32)
-    return many ? run_mma<Kernels, Value, 4, kMost>(p, whole, device, stream)
-                : run_mma<Kernels, Value, 4, 2>(p, whole, device, stream);
-  if (p.tokens <= 64)
-    return many ? run_mma<Kernels, Value, 8, kMost>(p, whole, device, stream)
-                : run_mma<Kernels, Value, 8, 2>(p, whole, device, stream);
-  return many ? run_mma<Kernels, Value, 16, kMost>(p, whole, device, stream)
-              : run_mma<Kernels, Value, 16, 2>(p, whole, device, stream);
+Status mma_by_tokens(const MmaProblem& p, const Device& device, void* stream) {
+  const int stages = asked("ALPHAPRUNE_STAGES", 2), rows1 = asked("ALPHAPRUNE_ROWS_1", 1), rows2 = asked("ALPHAPRUNE_ROWS_2", 1), rows4 = asked("ALPHAPRUNE_ROWS_4", 1);
+  if (p.tokens <= 8) {
+    if (rows1 == 2) return run_mma<Kernels, Value, 1, 2, 2>(p, device, stream);
+    if (stages == 3) return run_mma<Kernels, Value, 1, 3, 1>(p, device, stream);
+    return run_mma<Kernels, Value, 1, 2, 1>(p, device, stream);
+  }
+  if (p.tokens <= 16) {
+    if (rows2 == 2) return run_mma<Kernels, Value, 2, 2, 2>(p, device, stream);
+    return run_mma<Kernels, Value, 2, 2, 1>(p, device, stream);
+  }
+  if (p.tokens <= 32) {
+    if (rows4 == 2) return run_mma<Kernels, Value, 4, 2, 2>(p, device, stream);
+    return run_mma<Kernels, Value, 4, 2, 1>(p, device, stream);
+  }
+  return run_mma<Kernels, Value, 8, 2>(p, device, stream);
 }
 
 template <class Kernels>
-Status launch_mma(const sbt::View& weight, uint32_t stage_units, int warps, const Device& device, const Call& call) {
+Status launch_mma(const sbt::View& weight, uint32_t stage_units, const Device& device, const Call& call) {
   constexpr int kOffsetBytes = Values<Kernels::template Lane<Bfloat16>::kBytes>::kOffsetBytes;
-  const auto address = reinterpret_cast<uintptr_t>(call.x);
   const Output out{call.bias, static_cast<const uint16_t*>(call.residual), static_cast<uint16_t*>(call.y),
                    static_cast<int>(weight.rows), static_cast<int>(call.bias_dtype)};
   const MmaProblem p{weight.values,
@@ -58,30 +101,32 @@ Status launch_mma(const sbt::View& weight, uint32_t stage_units, int warps, cons
                      static_cast<int>(call.tokens),
                      static_cast<int>(weight.row_tiles()),
                      static_cast<int>(weight.col_tiles()),
-                     warps,
+                     {},
                      stage_units * kOffsetBytes,
-                     address % 8 == 0 && weight.cols % 4 == 0,
+                     reinterpret_cast<uintptr_t>(call.x) % 16 == 0 && weight.cols % 8 == 0,
                      {1, 2},
                      weight.scale,
                      static_cast<int>(weight.groups)};
-  const bool whole = p.fours && weight.cols % kChunkCols == 0;
-  return call.dtype == Dtype::bfloat16 ? mma_by_tokens<Kernels, Bfloat16>(p, whole, device, call.stream)
-                                       : mma_by_tokens<Kernels, Float16>(p, whole, device, call.stream);
+  return call.dtype == Dtype::bfloat16 ? mma_by_tokens<Kernels, Bfloat16>(p, device, call.stream)
+                                       : mma_by_tokens<Kernels, Float16>(p, device, call.stream);
 }
 
-template <class Kernels, class Value, int kTiles, int kRows>
+template <class Kernels, class Value, int kTiles, int kStages, int kRows = Kernels::rows(kTiles)>
 Status allow_variant(int bytes) {
-  if (const Status status = allow_shared(Kernels::template kernel<Value, kTiles, kRows, true>(), bytes)) return status;
-  return allow_shared(Kernels::template kernel<Value, kTiles, kRows, false>(), bytes);
+  for (const Status status :
+       {allow_shared(Kernels::template kernel<Value, kTiles, kRows, kStages, Copies::edges>(), bytes),
+        allow_shared(Kernels::template kernel<Value, kTiles, kRows, kStages, Copies::whole>(), bytes),
+        allow_shared(Kernels::template kernel<Value, kTiles, kRows, kStages, Copies::bulk>(), bytes)})
+    if (status) return status;
+  return 0;
 }
 
 template <class Kernels, class Value>
 Status allow_variants(int bytes) {
   for (const Status status :
-       {allow_variant<Kernels, Value, 1, 1>(bytes), allow_variant<Kernels, Value, 2, 1>(bytes),
-        allow_variant<Kernels, Value, 4, 2>(bytes), allow_variant<Kernels, Value, 4, Kernels::kMostRows>(bytes),
-        allow_variant<Kernels, Value, 8, 2>(bytes), allow_variant<Kernels, Value, 8, Kernels::kMostRows>(bytes),
-        allow_variant<Kernels, Value, 16, 2>(bytes), allow_variant<Kernels, Value, 16, Kernels::kMostRows>(bytes)})
+       {allow_variant<Kernels, Value, 1, 2, 1>(bytes), allow_variant<Kernels, Value, 1, 2, 2>(bytes), allow_variant<Kernels, Value, 1, 3, 1>(bytes),
+        allow_variant<Kernels, Value, 2, 2, 1>(bytes), allow_variant<Kernels, Value, 2, 2, 2>(bytes), allow_variant<Kernels, Value, 4, 2, 1>(bytes), allow_variant<Kernels, Value, 4, 2, 2>(bytes),
+        allow_variant<Kernels, Value, 8, 2>(bytes)})
     if (status) return status;
   return 0;
 }

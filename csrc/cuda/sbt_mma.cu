@@ -6,10 +6,10 @@ namespace {
 struct OfFloats {
   template <class Value>
   using Lane = FloatLane;
-  static constexpr int kMostRows = 4;
-  template <class Value, int kTiles, int kRows, bool kWhole>
+  static constexpr int rows(int token_tiles) { return token_tiles <= 2 ? 1 : 2; }
+  template <class Value, int kTiles, int kRows, int kStages, Copies kCopies>
   static constexpr auto kernel() {
-    return sbt_mma<Value, kTiles, kRows, kWhole>;
+    return sbt_mma<Value, kTiles, kRows, kStages, kCopies>;
   }
 };
 
@@ -19,8 +19,8 @@ int chunk_tiles() { return kChunk; }
 
 Status allow_sbt_mma(int bytes) { return allow_mma<OfFloats>(bytes); }
 
-Status sbt_mma(const sbt::View& weight, uint32_t stage_units, int warps, const Device& device, const Call& call) {
-  return launch_mma<OfFloats>(weight, stage_units, warps, device, call);
+Status sbt_mma(const sbt::View& weight, uint32_t stage_units, const Device& device, const Call& call) {
+  return launch_mma<OfFloats>(weight, stage_units, device, call);
 }
 
 }  // namespace alphaprune::cuda

@@ -3,15 +3,15 @@
 namespace alphaprune::cuda {
 namespace {
 
-// Scales in a row need the registers of as many sums again, which a block of fewer row tiles has.
+// Scales in a row need the registers of as many sums again, which a warp of fewer row tiles has.
 template <bool kGrouped>
 struct OfIntegers {
   template <class Value>
   using Lane = IntegerLane<Value>;
-  static constexpr int kMostRows = kGrouped ? 2 : 4;
-  template <class Value, int kTiles, int kRows, bool kWhole>
+  static constexpr int rows(int token_tiles) { return token_tiles == 4 && !kGrouped ? 2 : 1; }
+  template <class Value, int kTiles, int kRows, int kStages, Copies kCopies>
   static constexpr auto kernel() {
-    return sbt_mma_int8<Value, kTiles, kRows, kWhole, kGrouped>;
+    return sbt_mma_int8<Value, kTiles, kRows, kStages, kCopies, kGrouped>;
   }
 };
 
@@ -22,9 +22,9 @@ Status allow_sbt_mma_int8(int bytes) {
   return allow_mma<OfIntegers<true>>(bytes);
 }
 
-Status sbt_mma_int8(const sbt::View& weight, uint32_t stage_units, int warps, const Device& device, const Call& call) {
-  return weight.grouped() ? launch_mma<OfIntegers<true>>(weight, stage_units, warps, device, call)
-                          : launch_mma<OfIntegers<false>>(weight, stage_units, warps, device, call);
+Status sbt_mma_int8(const sbt::View& weight, uint32_t stage_units, const Device& device, const Call& call) {
+  return weight.grouped() ? launch_mma<OfIntegers<true>>(weight, stage_units, device, call)
+                          : launch_mma<OfIntegers<false>>(weight, stage_units, device, call);
 }
 
 }  // namespace alphaprune::cuda
