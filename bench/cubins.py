@@ -76,12 +76,12 @@ SYSTEM_SHARED = 1024
 SHARED = {
     "sbt_mma": (
         "cuda/sbt_mma.cuh",
-        "mma_shared_bytes<FloatLane>({{1, mma_most_warps({1}, {0}), 1, 8, 2}}, {1}, {0}, {2}, "
+        "mma_shared_bytes<FloatLane>({{1, mma_most_warps({1}, {0}, false), 1, 8, 2}}, {1}, {0}, "
         "Copies::{copies}, {0} * 8, half(kChunk))",
     ),
     "sbt_mma_int8": (
         "cuda/sbt_mma.cuh",
-        "mma_shared_bytes<IntegerLane<Bfloat16>>({{1, mma_most_warps({1}, {0}), 1, 8, 2}}, {1}, {0}, {2}, "
+        "mma_shared_bytes<IntegerLane<Bfloat16>>({{1, mma_most_warps({1}, {0}, true), 1, 8, 2}}, {1}, {0}, "
         "Copies::{copies}, {0} * 8, half(kChunk, 1))",
     ),
     "sbt_wgmma": ("cuda/sbt_wgmma.cuh", "wide_shared_bytes({0}, 2, half(1))"),
@@ -138,7 +138,7 @@ def dynamic_shared(kernels: list[str], folder: Path) -> dict[str, int]:
 def copies_of(kernel: str) -> str:
     """How sbt_mma copies: the name of the number that stands for it, the last but one or last of the template's."""
     numbers = [a for a in arguments_of(kernel) if a.isdigit()]
-    return ("edges", "whole", "bulk")[int(numbers[3])] if kernel.startswith("sbt_mma") else ""
+    return ("edges", "whole", "bulk")[int(numbers[2])] if kernel.startswith("sbt_mma") else ""
 
 
 def arguments_of(kernel: str) -> list[str]:

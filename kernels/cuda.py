@@ -222,11 +222,11 @@ def supports_delta(shape: tuple[int, int], tokens: int, weight: torch.dtype, x: 
     return supports(shape, tokens, weight, x)
 
 
-# In order of preference. Where one is taken by itself is a prediction from counts of instructions and bytes, not a
-# measurement, until `alphaprune bench --tune --device cuda` has written a table.
+# In order of preference. Where one is taken by itself is what was fastest on an H200 (bench/results/gpu.jsonl), and on
+# others a prediction, until `alphaprune bench --tune --device cuda` has written a table.
 KERNELS = (
     Kernel("nm_mma_sp", "cuda", missing, supports, bind_nm, most_tokens=64, fits=crowded),
-    Kernel("delta_spmv", "cuda", missing, supports_delta, bind_delta, most_tokens=2, most_density=0.3),
-    Kernel("sbt_wgmma", "cuda", missing_wide, supports, bind_wide, most_tokens=512, least_tokens=17),
+    Kernel("delta_spmv", "cuda", missing, supports_delta, bind_delta, most_tokens=2, most_density=0.5),
+    Kernel("sbt_wgmma", "cuda", missing_wide, supports, bind_wide, most_tokens=512, least_tokens=33),
     Kernel("sbt_mma", "cuda", missing, supports_mma, bind, most_tokens=256),
 )

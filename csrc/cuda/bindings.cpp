@@ -111,8 +111,7 @@ class Weight {
                 Address stream) const {
     const auto product = view_.scale ? sbt_mma_int8 : sbt_mma;
     launch(call_of(dtype_, x, tokens, bias, bias_dtype, residual, y, stream), index_, kMostTokens, view_.cols,
-           view_.rows,
-           [&](const Call& part) { check(product(view_, stage_units_, device_, part), "sbt_mma"); });
+           view_.rows, [&](const Call& part) { check(product(view_, stage_units_, device_, part), "sbt_mma"); });
   }
 
   void expand(int64_t first, int64_t last, Address out, Address stream) const {

@@ -2,9 +2,6 @@
 // values.
 #pragma once
 
-#include <cstdlib>
-#include <cstring>
-
 #include "launch.cuh"
 #include "sbt_mma.cuh"
 
@@ -22,11 +19,7 @@ MmaPlan plan_mma(const MmaProblem& p, int kRows, int most_warps, const Device& d
   MmaPlan plan{};
   plan.blocks = p.row_tiles < device.multiprocessors ? p.row_tiles : device.multiprocessors;
   const int groups = static_cast<int>(ceil_div(ceil_div(p.row_tiles, plan.blocks), kRows));
-  const char* forced = std::getenv("ALPHAPRUNE_MMA");
-  int most = most_warps, whole = 1;
-  if (forced) { most = std::atoi(forced); if (const char* comma = std::strchr(forced, ',')) whole = std::atoi(comma + 1); }
-  if (most > most_warps) most = most_warps;
-  for (;; most = most > 1 ? most - 1 : 1) {
+  for (int most = most_warps;; --most) {
     plan.teams = static_cast<int>(ceil_div(groups, ceil_div(groups, most)));
     // Of the numbers of warps that fit, the one that leaves the fewest of them without work at the end.
     const int limit = most / plan.teams < chunks ? most / plan.teams : chunks;
@@ -35,7 +28,7 @@ MmaPlan plan_mma(const MmaProblem& p, int kRows, int most_warps, const Device& d
       if (mma_balance(chunks, splits) > mma_balance(chunks, plan.splits) + 0.02) plan.splits = splits;
     plan.slab_chunks = chunks;
     plan.slabs = 1;
-    if (whole && shared(plan) <= static_cast<size_t>(device.shared_bytes)) return plan;
+    if (shared(plan) <= static_cast<size_t>(device.shared_bytes)) return plan;
     // Slabs of some turns of every warp, the longest that fit.
     for (int turns : {4, 2, 1}) {
       plan.slab_chunks = turns * plan.splits;
@@ -46,45 +39,32 @@ MmaPlan plan_mma(const MmaProblem& p, int kRows, int most_warps, const Device& d
   }
 }
 
-// Kernels: Lane<Value>, kernel<Value, kTiles, kRows, kStages, kWhole>() and rows<kTiles>, the row tiles of a warp.
-template <class Kernels, class Value, int kTiles, int kStages, int kRows = Kernels::rows(kTiles)>
+// Kernels: Lane<Value>, kernel<Value, kTiles, kRows, kCopies>() and rows(kTiles), the row tiles of a warp. With two, which
+// load x half as often, an H200 was slower at 1 to 32 tokens: half as many chunks are under way.
+template <class Kernels, class Value, int kTiles>
 Status run_mma(MmaProblem p, const Device& device, void* stream) {
   using Lane = typename Kernels::template Lane<Value>;
-  const bool whole = p.cols % kChunkCols == 0, bulk = whole && p.eights && device.capability >= 90 && !std::getenv("ALPHAPRUNE_NO_BULK");
+  constexpr int kRows = Kernels::rows(kTiles);
+  const bool whole = p.cols % kChunkCols == 0, bulk = whole && p.eights && device.capability >= 90;
   const Copies copies = bulk ? Copies::bulk : whole ? Copies::whole : Copies::edges;
-  const auto kernel = bulk    ? Kernels::template kernel<Value, kTiles, kRows, kStages, Copies::bulk>()
-                      : whole ? Kernels::template kernel<Value, kTiles, kRows, kStages, Copies::whole>()
-                              : Kernels::template kernel<Value, kTiles, kRows, kStages, Copies::edges>();
+  const auto kernel = bulk    ? Kernels::template kernel<Value, kTiles, kRows, Copies::bulk>()
+                      : whole ? Kernels::template kernel<Value, kTiles, kRows, Copies::whole>()
+                              : Kernels::template kernel<Value, kTiles, kRows, Copies::edges>();
   const auto shared = [&](const MmaPlan& plan) {
-    return mma_shared_bytes<Lane>(plan, kRows, kTiles, kStages, copies, p.tokens, p.value_bytes);
+    return mma_shared_bytes<Lane>(plan, kRows, kTiles, copies, p.tokens, p.value_bytes);
   };
-  p.plan = plan_mma(p, kRows, mma_most_warps(kRows, kTiles), device, shared);
-  if (bulk && !std::getenv("ALPHAPRUNE_NO_PDL")) return start_early(kernel, p.plan.blocks, p.plan.warps() * kWarp, shared(p.plan), stream, p);
-  return start(kernel, p.plan.blocks, p.plan.warps() * kWarp, shared(p.plan), stream, p);
-}
-
-inline int asked(const char* name, int otherwise) {
-  const char* found = std::getenv(name);
-  return found ? std::atoi(found) : otherwise;
+  p.plan = plan_mma(p, kRows, mma_most_warps(kRows, kTiles, Lane::kBytes == 1), device, shared);
+  const int threads = p.plan.warps() * kWarp;
+  return bulk ? start_early(kernel, p.plan.blocks, threads, shared(p.plan), stream, p)
+              : start(kernel, p.plan.blocks, threads, shared(p.plan), stream, p);
 }
 
 template <class Kernels, class Value>
 Status mma_by_tokens(const MmaProblem& p, const Device& device, void* stream) {
-  const int stages = asked("ALPHAPRUNE_STAGES", 2), rows1 = asked("ALPHAPRUNE_ROWS_1", 1), rows2 = asked("ALPHAPRUNE_ROWS_2", 1), rows4 = asked("ALPHAPRUNE_ROWS_4", 1);
-  if (p.tokens <= 8) {
-    if (rows1 == 2) return run_mma<Kernels, Value, 1, 2, 2>(p, device, stream);
-    if (stages == 3) return run_mma<Kernels, Value, 1, 3, 1>(p, device, stream);
-    return run_mma<Kernels, Value, 1, 2, 1>(p, device, stream);
-  }
-  if (p.tokens <= 16) {
-    if (rows2 == 2) return run_mma<Kernels, Value, 2, 2, 2>(p, device, stream);
-    return run_mma<Kernels, Value, 2, 2, 1>(p, device, stream);
-  }
-  if (p.tokens <= 32) {
-    if (rows4 == 2) return run_mma<Kernels, Value, 4, 2, 2>(p, device, stream);
-    return run_mma<Kernels, Value, 4, 2, 1>(p, device, stream);
-  }
-  return run_mma<Kernels, Value, 8, 2>(p, device, stream);
+  if (p.tokens <= 8) return run_mma<Kernels, Value, 1>(p, device, stream);
+  if (p.tokens <= 16) return run_mma<Kernels, Value, 2>(p, device, stream);
+  if (p.tokens <= 32) return run_mma<Kernels, Value, 4>(p, device, stream);
+  return run_mma<Kernels, Value, 8>(p, device, stream);
 }
 
 template <class Kernels>
@@ -111,22 +91,20 @@ Status launch_mma(const sbt::View& weight, uint32_t stage_units, const Device& d
                                        : mma_by_tokens<Kernels, Float16>(p, device, call.stream);
 }
 
-template <class Kernels, class Value, int kTiles, int kStages, int kRows = Kernels::rows(kTiles)>
+template <class Kernels, class Value, int kTiles>
 Status allow_variant(int bytes) {
-  for (const Status status :
-       {allow_shared(Kernels::template kernel<Value, kTiles, kRows, kStages, Copies::edges>(), bytes),
-        allow_shared(Kernels::template kernel<Value, kTiles, kRows, kStages, Copies::whole>(), bytes),
-        allow_shared(Kernels::template kernel<Value, kTiles, kRows, kStages, Copies::bulk>(), bytes)})
+  constexpr int kRows = Kernels::rows(kTiles);
+  for (const Status status : {allow_shared(Kernels::template kernel<Value, kTiles, kRows, Copies::edges>(), bytes),
+                              allow_shared(Kernels::template kernel<Value, kTiles, kRows, Copies::whole>(), bytes),
+                              allow_shared(Kernels::template kernel<Value, kTiles, kRows, Copies::bulk>(), bytes)})
     if (status) return status;
   return 0;
 }
 
 template <class Kernels, class Value>
 Status allow_variants(int bytes) {
-  for (const Status status :
-       {allow_variant<Kernels, Value, 1, 2, 1>(bytes), allow_variant<Kernels, Value, 1, 2, 2>(bytes), allow_variant<Kernels, Value, 1, 3, 1>(bytes),
-        allow_variant<Kernels, Value, 2, 2, 1>(bytes), allow_variant<Kernels, Value, 2, 2, 2>(bytes), allow_variant<Kernels, Value, 4, 2, 1>(bytes), allow_variant<Kernels, Value, 4, 2, 2>(bytes),
-        allow_variant<Kernels, Value, 8, 2>(bytes)})
+  for (const Status status : {allow_variant<Kernels, Value, 1>(bytes), allow_variant<Kernels, Value, 2>(bytes),
+                              allow_variant<Kernels, Value, 4>(bytes), allow_variant<Kernels, Value, 8>(bytes)})
     if (status) return status;
   return 0;
 }

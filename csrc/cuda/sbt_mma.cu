@@ -6,10 +6,10 @@ namespace {
 struct OfFloats {
   template <class Value>
   using Lane = FloatLane;
-  static constexpr int rows(int token_tiles) { return token_tiles <= 2 ? 1 : 2; }
-  template <class Value, int kTiles, int kRows, int kStages, Copies kCopies>
+  static constexpr int rows(int token_tiles) { return token_tiles <= 4 ? 1 : 2; }
+  template <class Value, int kTiles, int kRows, Copies kCopies>
   static constexpr auto kernel() {
-    return sbt_mma<Value, kTiles, kRows, kStages, kCopies>;
+    return sbt_mma<Value, kTiles, kRows, kCopies>;
   }
 };
 

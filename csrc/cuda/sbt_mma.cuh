@@ -1,10 +1,9 @@
-// y = x Wᵀ for up to 64 tokens on tensor cores, straight from SBT. There is a block for each multiprocessor, and it owns
-// an equal share of the row tiles, all at once: a team of warps has kRows of them from their first column to the last,
-// its warps take turns with the chunks. So weights stream without a pause from the first to the last, each warp through
-// a ring of copies of its own. x lies in shared memory, once for all teams: all of it, or two slabs of columns by turns.
-// The warps of a team add up in a fixed order at the end.
-// Values are 16-bit floats, or 8-bit integers with a scale per row or per row and chunk: what is summed is decoded
-// without rounding, and scales multiply sums.
+// y = x Wᵀ for up to 64 tokens on tensor cores, straight from SBT. There is a block for each multiprocessor, and it
+// owns an equal share of the row tiles, all at once: a team of warps has kRows of them from their first column to the
+// last, its warps take turns with the chunks. So weights stream without a pause from the first to the last, each warp
+// through a ring of copies of its own. x lies in shared memory, once for all teams: all of it, or two slabs of columns
+// by turns. The warps of a team add up in a fixed order at the end. Values are 16-bit floats, or 8-bit integers with a
+// scale per row or per row and chunk: what is summed is decoded without rounding, and scales multiply sums.
 #pragma once
 
 #include "chunk.cuh"
@@ -14,9 +13,12 @@
 namespace alphaprune::cuda {
 
 // Warps of a block, as many as the registers for sums leave room for.
-ALPHAPRUNE_BOTH constexpr int mma_most_warps(int row_tiles, int token_tiles) {
-  return row_tiles * token_tiles <= 4 ? 32 : row_tiles * token_tiles <= 8 ? 20 : 14;
+ALPHAPRUNE_BOTH constexpr int mma_most_warps(int row_tiles, int token_tiles, bool integers) {
+  const int tiles = row_tiles * token_tiles;
+  if (integers) return tiles == 1 ? 28 : tiles == 2 ? 24 : tiles <= 4 ? 20 : 12;
+  return tiles <= 4 ? 32 : tiles <= 8 ? 20 : 14;
 }
+
 // How copies are made. Edges: cols is no multiple of a chunk's. Whole: it is. Bulk: it is, x starts on 16 bytes, and
 // the memory system of sm_90 copies by itself.
 enum class Copies { edges, whole, bulk };
@@ -25,18 +27,20 @@ enum class Copies { edges, whole, bulk };
 ALPHAPRUNE_BOTH constexpr int mma_span(int row_tiles, int token_tiles) {
   return row_tiles * token_tiles > 4 ? 4 : kChunkSteps;
 }
+// Chunks in a warp's ring: so many warps have one each under way that a third gained nothing on an H200.
+constexpr int kStages = 2;
 constexpr uint32_t kMaskBytes = kChunk * sbt::kWords * 4;  // of a chunk
-constexpr uint32_t kChunkBytes = kChunkCols * 2;  // of a token's activations
+constexpr uint32_t kChunkBytes = kChunkCols * 2;           // of a token's activations
 // Rows of x are so much longer than their columns, so that those of four tokens are in different banks.
 constexpr uint32_t kActivationPad = 32;
 
 // How a product is shared out.
 struct MmaPlan {
-  int blocks;        // that share the row tiles
-  int teams;         // of a block, each with kRows row tiles at a time
-  int splits;        // warps of a team
-  int slab_chunks;   // whose activations are in shared memory together
-  int slabs;         // 1: all of them
+  int blocks;       // that share the row tiles
+  int teams;        // of a block, each with kRows row tiles at a time
+  int splits;       // warps of a team
+  int slab_chunks;  // whose activations are in shared memory together
+  int slabs;        // 1: all of them
 
   ALPHAPRUNE_BOTH int warps() const { return teams * splits; }
 };
@@ -59,7 +63,9 @@ struct MmaProblem {
 static_assert(kChunkCols == sbt::kScaleCols, "a chunk has one scale per row");
 
 // Rows of x in shared memory: of few tokens those that are there, else of whole tiles.
-ALPHAPRUNE_BOTH constexpr int mma_x_rows(int token_tiles, int tokens) { return token_tiles == 1 ? tokens : 8 * token_tiles; }
+ALPHAPRUNE_BOTH constexpr int mma_x_rows(int token_tiles, int tokens) {
+  return token_tiles == 1 ? tokens : 8 * token_tiles;
+}
 ALPHAPRUNE_BOTH constexpr uint32_t mma_x_stride(int slab_chunks) { return slab_chunks * kChunkBytes + kActivationPad; }
 ALPHAPRUNE_BOTH constexpr uint32_t mma_slab_bytes(const MmaPlan& plan, int token_tiles, int tokens) {
   return mma_x_rows(token_tiles, tokens) * mma_x_stride(plan.slab_chunks);
@@ -67,27 +73,28 @@ ALPHAPRUNE_BOTH constexpr uint32_t mma_slab_bytes(const MmaPlan& plan, int token
 ALPHAPRUNE_BOTH constexpr uint32_t mma_sum_bytes(int row_tiles, int token_tiles) {
   return row_tiles * token_tiles * 128 * sizeof(float);
 }
-// Of a warp: the words of its chunk with their addresses, and its ring, of whose stages each has the words and the values.
+// Of a warp: the words of its chunk with their addresses, and its ring, of whose stages each has the words and the
+// values.
 ALPHAPRUNE_BOTH constexpr uint32_t mma_stage_bytes(int row_tiles, Copies copies, uint32_t value_bytes) {
   return row_tiles * ((copies == Copies::bulk ? kMaskBytes : 0) + value_bytes);
 }
-ALPHAPRUNE_BOTH constexpr uint32_t mma_warp_bytes(int row_tiles, int stages, Copies copies, uint32_t value_bytes) {
-  return row_tiles * kMetaBytes + stages * mma_stage_bytes(row_tiles, copies, value_bytes);
+ALPHAPRUNE_BOTH constexpr uint32_t mma_warp_bytes(int row_tiles, Copies copies, uint32_t value_bytes) {
+  return row_tiles * kMetaBytes + kStages * mma_stage_bytes(row_tiles, copies, value_bytes);
 }
 // Barriers: for each of two slabs of x one that it has landed and one that nobody needs it any more, and one for each
 // stage of each warp.
 constexpr int kSlabBarriers = 4;
-ALPHAPRUNE_BOTH constexpr uint32_t mma_barrier_bytes(int warps, int stages, Copies copies) {
-  return copies == Copies::bulk ? ((kSlabBarriers + warps * stages) * kMbarrierBytes + 15) / 16 * 16 : 0;
+ALPHAPRUNE_BOTH constexpr uint32_t mma_barrier_bytes(int warps, Copies copies) {
+  return copies == Copies::bulk ? ((kSlabBarriers + warps * kStages) * kMbarrierBytes + 15) / 16 * 16 : 0;
 }
-// The lanes' tables come first, of each warp one, then barriers, then x, then the rings; after the last product the sums
-// lie over these.
+// The lanes' tables come first, of each warp one, then barriers, then x, then the rings; after the last product the
+// sums lie over these.
 template <class Lane>
-ALPHAPRUNE_BOTH constexpr size_t mma_shared_bytes(const MmaPlan& plan, int row_tiles, int token_tiles, int stages,
-                                                  Copies copies, int tokens, uint32_t value_bytes) {
-  const uint32_t ring = mma_warp_bytes(row_tiles, stages, copies, value_bytes);
+ALPHAPRUNE_BOTH constexpr size_t mma_shared_bytes(const MmaPlan& plan, int row_tiles, int token_tiles, Copies copies,
+                                                  int tokens, uint32_t value_bytes) {
+  const uint32_t ring = mma_warp_bytes(row_tiles, copies, value_bytes);
   const uint32_t sums = mma_sum_bytes(row_tiles, token_tiles);
-  return mma_barrier_bytes(plan.warps(), stages, copies) +
+  return mma_barrier_bytes(plan.warps(), copies) +
          (plan.slabs > 1 ? 2 : 1) * mma_slab_bytes(plan, token_tiles, tokens) +
          plan.warps() * (Lane::kTableBytes + (ring > sums ? ring : sums)) + Lane::kBeyond;
 }
@@ -146,8 +153,8 @@ ALPHAPRUNE_DEVICE void clear_activations(const MmaProblem& p, uint32_t all_x) {
       store_shared_u128(all_x + i * end + at, {0, 0, 0, 0});
 }
 
-// Where the chunks of the row tiles lie that a warp walks along side by side, `stride` macro tiles at a time. there: how
-// many of them are.
+// Where the chunks of the row tiles lie that a warp walks along side by side, `stride` macro tiles at a time. there:
+// how many of them are.
 template <int kRows, bool kWhole>
 struct Rows {
   Row<kWhole && kRows == 1> row[kRows];
@@ -183,7 +190,7 @@ struct Scales {
 };
 
 // kTiles: of 8 tokens. kGrouped: scales change along a row.
-template <class Lane, class Value, int kTiles, int kRows, int kStages, Copies kCopies, bool kGrouped>
+template <class Lane, class Value, int kTiles, int kRows, Copies kCopies, bool kGrouped>
 ALPHAPRUNE_DEVICE void multiply_tiles(const MmaProblem& p) {
   constexpr int kBytes = Lane::kBytes;
   constexpr bool kBulk = kCopies == Copies::bulk, kWhole = kCopies != Copies::edges;
@@ -201,10 +208,10 @@ ALPHAPRUNE_DEVICE void multiply_tiles(const MmaProblem& p) {
 
   const uint32_t slab_bytes = mma_slab_bytes(p.plan, kTiles, p.tokens), x_stride = mma_x_stride(p.plan.slab_chunks);
   const uint32_t barriers = shared_start() + warps * Lane::kTableBytes;
-  const uint32_t all_x = barriers + mma_barrier_bytes(warps, kStages, kCopies);
+  const uint32_t all_x = barriers + mma_barrier_bytes(warps, kCopies);
   const uint32_t rings = all_x + (p.plan.slabs > 1 ? 2 : 1) * slab_bytes;
   const uint32_t row_bytes = kValuesAt + p.value_bytes, stage_bytes = kRows * row_bytes;
-  const uint32_t meta = rings + warp * mma_warp_bytes(kRows, kStages, kCopies, p.value_bytes);
+  const uint32_t meta = rings + warp * mma_warp_bytes(kRows, kCopies, p.value_bytes);
   const uint32_t ring = meta + kRows * kMetaBytes;
   const uint32_t landed = barriers + (kSlabBarriers + warp * kStages) * kMbarrierBytes;  // of the stages
   const auto slab_landed = [&](int of) { return barriers + of % 2 * kMbarrierBytes; };
@@ -218,7 +225,8 @@ ALPHAPRUNE_DEVICE void multiply_tiles(const MmaProblem& p) {
     sync_block();
     let_next_begin();
   }
-  // Of the columns and tokens that this lane holds of b. Tokens that are not there, of a tile alone: the last one again.
+  // Of the columns and tokens that this lane holds of b. Tokens that are not there, of a tile alone: the last one
+  // again.
   const int token = kTiles > 1 || group < p.tokens ? group : p.tokens - 1;
   const uint32_t x_lane = all_x + token * x_stride + pair * 8;
   uint32_t slab_at = 0;  // where the slab lies that is multiplied
@@ -249,7 +257,7 @@ ALPHAPRUNE_DEVICE void multiply_tiles(const MmaProblem& p) {
     if constexpr (!kBulk)
       if (fresh) stage_activations<kTiles>(p, 0, all_x + slab_at);
     // Starts the copies of a chunk, whose stage nobody reads any more.
-    const auto copy = [&](const Chunk (&of)[kRows], int to_stage) {
+    const auto copy = [&](const Chunk(&of)[kRows], int to_stage) {
       const uint32_t to = ring + to_stage * stage_bytes;
       if constexpr (kBulk) {
         const uint32_t barrier = landed + to_stage * kMbarrierBytes;
@@ -305,8 +313,7 @@ ALPHAPRUNE_DEVICE void multiply_tiles(const MmaProblem& p) {
           // The next slab takes the place of the one before this; warps bring them by turns.
           if (slab + 1 < p.plan.slabs && warp == (number + 1) % warps) {
             if (slab) mbarrier_wait(slab_left(number - 1), (number - 1) / 2 % 2);
-            if (lane == 0)
-              stage_activations_bulk(p, slab + 1, all_x + (slab_bytes - slab_at), slab_landed(number + 1));
+            if (lane == 0) stage_activations_bulk(p, slab + 1, all_x + (slab_bytes - slab_at), slab_landed(number + 1));
           }
           mbarrier_wait(slab_landed(number), number / 2 % 2);
         } else {
@@ -337,7 +344,8 @@ ALPHAPRUNE_DEVICE void multiply_tiles(const MmaProblem& p) {
             if (chunk + splits < end) mask[r] = rows.row[r].next_mask();
         }
         if constexpr (!kBulk) copy_wait<kStages - 2>();
-        sync_warp();  // every lane's copies have landed, the words are there, and nobody reads the stage before this one
+        sync_warp();  // every lane's copies have landed, the words are there, and nobody reads the stage before this
+                      // one
 
         if (chunk + (kStages - 1) * splits < end) copy(chunk_of[kStages - 1], stage == 0 ? kStages - 1 : stage - 1);
         if constexpr (!kBulk) copy_commit();
@@ -417,8 +425,8 @@ ALPHAPRUNE_DEVICE void multiply_tiles(const MmaProblem& p) {
       const int tile = item / (8 * kTiles), token = item % (8 * kTiles), row = (round_tile + tile) * 16 + in_tile;
       if (token >= p.tokens || row >= p.out.rows) continue;
       const int i = in_tile / 8 * 2 + token % 2, holder = in_tile % 8 * 4 + token % 8 / 2;
-      uint32_t at = rings + 4 * (tile / kRows * splits * kSums +
-                                 ((tile % kRows * kTiles + token / 8) * 4 + i) * kWarp + holder);
+      uint32_t at =
+          rings + 4 * (tile / kRows * splits * kSums + ((tile % kRows * kTiles + token / 8) * 4 + i) * kWarp + holder);
       float total = 0;
       for (int w = 0; w < splits; ++w, at += 4 * kSums) total += load_shared_f32(at);
       if constexpr (kBytes == 1) total *= Lane::kFactor;
@@ -430,17 +438,17 @@ ALPHAPRUNE_DEVICE void multiply_tiles(const MmaProblem& p) {
   }
 }
 
-template <class Value, int kTiles, int kRows, int kStages, Copies kCopies>
-ALPHAPRUNE_KERNEL __launch_bounds__(mma_most_warps(kRows, kTiles) * kWarp, 1) sbt_mma(const MmaProblem p) {
+template <class Value, int kTiles, int kRows, Copies kCopies>
+ALPHAPRUNE_KERNEL __launch_bounds__(mma_most_warps(kRows, kTiles, false) * kWarp, 1) sbt_mma(const MmaProblem p) {
   if constexpr (ALPHAPRUNE_SM90 || kCopies != Copies::bulk)
-    multiply_tiles<FloatLane, Value, kTiles, kRows, kStages, kCopies, false>(p);
+    multiply_tiles<FloatLane, Value, kTiles, kRows, kCopies, false>(p);
 }
 
 // The same of 8-bit integers; activations and outputs are in `Value`.
-template <class Value, int kTiles, int kRows, int kStages, Copies kCopies, bool kGrouped>
-ALPHAPRUNE_KERNEL __launch_bounds__(mma_most_warps(kRows, kTiles) * kWarp, 1) sbt_mma_int8(const MmaProblem p) {
+template <class Value, int kTiles, int kRows, Copies kCopies, bool kGrouped>
+ALPHAPRUNE_KERNEL __launch_bounds__(mma_most_warps(kRows, kTiles, true) * kWarp, 1) sbt_mma_int8(const MmaProblem p) {
   if constexpr (ALPHAPRUNE_SM90 || kCopies != Copies::bulk)
-    multiply_tiles<IntegerLane<Value>, Value, kTiles, kRows, kStages, kCopies, kGrouped>(p);
+    multiply_tiles<IntegerLane<Value>, Value, kTiles, kRows, kCopies, kGrouped>(p);
 }
 
 }  // namespace alphaprune::cuda

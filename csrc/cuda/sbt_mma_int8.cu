@@ -3,15 +3,14 @@
 namespace alphaprune::cuda {
 namespace {
 
-// Scales in a row need the registers of as many sums again, which a warp of fewer row tiles has.
 template <bool kGrouped>
 struct OfIntegers {
   template <class Value>
   using Lane = IntegerLane<Value>;
-  static constexpr int rows(int token_tiles) { return token_tiles == 4 && !kGrouped ? 2 : 1; }
-  template <class Value, int kTiles, int kRows, int kStages, Copies kCopies>
+  static constexpr int rows(int) { return 1; }
+  template <class Value, int kTiles, int kRows, Copies kCopies>
   static constexpr auto kernel() {
-    return sbt_mma_int8<Value, kTiles, kRows, kStages, kCopies, kGrouped>;
+    return sbt_mma_int8<Value, kTiles, kRows, kCopies, kGrouped>;
   }
 };
 
