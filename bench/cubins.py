@@ -76,12 +76,11 @@ SYSTEM_SHARED = 1024
 SHARED = {
     "sbt_mma": (
         "cuda/sbt_mma.cuh",
-        "mma_shared_bytes<FloatLane>({{1, mma_most_warps({1}, {0}, false), 1, 8, 2}}, {1}, {0}, "
-        "Copies::{copies}, {0} * 8, half(kChunk))",
+        "mma_shared_bytes<FloatLane>({{1, 14 / {1}, 1, 2, 2}}, {1}, {0}, Copies::{copies}, {0} * 8, half(kChunk))",
     ),
     "sbt_mma_int8": (
         "cuda/sbt_mma.cuh",
-        "mma_shared_bytes<IntegerLane<Bfloat16>>({{1, mma_most_warps({1}, {0}, true), 1, 8, 2}}, {1}, {0}, "
+        "mma_shared_bytes<IntegerLane<Bfloat16>>({{1, 14 / {1}, 1, 2, 2}}, {1}, {0}, "
         "Copies::{copies}, {0} * 8, half(kChunk, 1))",
     ),
     "sbt_wgmma": ("cuda/sbt_wgmma.cuh", "wide_shared_bytes({0}, 2, half(1))"),
@@ -259,7 +258,7 @@ def rows(source: Path, arch: str, pattern: str = "", options: tuple[str, ...] = 
         kernels = [(kernel, symbol) for kernel, symbol in kernels if re.search(pattern, kernel)]
         dynamic = dynamic_shared([kernel for kernel, _ in kernels], folder) if ours(source) else {}
     for kernel, symbol in kernels:
-        if kernel.startswith(HOPPER) and arch != "sm_90a":
+        if (kernel.startswith(HOPPER) or copies_of(kernel) == "bulk") and arch != "sm_90a":
             continue  # empty there, and never started
         use, block = used[symbol], threads(parts.get(f".nv.info.{symbol}", b""))
         shared = use.shared + dynamic.get(kernel, 0)

@@ -50,8 +50,8 @@ def layers(shapes: list[tuple[int, int]]) -> str:
         first = here[0]
         parts.append(
             f"`python bench/gpu.py`, bfloat16, torch {first['torch']}, driver {first['driver']}, copies "
-            f"{first['bandwidth'] / 1e9:.0f} GB/s: the fastest kernel of this package beside the fastest dense product of "
-            "torch and of every algorithm that cuBLASLt proposes, weights from memory, medians of replayed graphs "
+            f"{first['bandwidth'] / 1e9:.0f} GB/s: the fastest kernel of this package beside the fastest dense product "
+            "of torch and of every algorithm that cuBLASLt proposes, weights from memory, medians of replayed graphs "
             "([all rows](RESULTS/gpu.jsonl))."
         )
     return "\n\n".join(parts)
@@ -65,7 +65,11 @@ def gpu_decode() -> str:
         lines = [
             [
                 row["model"],
-                "dense" if not row["sparsity"] else row["pattern"] if ":" in row["pattern"] else f"{row['sparsity']:.0%}",
+                "dense"
+                if not row["sparsity"]
+                else row["pattern"]
+                if ":" in row["pattern"]
+                else f"{row['sparsity']:.0%}",
                 f"{row['load']} {row['sequences']}",
                 f"{row['decoder']}, {row['how']}",
                 f"{row['tokens_per_second']:.0f}",
@@ -77,7 +81,7 @@ def gpu_decode() -> str:
         ]
         columns = ["model", "weights", "load", "decoder", "tokens/s", "step / kernels", "over dense", "weights, GB"]
         parts.append(
-            f"{table(columns, lines)}\n\n{name}: `python bench/decode.py --device cuda`, random weights, bfloat16; over our own "
-            "decoder with dense weights ([rows](RESULTS/decode_gpu.jsonl))."
+            f"{table(columns, lines)}\n\n{name}: `python bench/decode.py --device cuda`, random weights, bfloat16; "
+            "over our own decoder with dense weights ([rows](RESULTS/decode_gpu.jsonl))."
         )
     return "\n\n".join(parts)

@@ -130,7 +130,7 @@ def cubins() -> str:
     ]
     note = (
         "`python bench/cubins.py`, nvcc: issued by a warp in the main loop per 1024 weights (delta_spmv: non-zeros) at "
-        "50 % sparsity, bfloat16; no kernel spills ([more tokens](bench/results/cubins.jsonl)). Counts, not times."
+        "50 % sparsity, bfloat16; no kernel spills ([more tokens](RESULTS/cubins.jsonl)). Counts, not times."
     )
     columns = [
         "kernel",

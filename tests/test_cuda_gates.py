@@ -19,11 +19,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing), reason=str(mis
 
 # What was counted when the kernels were last changed on purpose; the README shows it.
 COMMITTED = [json.loads(line) for line in (ROOT / "bench" / "results" / "cubins.jsonl").read_text().splitlines()]
-# Wide loads of lanes that agree in pairs take half the wavefronts by what NVIDIA says of compute capability 7; counted
-# without that, `wavefronts`, it is 64.8.
+# Wide loads of lanes that agree in pairs take half the wavefronts, as Nsight Compute counts on an H200, too. x comes
+# through shared memory and is counted, two wavefronts a step.
 GATES = {
-    "sbt_mma": {"instr": 230, "alu": 100, "popc": 10, "lsu": 60, "wavefronts_paired": 64, "wavefronts": 65},
-    "sbt_mma_int8": {"instr": 210, "alu": 90, "popc": 10, "lsu": 45, "wavefronts": 55},
+    "sbt_mma": {"instr": 230, "alu": 100, "popc": 10, "lsu": 60, "wavefronts_paired": 64, "wavefronts": 66},
+    "sbt_mma_int8": {"instr": 210, "alu": 90, "popc": 10, "lsu": 45, "wavefronts": 60},
     "delta_spmv": {"instr": 260},
     "nm_mma_sp": {"instr": 16},
     "nm_mma_sp_sm90": {"instr": 14},
@@ -55,7 +55,7 @@ def gates_of(row: dict) -> dict[str, float]:
 def test_no_kernel_spills_and_nothing_is_unknown(kernels: list[dict]) -> None:
     for row in kernels:
         assert row["spill_bytes"] == 0, cubins.line(row)
-        assert row["unknown"] == [] or row["kernel"].partition("<")[0] not in GATES, cubins.line(row)
+        assert row["unknown"] == [] or not gates_of(row), cubins.line(row)
         assert row["occupancy"], cubins.line(row)
 
 

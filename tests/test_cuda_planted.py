@@ -24,8 +24,18 @@ PLANTED = {
         "// every lane's",
         "barrier is missing|nobody wrote|races",
     ),
-    "words that the next chunk overwrites": ("sbt_mma.cuh", "sync_warp();  // nobody reads", "// nobody reads", "races"),
-    "no wait for the copies": ("sbt_mma.cuh", "if constexpr (!kBulk) copy_wait<kStages - 2>();", "", "a wait is missing"),
+    "words that the next chunk overwrites": (
+        "sbt_mma.cuh",
+        "sync_warp();  // nobody reads",
+        "// nobody reads",
+        "races",
+    ),
+    "no wait for the copies": (
+        "sbt_mma.cuh",
+        "if constexpr (!kBulk) copy_wait<kStages - 2>();",
+        "",
+        "a wait is missing",
+    ),
     "a wait for too few copies": (
         "sbt_mma.cuh",
         "if constexpr (!kBulk) copy_wait<kStages - 2>",
@@ -87,7 +97,12 @@ PLANTED = {
         "// the sums are read",
         "races",
     ),
-    "a copy that nobody waits for": ("sbt_mma.cuh", "      copy_wait<0>();\n    }\n", "    }\n", "a wait is missing|under way"),
+    "a copy that nobody waits for": (
+        "sbt_mma.cuh",
+        "      copy_wait<0>();\n    }\n",
+        "    }\n",
+        "a wait is missing|under way",
+    ),
     "words stored outside": (
         "chunk.cuh",
         "to = lane / 4 * kStepMeta",
@@ -111,7 +126,12 @@ PLANTED = {
     ),
     "another row tile's values": ("sbt_mma.cuh", "r < there ? first_tile + r : first_tile", "first_tile", WRONG),
     "another warp's chunk": ("sbt_mma.cuh", "part * kChunk, splits * kChunk", "0 * kChunk, splits * kChunk", WRONG),
-    "a block's first row tile twice": ("sbt_mma.cuh", "round_tile + team * kRows", "round_tile + 0 * team", "error is|NaN"),
+    "a block's first row tile twice": (
+        "sbt_mma.cuh",
+        "round_tile + team * kRows",
+        "round_tile + 0 * team",
+        "error is|NaN",
+    ),
     "the residual's or bias's row": (
         "output.cuh",
         "static_cast<const float*>(out.bias)[row]",

@@ -90,7 +90,7 @@ ALPHAPRUNE_DEVICE void fence_for_copies() {
 ALPHAPRUNE_DEVICE void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
 #ifdef __CUDACC__
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier)
+               "l"(from), "r"(bytes), "r"(barrier)  // cubins: trips 1: once for each lane that copies, mostly one
                : "memory");
 #else
   emulator::copy_bulk(to, from, bytes, barrier);

@@ -39,8 +39,8 @@ MmaPlan plan_mma(const MmaProblem& p, int kRows, int most_warps, const Device& d
   }
 }
 
-// Kernels: Lane<Value>, kernel<Value, kTiles, kRows, kCopies>() and rows(kTiles), the row tiles of a warp. With two, which
-// load x half as often, an H200 was slower at 1 to 32 tokens: half as many chunks are under way.
+// Kernels: Lane<Value>, kernel<Value, kTiles, kRows, kCopies>() and rows(kTiles), the row tiles of a warp. With two,
+// which load x half as often, an H200 was slower at 1 to 32 tokens: half as many chunks are under way.
 template <class Kernels, class Value, int kTiles>
 Status run_mma(MmaProblem p, const Device& device, void* stream) {
   using Lane = typename Kernels::template Lane<Value>;
