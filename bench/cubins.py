@@ -137,7 +137,7 @@ def dynamic_shared(kernels: list[str], folder: Path) -> dict[str, int]:
 def copies_of(kernel: str) -> str:
     """How sbt_mma copies: the name of the number that stands for it, the last but one or last of the template's."""
     numbers = [a for a in arguments_of(kernel) if a.isdigit()]
-    return ("edges", "whole", "bulk")[int(numbers[2])] if kernel.startswith("sbt_mma") else ""
+    return ("edges", "whole", "bulk")[int(numbers[2])] if kernel.startswith("sbt_mma") and len(numbers) > 2 else ""
 
 
 def arguments_of(kernel: str) -> list[str]:

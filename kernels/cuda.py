@@ -227,6 +227,6 @@ def supports_delta(shape: tuple[int, int], tokens: int, weight: torch.dtype, x: 
 KERNELS = (
     Kernel("nm_mma_sp", "cuda", missing, supports, bind_nm, most_tokens=64, fits=crowded),
     Kernel("delta_spmv", "cuda", missing, supports_delta, bind_delta, most_tokens=2, most_density=0.5),
-    Kernel("sbt_wgmma", "cuda", missing_wide, supports, bind_wide, most_tokens=512, least_tokens=33),
-    Kernel("sbt_mma", "cuda", missing, supports_mma, bind, most_tokens=256),
+    Kernel("sbt_wgmma", "cuda", missing_wide, supports, bind_wide, most_tokens=256, least_tokens=33),
+    Kernel("sbt_mma", "cuda", missing, supports_mma, bind, most_tokens=64),
 )
