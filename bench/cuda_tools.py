@@ -56,6 +56,7 @@ class Usage:
 def compile_cubin(source: Path, arch: str, out: Path, options: tuple[str, ...] = ()) -> dict[str, Usage]:
     """Writes a cubin with line numbers; resource usage by symbol."""
     command = [tool("nvcc"), "-cubin", f"-arch={arch}", "-O3", "-std=c++17", "-lineinfo", "-Xptxas", "-v"]
+    command += ["--Werror", "cross-execution-space-call"]  # what the host alone has is nothing on the device
     command += [f"-I{ROOT / 'csrc'}", *options, str(source), "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
