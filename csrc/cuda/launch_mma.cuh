@@ -45,7 +45,8 @@ template <class Kernels, class Value, int kTiles>
 Status run_mma(MmaProblem p, const Device& device, void* stream) {
   using Lane = typename Kernels::template Lane<Value>;
   constexpr int kRows = Kernels::rows(kTiles);
-  const bool whole = p.cols % kChunkCols == 0, bulk = whole && p.eights && device.capability >= 90;
+  const bool whole = p.cols % kChunkCols == 0,
+             bulk = whole && p.eights && device.capability == 90;  // only its code has them
   const Copies copies = bulk ? Copies::bulk : whole ? Copies::whole : Copies::edges;
   const auto kernel = bulk    ? Kernels::template kernel<Value, kTiles, kRows, Copies::bulk>()
                       : whole ? Kernels::template kernel<Value, kTiles, kRows, Copies::whole>()
