@@ -62,7 +62,8 @@ int64_t run(const Packed& weight, int64_t tokens) {
   const auto aligned = [](std::vector<uint16_t>& of) {
     return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(of.data()) + 63) / 64 * 64);
   };
-  const cuda::Call call{aligned(x), nullptr, nullptr, aligned(y), tokens, Dtype::bfloat16, Dtype::float32, nullptr};
+  const cuda::Call call{
+      aligned(x), {{aligned(y), weight.rows, nullptr, Dtype::float32}}, 1, nullptr, tokens, Dtype::bfloat16, nullptr};
   const auto product = weight.dtype == Dtype::int8 ? cuda::sbt_mma_int8 : cuda::sbt_mma;
   const cuda::Status status = product(weight.view(), weight.stage_units, kDevice, call);
   if (status) std::fprintf(stderr, "%s\n", cuda::last_failure().c_str());

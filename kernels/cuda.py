@@ -141,8 +141,8 @@ def _bound(made: Any, packed: Packed, *alive: Any, rows: Callable[[Tensor], Tens
     def run(x: Tensor, bias: Tensor | None, alive: tuple = alive) -> Tensor:
         y = x.new_empty(*x.shape[:-1], n)
         given = x if rows is None else rows(x)
-        address, code = (0, 0) if bias is None else (bias.data_ptr(), native.DTYPES[bias.dtype])
-        multiply(given.data_ptr(), x.numel() // k, address, code, 0, y.data_ptr(), stream(device))
+        biases = [] if bias is None else [(bias.data_ptr(), native.DTYPES[bias.dtype])]
+        multiply(given.data_ptr(), x.numel() // k, biases, 0, y.data_ptr(), stream(device))
         return y
 
     return run
@@ -173,7 +173,7 @@ def bind_delta(packed: Packed) -> Bound:
     if packed.device.type == "cuda":  # the kernel may read its weight before those that came earlier have ended
         torch.cuda.current_stream(packed.device).synchronize()
     addresses = [tensor.data_ptr() if tensor.numel() else 0 for tensor in rows.tensors]
-    made = load().DeltaWeight(*addresses, rows.sizes, native.DTYPES[packed.dtype], index)
+    made = load().DeltaWeight(addresses, rows.members, rows.sizes, rows.pairs, native.DTYPES[packed.dtype], index)
     return _bound(made, packed, rows)
 
 

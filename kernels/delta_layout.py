@@ -2,33 +2,32 @@
 
 The byte layout is described at DeltaView in csrc/cuda/launch.h. A row keeps a stream of values per block of columns;
 where one is further from that before than a delta reaches stand zeros in pruned columns. Eight of the stream are a
-pack. Rows are dealt to shares, two for a multiprocessor, and a share's packs to threads in equal, contiguous runs.
+pack. delta_deal.py deals rows to shares, and a share's packs to threads. Weights that share x may have one layout:
+their rows are dealt together.
 """
 
-import functools
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from alphaprune.formats import Packed, sbt
+from alphaprune.kernels import delta_deal
+from alphaprune.kernels.delta_deal import THREADS, WARPS
 
 PACK = 8
 REACH = {False: 16, True: 32}  # columns that a delta spans at most, by whether it has a fifth bit
 MOST_COLS = 20480  # of a block: kMostBlockCols
-WARPS = 12  # of a share: kDeltaWarps
-BLOCKS = 2  # shares of a multiprocessor: kDeltaBlocks
-THREADS = 32 * WARPS
 GROUP = 4  # packs whose fifth bits are one word
 MULTIPROCESSORS = 132  # where a weight is not on a device: an H100's
-LEAST = 2  # packs of a thread, where there would be fewer there are fewer shares
 CHUNK = 1 << 22  # weights that are handled at a time: the temporaries are some 100 times their size
 
 
 @dataclass(frozen=True, eq=False)
 class DeltaRows:
-    """A weight [N, K] as nibble-delta rows in shares; a part is a share's packs of one block of columns.
+    """Weights [N_i, K] as nibble-delta rows in shares; a part is a share's packs of one block of columns.
 
     values: [parts, lines, 32, 8], 16-bit floats. deltas: int32 [parts, lines, 32], bit patterns of eight nibbles.
     fifths: int32 [parts, groups, threads], the deltas' fifth bits, a byte per pack; groups is 0 without them.
@@ -36,8 +35,9 @@ class DeltaRows:
     starts: int32 [parts, threads], column of the block where the run begins + 2^16 times the number of its first sum.
     counts: int32 [parts], lines that are in use.
     sums: int32 [parts, rows of a share], the first of a row's sums + 2^16 times the one past its last.
-    rows: int32 [shares, rows of a share], the row of W; -1 past a share's last.
-    shape: (N, K). block_cols: columns of a block, a multiple of 8.
+    rows: int32 [shares, rows of a share], the row, numbered over all weights; -1 past a share's last.
+    members: N_i of each weight. cols: K. block_cols: columns of a block, a multiple of 8.
+    pairs: of two weights, row i of the second stands behind that of the first, which is in an even place.
     """
 
     values: Tensor
@@ -48,8 +48,10 @@ class DeltaRows:
     counts: Tensor
     sums: Tensor
     rows: Tensor
-    shape: tuple[int, int]
+    members: tuple[int, ...]
+    cols: int
     block_cols: int
+    pairs: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -67,9 +69,9 @@ class DeltaRows:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """N, K, shares, rows of a share, lines of a part, words of a thread's begins, columns of a block."""
+        """K, shares, rows of a share, lines of a part, words of a thread's begins, columns of a block."""
         return (
-            *self.shape,
+            self.cols,
             *self.rows.shape,
             self.values.shape[1],
             self.begins.shape[1],
@@ -84,7 +86,7 @@ class DeltaRows:
     @property
     def blocks(self) -> int:
         """Blocks of columns."""
-        return -(-self.shape[1] // self.block_cols)
+        return -(-self.cols // self.block_cols)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,81 +105,34 @@ class _Streams:
     length: Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class _Places:
-    """Where packs stand.
-
-    at: int64 [N, blocks], of the first pack of a row in a block of columns among all of its part; packs: how many they
-    are; part: which. totals: int64 [parts], packs of a part.
-    """
-
-    at: Tensor
-    packs: Tensor
-    part: Tensor
-    totals: Tensor
-
-    @functools.cached_property
-    def lines(self) -> Tensor:
-        """Of each part: 32 packs each, one per lane."""
-        return -(-self.totals // 32)
-
-    @functools.cached_property
-    def most(self) -> int:
-        """Lines of the largest part."""
-        return int(self.lines.max())
-
-    @property
-    def steps(self) -> int:
-        """Packs of a thread at most, and no fewer than one."""
-        return max(1, -(-self.most // WARPS))
-
-    def of(self, pack: Tensor, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(step in its thread's run, thread, place among all packs) of the pack-th of a part."""
-        steps, more = self.lines[part] // WARPS, self.lines[part] % WARPS  # the first `more` warps take a step more
-        border = more * (steps + 1) * 32
-        late = pack >= border
-        length = torch.where(late, steps.clamp_min(1), steps + 1)
-        rest = torch.where(late, pack - border, pack)
-        thread = (torch.where(late, more * 32, 0) + rest // length).clamp_max(THREADS - 1)
-        step = rest % length
-        return step, thread, (part * self.most + step * WARPS) * 32 + thread
-
-    def end(self, begins: Tensor) -> None:
-        """Marks in begins [parts, steps, threads] the empty packs behind a part's last: rows of nobody's."""
-        part = torch.arange(self.totals.numel(), device=begins.device)[:, None].expand(-1, 32)
-        pack = self.totals[:, None] + torch.arange(32, device=begins.device)
-        there = pack < 32 * self.lines[:, None]
-        part = part[there]
-        step, thread, _ = self.of(pack[there], part)
-        begins[part[step > 0], step[step > 0], thread[step > 0]] = True
-
-
 def block_cols(cols: int) -> int:
     """Columns per block: as few blocks as shared memory allows, of equal size."""
     blocks = -(-cols // MOST_COLS)
     return -(-cols // (8 * blocks)) * 8
 
 
-def build(packed: Packed, name: str = "the weight") -> DeltaRows:
-    """The nibble-delta rows of a packed weight in float16 or bfloat16, on its device; bits of the values unchanged.
+def build(*weights: Packed, pairs: bool = False, name: str = "the weight") -> DeltaRows:
+    """The nibble-delta rows of weights of one K in one of float16 and bfloat16, on their device; bits are unchanged.
 
-    ValueError on other dtypes.
+    pairs: of two weights with as many rows, see DeltaRows. ValueError on other dtypes and on weights that differ.
     """
-    if packed.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"{name}: nibble-delta rows hold float16 or bfloat16, got {packed.dtype}; convert the weight")
-    n, k = packed.shape
-    width, fifth = block_cols(k), _wide(sbt.kept(packed) / (n * k))
+    n, k, dtype, device = sum(w.shape[0] for w in weights), weights[0].shape[1], weights[0].dtype, weights[0].device
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"{name}: nibble-delta rows hold float16 or bfloat16, got {dtype}; convert the weight")
+    if any((w.shape[1], w.dtype, w.device) != (k, dtype, device) for w in weights):
+        raise ValueError(f"{name}: weights that share x have the same columns, dtype and device")
+    width, fifth = block_cols(k), _wide(_density(weights))
     reach, blocks = REACH[fifth], -(-k // width)
-    chunks = _chunks(packed)
+    chunks = _chunks(weights)
     lengths = torch.cat([_streams(dense, keep, width, reach).length for _, dense, keep in chunks()])  # [N * blocks]
-    places, rows = _deal((-(-lengths // PACK)).view(n, blocks), _multiprocessors(packed))
+    places, rows = delta_deal.deal((-(-lengths // PACK)).view(n, blocks), _multiprocessors(device), pairs)
     parts, steps = places.lines.numel(), places.steps
 
     total = parts * places.most * 32
-    values = torch.zeros(total * PACK, dtype=torch.int16, device=packed.device)
-    deltas = torch.zeros(total * PACK, dtype=torch.uint8, device=packed.device)
-    columns = torch.zeros(parts, THREADS, dtype=torch.int32, device=packed.device)
-    begins = torch.zeros(parts, steps, THREADS, dtype=torch.bool, device=packed.device)
+    values = torch.zeros(total * PACK, dtype=torch.int16, device=device)
+    deltas = torch.zeros(total * PACK, dtype=torch.uint8, device=device)
+    columns = torch.zeros(parts, THREADS, dtype=torch.int32, device=device)
+    begins = torch.zeros(parts, steps, THREADS, dtype=torch.bool, device=device)
     for top, dense, keep in chunks():
         s = _streams(dense, keep, width, reach)
         stream = top * blocks + s.stream
@@ -190,10 +145,10 @@ def build(packed: Packed, name: str = "the weight") -> DeltaRows:
         first = (s.position == 0) & (step != 0)
         begins[part[first], step[first], thread[first]] = True
     places.end(begins)
-    sums, starts = _sums(places, rows, begins)
+    sums, starts = delta_deal.number_sums(places, rows, begins)
     deltas = deltas.view(parts, places.most, 32, PACK)
     return DeltaRows(
-        values.view(packed.dtype).view(deltas.shape),
+        values.view(dtype).view(deltas.shape),
         _packed([deltas[..., i] & 15 for i in range(PACK)], 4),
         _fifths(deltas, steps if fifth else 0),
         torch.stack([_packed(list(word.unbind(1)), 1) for word in begins.split(32, dim=1)], 1),
@@ -201,19 +156,20 @@ def build(packed: Packed, name: str = "the weight") -> DeltaRows:
         places.lines.to(torch.int32),
         sums,
         rows.to(torch.int32),
-        (n, k),
+        tuple(w.shape[0] for w in weights),
+        k,
         width,
+        pairs,
     )
 
 
-def nbytes(packed: Packed) -> int:
+def nbytes(*weights: Packed) -> int:
     """Bytes of what `build` makes, about: as though kept columns lay anywhere, each as likely as the others."""
-    n, k = packed.shape
-    density, blocks = sbt.kept(packed) / (n * k), -(-k // block_cols(k))
-    fifth = _wide(density)
+    n, k, density = sum(w.shape[0] for w in weights), weights[0].shape[1], _density(weights)
+    blocks, fifth = -(-k // block_cols(k)), _wide(density)
     packs = _entries(density, REACH[fifth]) / PACK * k / blocks
     packs += (PACK - 1) / 2 / PACK if packs else 0  # of a row in a block of columns
-    shares = _shares(n, int(packs * n * blocks), _multiprocessors(packed))
+    shares = delta_deal.count_shares(n, int(packs * n * blocks), _multiprocessors(weights[0].device))
     rows = -(-n // shares)
     lines = math.ceil((rows * packs + 2 * math.sqrt(packs)) / 32)  # of the largest part, as rows differ by a little
     steps = max(1, -(-lines // WARPS))
@@ -221,10 +177,14 @@ def nbytes(packed: Packed) -> int:
     return shares * (blocks * (lines * 32 * (2 * PACK + 4) + 4 * (words * THREADS + rows + 1)) + 4 * rows)
 
 
-def _multiprocessors(packed: Packed) -> int:
-    if packed.device.type != "cuda":
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
         return MULTIPROCESSORS
-    return torch.cuda.get_device_properties(packed.device).multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _density(weights: Sequence[Packed]) -> float:
+    return sum(sbt.kept(w) for w in weights) / sum(math.prod(w.shape) for w in weights)
 
 
 def _entries(density: float, reach: int) -> float:
@@ -244,47 +204,22 @@ def bytes_per_weight(density: float) -> float:
     return (2 + (5 if wide else 4) / 8) * _entries(density, REACH[wide])
 
 
-def _shares(n: int, packs: int, multiprocessors: int) -> int:
-    """Shares of N rows with so many packs: BLOCKS per multiprocessor or a multiple of it, fewer of a small weight."""
-    at_once = BLOCKS * multiprocessors
-    shares = max(1, min(at_once, n, math.ceil(packs / (LEAST * THREADS))))
-    if shares * THREADS >= n:
-        return shares
-    needed = -(-n // THREADS)
-    return needed if needed <= at_once else -(-needed // at_once) * at_once
+def _chunks(weights: Sequence[Packed]) -> Callable[[], Iterator[tuple[int, Tensor, Tensor]]]:
+    """A function that yields (first row, dense int16 bits [rows, K], mask [rows, K]) from the top of all weights on."""
+    k = weights[0].shape[1]
+    step = max(1, CHUNK // (k * sbt.ROWS))  # row tiles
 
-
-def _deal(packs: Tensor, multiprocessors: int) -> tuple[_Places, Tensor]:
-    """(places, rows [shares, rows of a share]) for packs [N, blocks]: long rows first, to and fro over the shares."""
-    (n, blocks), device = packs.shape, packs.device
-    shares = _shares(n, int(packs.sum()), multiprocessors)
-    order = packs.sum(1).argsort(descending=True, stable=True)
-    rank = torch.arange(n, device=device)
-    turn, share = rank // shares, rank % shares
-    share = torch.where(turn % 2 == 1, shares - 1 - share, share)
-    rows = torch.full((shares, -(-n // shares)), -1, device=device)
-    rows[share, turn] = order
-    table = torch.zeros(*rows.shape, blocks, dtype=torch.int64, device=device)
-    table[share, turn] = packs[order]
-    at, part = torch.empty_like(packs), torch.empty_like(packs)
-    at[order] = (table.cumsum(1) - table)[share, turn]
-    part[order] = share[:, None] * blocks + torch.arange(blocks, device=device)
-    return _Places(at, packs, part, table.sum(1).flatten()), rows
-
-
-def _chunks(packed: Packed):
-    """A function that yields (first row, dense int16 bits [rows, K], mask [rows, K]) from the top of W on."""
-    n, k = packed.shape
-    tiles, per_row = packed.mask.shape[:2]
-    step = max(1, CHUNK // (k * sbt.ROWS))
-
-    def chunks():
-        for begin in range(0, tiles, step):
-            end = min(begin + step, tiles)
-            rows = min(end * sbt.ROWS, n) - begin * sbt.ROWS
-            offsets = packed.offsets[begin * per_row : end * per_row + 1]
-            dense, keep = sbt.unpack_torch(Packed(packed.weight, packed.mask[begin:end], offsets, (rows, k)))
-            yield begin * sbt.ROWS, dense.view(torch.int16), keep
+    def chunks() -> Iterator[tuple[int, Tensor, Tensor]]:
+        top = 0
+        for packed in weights:
+            n, (tiles, per_row) = packed.shape[0], packed.mask.shape[:2]
+            for begin in range(0, tiles, step):
+                end = min(begin + step, tiles)
+                rows = min(end * sbt.ROWS, n) - begin * sbt.ROWS
+                offsets = packed.offsets[begin * per_row : end * per_row + 1]
+                dense, keep = sbt.unpack_torch(Packed(packed.weight, packed.mask[begin:end], offsets, (rows, k)))
+                yield top, dense.view(torch.int16), keep
+                top += rows
 
     return chunks
 
@@ -312,26 +247,6 @@ def _streams(dense: Tensor, keep: Tensor, width: int, reach: int) -> _Streams:
     )
 
 
-def _sums(places: _Places, rows: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
-    """(sums [parts, rows of a share], number of each thread's first sum [parts, threads]), int32.
-
-    A thread ends a sum with its run and before each pack that begins a row; they are numbered in order of the packs.
-    """
-    ended = begins.cumsum(1, dtype=torch.int32)  # [parts, steps, threads], by a thread before it adds a pack
-    each = ended[:, -1] + 1
-    starts = each.cumsum(1, dtype=torch.int32) - each
-    number = lambda pack: (  # noqa: E731
-        starts[places.part, pack[1]] + ended[places.part, pack[0], pack[1]]
-    )
-    first = number(places.of(places.at, places.part))
-    last = number(places.of((places.at + places.packs - 1).clamp_min(0), places.part))
-    words = torch.where(places.packs > 0, first | (last + 1) << 16, 0)  # [N, blocks]
-    there = rows >= 0
-    sums = torch.zeros(*rows.shape, words.shape[1], dtype=torch.int32, device=rows.device)
-    sums[there] = words[rows[there]]
-    return sums.movedim(2, 1).reshape(-1, rows.shape[1]).contiguous(), starts
-
-
 def _packed(fields: list[Tensor], bits: int) -> Tensor:
     """int32 words of which the i-th field has so many bits from bit `bits` * i on."""
     word = torch.zeros(fields[0].shape, dtype=torch.int32, device=fields[0].device)
@@ -352,8 +267,11 @@ def _fifths(deltas: Tensor, steps: int) -> Tensor:
 
 
 def unpack(rows: DeltaRows) -> Tensor:
-    """The dense weight [N, K], bits of the kept values unchanged and +0 elsewhere; takes some 100 times its memory."""
-    n, k = rows.shape
+    """The dense weights [N, K], one below the other; bits of kept values unchanged, +0 elsewhere.
+
+    Takes some 100 times their memory.
+    """
+    n, k = sum(rows.members), rows.cols
     parts, most = rows.counts.numel(), rows.values.shape[1]
     steps = max(1, -(-most // WARPS))
     by_run = lambda lines: (  # noqa: E731  [parts, lines, 32, 8] to [parts, threads, steps, 8]

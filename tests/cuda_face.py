@@ -80,13 +80,13 @@ def run(function, weight: list[Tensor], counts: list[int], x: Tensor, rows: int,
     """(what the emulator says, y [tokens, rows]); options: bias, residual, order, shift (bytes that x is off 16)."""
     function.restype = ctypes.c_char_p
     bias, residual = options.get("bias"), options.get("residual")
-    held = [guard(tensor.contiguous()) for tensor in weight]
+    held = [guard(tensor.contiguous()) for tensor in weight]  # without elements: null
     given = guard(x, options.get("shift", 0))
     extra = [None if tensor is None else guard(tensor) for tensor in (bias, residual)]
     y = guard(torch.full((len(x), rows), float("nan"), dtype=x.dtype))
     codes = [len(x), DTYPES[x.dtype], DTYPES[x.dtype if bias is None else bias.dtype]]
     text = function(
-        (ctypes.c_void_p * len(held))(*(part.address for part in held)),
+        (ctypes.c_void_p * len(held))(*(part.address if part.tensor.numel() else None for part in held)),
         (ctypes.c_int64 * (len(counts) + 3))(*counts, *codes),
         ctypes.c_void_p(given.address),
         *(None if part is None else ctypes.c_void_p(part.address) for part in extra),

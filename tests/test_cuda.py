@@ -233,7 +233,7 @@ def test_a_residual_is_added_in_place(emulator: ModuleType, values: str | None) 
         for order in range(3):
             emulator.emulate_in_order(order)
             y = residual.clone()
-            made[dtype].multiply(x.data_ptr(), tokens, bias.data_ptr(), 0, y.data_ptr(), y.data_ptr(), 0)
+            made[dtype].multiply(x.data_ptr(), tokens, [(bias.data_ptr(), 0)], y.data_ptr(), y.data_ptr(), 0)
             assert_outputs(y, x, dense, bias, residual)
             found.append(y)
         assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
@@ -270,7 +270,7 @@ def test_a_failure_of_a_launch_raises(emulator: ModuleType) -> None:
     address = [t.data_ptr() for t in (packed.weight, packed.mask, packed.offsets)]
     made = emulator.Weight(*address, 0, 16, 128, 0, 2, 10, 0)  # room for 10 units where there are more
     with pytest.raises(RuntimeError, match="sbt_mma: emulated: block 0,0 thread"):
-        made.multiply(x.data_ptr(), 1, 0, 0, 0, x.new_empty(1, 16).data_ptr(), 0)
+        made.multiply(x.data_ptr(), 1, [], 0, x.new_empty(1, 16).data_ptr(), 0)
     for arguments, sentence in (
         ((0, 128, 0, 2, 10), "one row"),
         ((16, 128, 0, 0, 10), "dtype 0"),

@@ -6,15 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import cuda_face
+import delta_face
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_product
-from torch import Tensor
 
 from alphaprune.formats import sbt
-from alphaprune.kernels import delta_layout
+from alphaprune.kernels import delta_deal, delta_layout
 
 HALVES = (torch.float16, torch.bfloat16)
 # rows, columns, density: single weights, empty and full rows, rows of 4 to 32 lanes, wide gaps
@@ -35,7 +35,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is 
 def kernel(tmp_path_factory: pytest.TempPathFactory):
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
-    return cuda_face.build("delta", tmp_path_factory.mktemp("delta")).delta_spmv_emulated
+    return delta_face.build(tmp_path_factory.mktemp("delta"))
 
 
 def many(kernel) -> None:
@@ -45,22 +45,10 @@ def many(kernel) -> None:
         check(kernel, 700, 600, 1, 1, torch.bfloat16)
 
 
-def unequal(n: int, k: int, density: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(weight, mask): rows of very different lengths, one of them full and one empty where there are several."""
-    mask = torch.rand(n, k) < density * torch.rand(n, 1) * 2
-    if n > 2 and 0 < density < 1:
-        mask[n // 2], mask[n // 3] = True, False
-    return (torch.randn(n, k) * mask).to(dtype), mask
-
-
-def multiply(kernel, rows: delta_layout.DeltaRows, x: Tensor, **options) -> tuple[str, Tensor]:
-    return cuda_face.run(kernel, list(rows.tensors), list(rows.sizes), x, rows.shape[0], **options)
-
-
 def check(kernel, n: int, k: int, density: float, tokens: int, dtype: torch.dtype, **options) -> None:
-    weight, mask = unequal(n, k, density, dtype)
+    weight, mask = delta_face.unequal(n, k, density, dtype)
     x = torch.randn(tokens, k).to(dtype)
-    problem, y = multiply(kernel, delta_layout.build(sbt.pack(weight, mask)), x, **options)
+    problem, y = delta_face.multiply(kernel, delta_layout.build(sbt.pack(weight, mask)), x, **options)
     assert not problem
     bias, residual = options.get("bias"), options.get("residual")
     extra = [part.float() for part in (bias, residual) if part is not None]
@@ -74,13 +62,13 @@ def check(kernel, n: int, k: int, density: float, tokens: int, dtype: torch.dtyp
 @pytest.fixture(autouse=True)
 def _two_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delta_layout, "MULTIPROCESSORS", 2)
-    monkeypatch.setattr(delta_layout, "LEAST", 1 / delta_layout.THREADS)
+    monkeypatch.setattr(delta_deal, "LEAST", 1 / delta_deal.THREADS)
 
 
 @pytest.mark.parametrize("dtype", (*HALVES, torch.bfloat16))
 @pytest.mark.parametrize(("n", "k", "density"), [*SHAPES, (4, 21000, 0.05), (300, 40, 0.3)])
 def test_layout_round_trip(n: int, k: int, density: float, dtype: torch.dtype) -> None:
-    weight, mask = unequal(n, k, density, dtype)
+    weight, mask = delta_face.unequal(n, k, density, dtype)
     weight[mask & (torch.rand(n, k) < 0.1)] = float("nan")
     weight[mask & (torch.rand(n, k) < 0.1)] = -0.0
     rows = delta_layout.build(sbt.pack(weight, mask))
@@ -93,7 +81,7 @@ def test_long_runs(kernel) -> None:
 
 
 def test_layout_in_chunks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = sbt.pack(*unequal(100, 300, 0.2, torch.float16))
+    packed = sbt.pack(*delta_face.unequal(100, 300, 0.2, torch.float16))
     whole = delta_layout.build(packed)
     monkeypatch.setattr(delta_layout, "CHUNK", 1)
     for a, b in zip(whole.tensors, delta_layout.build(packed).tensors, strict=True):
@@ -114,7 +102,7 @@ def test_bytes_per_weight(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_layout_refuses_other_dtypes() -> None:
     with pytest.raises(ValueError, match=r"layer: nibble-delta rows hold float16 or bfloat16, got torch.float32"):
-        delta_layout.build(sbt.pack(torch.ones(2, 2)), "layer")
+        delta_layout.build(sbt.pack(torch.ones(2, 2)), name="layer")
 
 
 def test_shares_and_runs_are_equal() -> None:
@@ -127,13 +115,13 @@ def test_shares_and_runs_are_equal() -> None:
 
 def test_many_rows_are_dealt_in_turns(kernel) -> None:
     """A share has a row per thread at most; the shares of all multiprocessors then are of one size."""
-    n = 3 * delta_layout.THREADS + 1
+    n = 3 * delta_deal.THREADS + 1
     weight = (torch.randn(n, 24) * (torch.rand(n, 24) < 0.3)).half()
     rows = delta_layout.build(sbt.pack(weight))
     shares, most = rows.rows.shape
-    assert shares in (4, 6) and most <= delta_layout.THREADS
+    assert shares in (4, 6) and most <= delta_deal.THREADS
     x = torch.randn(2, 24).half()
-    problem, y = multiply(kernel, rows, x)
+    problem, y = delta_face.multiply(kernel, rows, x)
     assert not problem
     assert_product(y, x, weight)
 
@@ -184,7 +172,7 @@ def not_finite(kernel) -> None:
     for (n, k, density), tokens, dtype in itertools.product(
         [(37, 130, 0.3), (9, 40, 0.9), (20, 311, 0.05)], (1, 2, 4), HALVES
     ):
-        weight, mask = unequal(n, k, density, dtype)
+        weight, mask = delta_face.unequal(n, k, density, dtype)
         x = torch.randn(tokens, k).to(dtype)
         for token, value in zip(range(tokens), (float("inf"), float("nan"), -float("inf"), float("inf")), strict=False):
             column = int(torch.randint(k, ()))
@@ -196,7 +184,7 @@ def not_finite(kernel) -> None:
         weight = torch.where(mask, torch.randn(n, k), 0).to(dtype)
         if k == 40:
             weight[0, -1] = float("inf")
-        problem, y = multiply(kernel, delta_layout.build(sbt.pack(weight, mask)), x)
+        problem, y = delta_face.multiply(kernel, delta_layout.build(sbt.pack(weight, mask)), x)
         assert not problem
         assert_product(y, x, weight)
 
@@ -213,7 +201,7 @@ def test_the_last_kept_column_holds_infinity(kernel) -> None:
         weight = torch.ones(3, k, dtype=torch.bfloat16)
         x = torch.ones(2, k, dtype=torch.bfloat16)
         x[0, -1] = float("inf")
-        problem, y = multiply(kernel, delta_layout.build(sbt.pack(weight)), x)
+        problem, y = delta_face.multiply(kernel, delta_layout.build(sbt.pack(weight)), x)
         assert not problem and y[0].isinf().all() and (y[1] == k).all()
 
 
@@ -221,7 +209,7 @@ def test_an_infinite_weight_meets_no_zeros_of_others(kernel) -> None:
     weight = torch.zeros(40, 200, dtype=torch.float16)
     weight[7, 100] = float("inf")
     x = torch.ones(1, 200, dtype=torch.float16)
-    problem, y = multiply(kernel, delta_layout.build(sbt.pack(weight)), x)
+    problem, y = delta_face.multiply(kernel, delta_layout.build(sbt.pack(weight)), x)
     assert not problem and y[0, 7].isinf() and y.isfinite().sum() == 39
 
 
@@ -255,8 +243,8 @@ PLANTED = {
     "the wrong half of a value": ("low = float_of(pair << 16);", "low = float_of(pair & 0xffff0000u);"),
     "lanes of a row not summed": ("for (int step = lanes / 2; step;", "for (int step = lanes / 4; step;"),
     "a sum too few": ("i < range >> 16; i += lanes", "i + 1 < range >> 16; i += lanes"),
-    "no bias": ("if (out.bias) sum += bias_of(out, row);", ""),
-    "no residual": ("if (out.residual) sum += Value::widen(out.residual[to]);", ""),
+    "no bias": ("if (to.bias) sum += bias_of(to, row);", ""),
+    "no residual": ("if (out.residual) sum += Value::widen(out.residual[at]);", ""),
     "no zeros past the columns": ("const int limit = p.block_cols + kDeltaSlack;", "const int limit = p.block_cols;"),
     "only the threads that saw it know of an infinity": (
         "sync_block_any(!finite)",
@@ -265,8 +253,8 @@ PLANTED = {
     "x not checked": ("poison += poison_of(low[t]) + poison_of(high[t]);", ""),
     "a pruned infinity forgotten": ("if (kept[t] < sum_lanes(present[t]))", "if (kept[t] > sum_lanes(present[t]))"),
     "y written by rows that are not there": ("if (row == ~0u || lane_index() &", "if (lane_index() &"),
-    "y in order of the length": ("static_cast<int>(row), total[t]", "at, total[t]"),
-    "a token too many": ("if (token >= p.tokens || col >= end)", "if (token > p.tokens || col >= end)"),
+    "y in order of the length": ("static_cast<int>(row), total[t]);", "at, total[t]);"),
+    "a token too many": ("t < p.tokens ? eight_of", "t <= p.tokens ? eight_of"),
 }
 
 
@@ -274,7 +262,7 @@ def battery(kernel) -> None:
     """What finds every planted error; quick, so that many copies can be tried."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(delta_layout, "MULTIPROCESSORS", 2)
-        monkeypatch.setattr(delta_layout, "LEAST", 1 / delta_layout.THREADS)
+        monkeypatch.setattr(delta_deal, "LEAST", 1 / delta_deal.THREADS)
         for order in cuda_face.ORDERS:
             check(kernel, 37, 130, 0.3, 1, torch.bfloat16, bias=torch.randn(37), order=order)
             check(kernel, 20, 500, 1, 3, torch.bfloat16, residual=torch.randn(3, 20).bfloat16(), order=order)
@@ -294,15 +282,15 @@ def test_battery_passes(kernel) -> None:
 @needs_compiler
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_errors_are_caught(name: str, tmp_path: Path) -> None:
-    library = cuda_face.build("delta", tmp_path, dict([PLANTED[name]]), "-O0")
-    assert cuda_face.fails(lambda: battery(library.delta_spmv_emulated))
+    planted = delta_face.build(tmp_path, dict([PLANTED[name]]), "-O0")
+    assert cuda_face.fails(lambda: battery(planted))
 
 
 def test_a_wrong_start_is_caught(kernel) -> None:
-    weight, mask = unequal(37, 130, 0.3, torch.float16)
+    weight, mask = delta_face.unequal(37, 130, 0.3, torch.float16)
     rows = delta_layout.build(sbt.pack(weight, mask))
     x = torch.randn(1, 130).half()
-    problem, y = multiply(kernel, replace(rows, starts=rows.starts + 1), x)
+    problem, y = delta_face.multiply(kernel, replace(rows, starts=rows.starts + 1), x)
     with pytest.raises(AssertionError):
         assert not problem
         assert_product(y, x, weight)

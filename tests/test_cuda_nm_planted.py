@@ -40,10 +40,10 @@ PLANTED = {
         "half[k] = col + k < p.cols ? load_cached(x + k) : 0;",
         "half[k] = load_cached(x + k);",
     ),
-    "rows past the last": ("if (row >= p.out.rows) continue;", ""),
+    "rows past the last": ("if (!p.out.has(row)) continue;", ""),
     "x not probed": ("mma_sparse<0, Value>(probe, b[t], b[t], words.x);", ""),
     "a pruned infinity forgotten": ("if (is_nan(any) &&", "if (!is_nan(any) &&"),
-    "no bias": ("if (out.bias) sum += bias_of(out, row);", ""),
+    "no bias": ("if (to.bias) sum += bias_of(to, row);", ""),
 }
 
 
@@ -134,8 +134,8 @@ PLANTED_SM90 = {
         WRONG,
     ),
     "the token of another tile": ("in_unit % kNmRows + i, first + token)", "in_unit % kNmRows + i, token)", WRONG),
-    "rows past the last": ("if (row + i < p.nm.out.rows) store", "store", "bytes around y|signal"),
-    "panels past the last": ("if (row >= p.nm.out.rows) continue;", "", "bytes around y|signal"),
+    "rows past the last": ("if (p.nm.out.has(row + i)) store", "store", "bytes around y|signal"),
+    "panels past the last": ("if (!p.nm.out.has(row)) continue;", "", "bytes around y|signal"),
 }
 
 

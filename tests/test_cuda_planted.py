@@ -134,8 +134,8 @@ PLANTED = {
     ),
     "the residual's or bias's row": (
         "output.cuh",
-        "static_cast<const float*>(out.bias)[row]",
-        "static_cast<const float*>(out.bias)[0]",
+        "static_cast<const float*>(to.bias)[row]",
+        "static_cast<const float*>(to.bias)[0]",
         "error is",
     ),
 }

@@ -5,8 +5,11 @@
 
 #include <algorithm>
 #include <array>
+#include <numeric>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "launch.h"
 
@@ -53,33 +56,47 @@ Device described(int device) {
   return found;
 }
 
-Call call_of(Dtype dtype, Address x, int64_t tokens, Address bias, int32_t bias_dtype, Address residual, Address y,
-             Address stream) {
-  return {at<const void>(x),
-          at<const void>(bias),
-          at<const void>(residual),
-          at<void>(y),
-          tokens,
-          dtype,
-          static_cast<Dtype>(bias_dtype),
-          at<void>(stream)};
+// Addresses of the biases of all members and their dtypes; empty: none has one.
+using Biases = std::vector<std::pair<Address, int32_t>>;
+
+// What a product is called with. y: of the members one after the other, each [tokens, rows].
+struct Arguments {
+  Address x;
+  int64_t tokens;
+  const Biases& biases;
+  Address residual, y, stream;
+};
+
+Call call_of(Dtype dtype, const std::vector<int64_t>& rows, const Arguments& given) {
+  if (!given.biases.empty() && given.biases.size() != rows.size())
+    throw std::invalid_argument("wanted one bias for each weight, or none");
+  if (given.residual && rows.size() > 1) throw std::invalid_argument("a residual is of a single weight");
+  Call call{at<const void>(given.x),        {},           static_cast<int>(rows.size()),
+            at<const void>(given.residual), given.tokens, dtype,
+            at<void>(given.stream)};
+  auto* y = at<uint16_t>(given.y);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const auto [bias, code] = given.biases.empty() ? std::pair<Address, int32_t>{0, 0} : given.biases[i];
+    call.out[i] = {y, rows[i], at<const void>(bias), static_cast<Dtype>(code)};
+    y += given.tokens * rows[i];
+  }
+  return call;
 }
 
 // The product of all tokens, `most` at a time: run(call) starts one part.
 template <class Run>
-void launch(Call call, int device, int64_t most, int64_t cols, int64_t rows, Run run) {
+void launch(Call call, int device, int64_t most, int64_t cols, Run run) {
   const py::gil_scoped_release release;
   const Current current(device);
   const int64_t tokens = call.tokens;
-  const auto* x = static_cast<const uint16_t*>(call.x);
-  const auto* residual = static_cast<const uint16_t*>(call.residual);
-  auto* y = static_cast<uint16_t*>(call.y);
   for (int64_t first = 0; first < tokens; first += most) {
-    call.tokens = std::min(most, tokens - first);
-    call.x = x + first * cols;
-    call.residual = residual ? residual + first * rows : nullptr;
-    call.y = y + first * rows;
-    run(call);
+    Call part = call;
+    part.tokens = std::min(most, tokens - first);
+    part.x = static_cast<const uint16_t*>(call.x) + first * cols;
+    for (int i = 0; i < call.members; ++i)
+      part.out[i].y = static_cast<uint16_t*>(call.out[i].y) + first * call.out[i].rows;
+    if (call.residual) part.residual = static_cast<const uint16_t*>(call.residual) + first * call.out[0].rows;
+    run(part);
   }
 }
 
@@ -107,11 +124,10 @@ class Weight {
       throw std::invalid_argument("int8 values have one scale per row or per 128 columns of it, others none");
   }
 
-  void multiply(Address x, int64_t tokens, Address bias, int32_t bias_dtype, Address residual, Address y,
-                Address stream) const {
+  void multiply(Address x, int64_t tokens, const Biases& biases, Address residual, Address y, Address stream) const {
     const auto product = view_.scale ? sbt_mma_int8 : sbt_mma;
-    launch(call_of(dtype_, x, tokens, bias, bias_dtype, residual, y, stream), index_, kMostTokens, view_.cols,
-           view_.rows, [&](const Call& part) { check(product(view_, stage_units_, device_, part), "sbt_mma"); });
+    launch(call_of(dtype_, {view_.rows}, {x, tokens, biases, residual, y, stream}), index_, kMostTokens, view_.cols,
+           [&](const Call& part) { check(product(view_, stage_units_, device_, part), "sbt_mma"); });
   }
 
   void expand(int64_t first, int64_t last, Address out, Address stream) const {
@@ -155,12 +171,11 @@ class WideWeight {
   }
 
   // Rows of x are padded to a multiple of 8 elements, and start on 16 bytes.
-  void multiply(Address x, int64_t tokens, Address bias, int32_t bias_dtype, Address residual, Address y,
-                Address stream) const {
+  void multiply(Address x, int64_t tokens, const Biases& biases, Address residual, Address y, Address stream) const {
     const int64_t stride = ceil_div(view_.cols, 8) * 8;
     if (x % 16) throw std::invalid_argument("sbt_wgmma's x starts on 16 bytes");
-    launch(call_of(view_.dtype, x, tokens, bias, bias_dtype, residual, y, stream), index_, kMostWideTokens, stride,
-           view_.rows,
+    launch(call_of(view_.dtype, {view_.rows}, {x, tokens, biases, residual, y, stream}), index_, kMostWideTokens,
+           stride,
            [&](const Call& part) { check(sbt_wgmma(view_, tile_units_, 0, device_, part, stride), "sbt_wgmma"); });
   }
 
@@ -171,27 +186,30 @@ class WideWeight {
   Device device_;
 };
 
-// Nibble-delta rows on a device, for few tokens.
+// Nibble-delta rows on a device, for few tokens, of one weight or of several that share x.
 class DeltaWeight {
  public:
-  // sizes: N, K, shares, rows of a share, lines of a part, words of a thread's begins, columns of a block.
-  DeltaWeight(Address values, Address deltas, Address fifths, Address begins, Address starts, Address counts,
-              Address sums, Address rows_of, const std::array<int64_t, 7>& sizes, int32_t dtype, int device)
-      : view_{at<const void>(values),
-              at<const uint32_t>(deltas),
-              at<const uint32_t>(fifths),
-              at<const uint32_t>(begins),
-              at<const uint32_t>(starts),
-              at<const uint32_t>(counts),
-              at<const uint32_t>(sums),
-              at<const uint32_t>(rows_of),
+  // members: rows of each weight. sizes: K, shares, rows of a share, lines of a part, words of a thread's begins,
+  // columns of a block. pairs: of two members, silu of the first product times the second.
+  DeltaWeight(const std::array<Address, 8>& tensors, std::vector<int64_t> members, const std::array<int64_t, 6>& sizes,
+              bool pairs, int32_t dtype, int device)
+      : view_{at<const void>(tensors[0]),
+              at<const uint32_t>(tensors[1]),
+              at<const uint32_t>(tensors[2]),
+              at<const uint32_t>(tensors[3]),
+              at<const uint32_t>(tensors[4]),
+              at<const uint32_t>(tensors[5]),
+              at<const uint32_t>(tensors[6]),
+              at<const uint32_t>(tensors[7]),
+              std::accumulate(members.begin(), members.end(), int64_t{0}),
               sizes[0],
               sizes[1],
               sizes[2],
               sizes[3],
               sizes[4],
               sizes[5],
-              sizes[6]},
+              pairs},
+        members_(std::move(members)),
         dtype_(half_of(dtype)),
         index_(device),
         device_(described(device)),
@@ -200,16 +218,26 @@ class DeltaWeight {
     if (block_cols < 8 || block_cols % 8 || block_cols > kMostBlockCols)
       throw std::invalid_argument("a block of columns has a multiple of 8, at most " + std::to_string(kMostBlockCols));
     if (view_.share_rows > delta_threads()) throw std::invalid_argument("a share of rows has at most one per thread");
+    if (members_.empty() || members_.size() > kMostMembers)
+      throw std::invalid_argument("from 1 to " + std::to_string(kMostMembers) + " weights share a product");
+    if (pairs && (members_.size() != 2 || members_[0] != members_[1] || view_.share_rows % 2))
+      throw std::invalid_argument("pairs are of two weights with as many rows");
   }
 
-  void multiply(Address x, int64_t tokens, Address bias, int32_t bias_dtype, Address residual, Address y,
-                Address stream) const {
-    launch(call_of(dtype_, x, tokens, bias, bias_dtype, residual, y, stream), index_, most_, view_.cols, view_.rows,
-           [&](const Call& part) { check(delta_spmv(view_, device_, part), "delta_spmv"); });
+  // norm: the weight of an RMSNorm before the product, or 0.
+  void multiply(Address x, int64_t tokens, const Biases& biases, Address residual, Address y, Address stream,
+                Address norm, float epsilon) const {
+    if (norm && !(delta_takes_norm(view_) && epsilon > 0))
+      throw std::invalid_argument("a norm has an epsilon above 0, and its columns are in one block");
+    const Call call = call_of(dtype_, members_, {x, tokens, biases, residual, y, stream});
+    launch(call, index_, most_, view_.cols, [&](const Call& part) {
+      check(delta_spmv(view_, device_, part, {at<const void>(norm), epsilon}), "delta_spmv");
+    });
   }
 
  private:
   DeltaView view_;
+  std::vector<int64_t> members_;
   Dtype dtype_;
   int index_;
   Device device_;
@@ -224,10 +252,9 @@ class NmWeight {
     if (panels % 16) throw std::invalid_argument("panels start on 16 bytes");
   }
 
-  void multiply(Address x, int64_t tokens, Address bias, int32_t bias_dtype, Address residual, Address y,
-                Address stream) const {
-    launch(call_of(dtype_, x, tokens, bias, bias_dtype, residual, y, stream), index_, kMostNmTokens, view_.cols,
-           view_.rows, [&](const Call& part) { check(nm_mma_sp(view_, device_, part), "nm_mma_sp"); });
+  void multiply(Address x, int64_t tokens, const Biases& biases, Address residual, Address y, Address stream) const {
+    launch(call_of(dtype_, {view_.rows}, {x, tokens, biases, residual, y, stream}), index_, kMostNmTokens, view_.cols,
+           [&](const Call& part) { check(nm_mma_sp(view_, device_, part), "nm_mma_sp"); });
   }
 
  private:
@@ -278,9 +305,10 @@ PYBIND11_MODULE(ALPHAPRUNE_MODULE, m) {
       .def(py::init<Address, Address, Address, int64_t, int64_t, int32_t, uint32_t, int>())
       .def("multiply", &WideWeight::multiply);
   py::class_<DeltaWeight>(m, "DeltaWeight")
-      .def(py::init<Address, Address, Address, Address, Address, Address, Address, Address,
-                    const std::array<int64_t, 7>&, int32_t, int>())
-      .def("multiply", &DeltaWeight::multiply);
+      .def(py::init<const std::array<Address, 8>&, std::vector<int64_t>, const std::array<int64_t, 6>&, bool, int32_t,
+                    int>())
+      .def("multiply", &DeltaWeight::multiply, py::arg("x"), py::arg("tokens"), py::arg("biases"), py::arg("residual"),
+           py::arg("y"), py::arg("stream"), py::arg("norm") = 0, py::arg("epsilon") = 0.0f);
   py::class_<NmWeight>(m, "NmWeight")
       .def(py::init<Address, int64_t, int64_t, int32_t, int>())
       .def("multiply", &NmWeight::multiply);

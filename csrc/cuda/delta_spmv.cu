@@ -37,8 +37,10 @@ int64_t delta_most_tokens(const DeltaView& weight, const Device& device) {
   return all <= static_cast<size_t>(device.shared_bytes) ? kMostDeltaTokens : 2;
 }
 
-Status delta_spmv(const DeltaView& weight, const Device& device, const Call& call) {
-  int lanes_log = 5;
+bool delta_takes_norm(const DeltaView& weight) { return weight.block_cols >= weight.cols; }
+
+Status delta_spmv(const DeltaView& weight, const Device& device, const Call& call, const Norm& norm) {
+  int lanes_log = weight.pairs ? 4 : 5;
   while (weight.share_rows << lanes_log > kDeltaThreads) --lanes_log;
   const DeltaProblem p{static_cast<const uint4*>(weight.values),
                        weight.deltas,
@@ -49,8 +51,9 @@ Status delta_spmv(const DeltaView& weight, const Device& device, const Call& cal
                        weight.sums,
                        weight.rows_of,
                        static_cast<const uint16_t*>(call.x),
-                       {call.bias, static_cast<const uint16_t*>(call.residual), static_cast<uint16_t*>(call.y),
-                        static_cast<int>(weight.rows), static_cast<int>(call.bias_dtype)},
+                       static_cast<const uint16_t*>(norm.weight),
+                       norm.epsilon,
+                       output_of(call),
                        static_cast<int>(weight.cols),
                        static_cast<int>(call.tokens),
                        static_cast<int>(weight.share_rows),
@@ -59,7 +62,9 @@ Status delta_spmv(const DeltaView& weight, const Device& device, const Call& cal
                        static_cast<int>(ceil_div(weight.cols, weight.block_cols)),
                        static_cast<int>(weight.block_cols),
                        lanes_log,
-                       reinterpret_cast<uintptr_t>(call.x) % 16 == 0 && weight.cols % 8 == 0};
+                       (reinterpret_cast<uintptr_t>(call.x) | reinterpret_cast<uintptr_t>(norm.weight)) % 16 == 0 &&
+                           weight.cols % 8 == 0,
+                       weight.pairs};
   const size_t shared = delta_shared_bytes(p.tokens, p.block_cols, p.share_rows);
   const auto run = [&](auto kernel) {
     if (device.capability < 90) return start(kernel, weight.shares, kDeltaThreads, shared, call.stream, p);

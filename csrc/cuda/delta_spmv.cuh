@@ -28,10 +28,13 @@ struct DeltaProblem {
   const uint32_t* sums;
   const uint32_t* rows;
   const uint16_t* x;
+  const uint16_t* norm;  // null: none
+  float epsilon;
   Output out;
   int cols, tokens, share_rows, lines, words, blocks, block_cols;
   int lanes_log;  // of the lanes that add up a row's sums
   bool eights;    // whether eight neighbouring activations can be loaded at once
+  bool pairs;
 };
 
 template <int kTokens>
@@ -44,15 +47,21 @@ constexpr size_t delta_shared_bytes(int tokens, int block_cols, int share_rows) 
          sums * (tokens <= 2 ? tokens : 4) * sizeof(float);
 }
 
-// Eight activations of a token from column `col` on, zeros from `end` on.
-ALPHAPRUNE_DEVICE uint4 eight_activations(const DeltaProblem& p, int token, int col, int end) {
-  if (token >= p.tokens || col >= end) return {0, 0, 0, 0};
-  const uint16_t* at = p.x + static_cast<size_t>(token) * p.cols + col;
+// Eight of a row from column `col` on, zeros from `end` on.
+ALPHAPRUNE_DEVICE uint4 eight_of(const DeltaProblem& p, const uint16_t* row, int col, int end) {
+  if (col >= end) return {0, 0, 0, 0};
+  const uint16_t* at = row + col;
   if (p.eights && col + 8 <= end) return load_once(reinterpret_cast<const uint4*>(at));
   uint32_t half[8];
   ALPHAPRUNE_UNROLL
   for (int i = 0; i < 8; ++i) half[i] = col + i < end ? load_cached(at + i) : 0;
   return {half[0] | half[1] << 16, half[2] | half[3] << 16, half[4] | half[5] << 16, half[6] | half[7] << 16};
+}
+
+// Where the sums lie in shared memory.
+template <int kTokens>
+ALPHAPRUNE_DEVICE uint32_t delta_sums_at(const DeltaProblem& p) {
+  return shared_start() + (p.block_cols + kDeltaSlack) * kDeltaColumnBytes<kTokens>;
 }
 
 // x of a block of columns on its way into shared memory, eight columns of a thread at a time.
@@ -62,10 +71,12 @@ struct DeltaActivations {
                        kBatch = kTokens > 2 ? 1 : 4 / kTokens;
   int begin, end;
   uint4 head[kHead + 1][kTokens];  // none of 4 tokens: registers are too few
+  float scale[kTokens];            // of the norm
 
   ALPHAPRUNE_DEVICE void load(const DeltaProblem& p, uint4 (&x)[kTokens], int col) const {
     ALPHAPRUNE_UNROLL
-    for (int t = 0; t < kTokens; ++t) x[t] = eight_activations(p, t, begin + col, end);
+    for (int t = 0; t < kTokens; ++t)
+      x[t] = t < p.tokens ? eight_of(p, p.x + static_cast<size_t>(t) * p.cols, begin + col, end) : uint4{0, 0, 0, 0};
   }
   // The first ones, to be waited for later.
   ALPHAPRUNE_DEVICE void first(const DeltaProblem& p, int block) {
@@ -74,22 +85,79 @@ struct DeltaActivations {
     ALPHAPRUNE_UNROLL
     for (int i = 0; i < kHead; ++i) load(p, head[i], 8 * thread_index() + i * kStep);
   }
+  // The inverse roots of the mean squares of all columns, for all threads; takes the place of the sums meanwhile.
+  ALPHAPRUNE_DEVICE void find_scales(const DeltaProblem& p) {
+    float squares[kTokens] = {};
+    const auto add = [&](const uint4(&x)[kTokens]) {
+      ALPHAPRUNE_UNROLL
+      for (int t = 0; t < kTokens; ++t) {
+        ALPHAPRUNE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          float low, high;
+          widen_pair<Value>(word_of(x[t], i), low, high);
+          squares[t] += low * low + high * high;
+        }
+      }
+    };
+    ALPHAPRUNE_UNROLL
+    for (int i = 0; i < kHead; ++i) add(head[i]);
+    ALPHAPRUNE_NO_UNROLL
+    for (int col = 8 * thread_index() + kHead * kStep; col < end; col += kStep) {
+      uint4 x[kTokens];
+      load(p, x, col);
+      add(x);
+    }
+    const uint32_t sums = delta_sums_at<kTokens>(p);
+    ALPHAPRUNE_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+      squares[t] = sum_lanes(squares[t]);
+      if (lane_index() == 0) store_shared_f32(sums + (warp_index() * kTokens + t) * 4, squares[t]);
+    }
+    sync_block();
+    ALPHAPRUNE_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+      float all = 0;
+      for (int w = 0; w < kDeltaWarps; ++w) all += load_shared_f32(sums + (w * kTokens + t) * 4);
+      scale[t] = inverse_root(all / p.cols + p.epsilon);
+    }
+  }
+  ALPHAPRUNE_DEVICE void normalize(const DeltaProblem& p, uint4 (&x)[kTokens], int col) const {
+    const uint4 weight = eight_of(p, p.norm, begin + col, end);
+    ALPHAPRUNE_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+      uint32_t word[4];
+      ALPHAPRUNE_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        float low, high, by_low, by_high;
+        widen_pair<Value>(word_of(x[t], i), low, high);
+        widen_pair<Value>(narrow_pair<Value>(low * scale[t], high * scale[t]), low, high);
+        widen_pair<Value>(word_of(weight, i), by_low, by_high);
+        word[i] = narrow_pair<Value>(low * by_low, high * by_high);
+      }
+      x[t] = {word[0], word[1], word[2], word[3]};
+    }
+  }
   // All of them; NaN unless all are finite.
-  ALPHAPRUNE_DEVICE float stage(const DeltaProblem& p) const {
+  ALPHAPRUNE_DEVICE float stage(const DeltaProblem& p) {
     const int limit = p.block_cols + kDeltaSlack;
+    if (p.norm) find_scales(p);
     float poison = 0;
     int col = 8 * thread_index();
     ALPHAPRUNE_UNROLL
-    for (int i = 0; i < kHead; ++i, col += kStep)
+    for (int i = 0; i < kHead; ++i, col += kStep) {
+      if (p.norm) normalize(p, head[i], col);
       if (col < limit) store(head[i], col, poison);
+    }
     ALPHAPRUNE_NO_UNROLL
     for (; col < limit; col += kBatch * kStep) {
       uint4 x[kBatch][kTokens];
       ALPHAPRUNE_UNROLL
       for (int i = 0; i < kBatch; ++i) load(p, x[i], col + i * kStep);
       ALPHAPRUNE_UNROLL
-      for (int i = 0; i < kBatch; ++i)
+      for (int i = 0; i < kBatch; ++i) {
+        if (p.norm) normalize(p, x[i], col + i * kStep);
         if (col + i * kStep < limit) store(x[i], col + i * kStep, poison);
+      }
     }
     return poison;
   }
@@ -179,7 +247,7 @@ struct DeltaPlace {
 
 template <int kTokens>
 ALPHAPRUNE_DEVICE DeltaPlace place_of(const DeltaProblem& p, uint32_t start) {
-  const uint32_t sums = shared_start() + (p.block_cols + kDeltaSlack) * kDeltaColumnBytes<kTokens>;
+  const uint32_t sums = delta_sums_at<kTokens>(p);
   const uint32_t first = opaque(shared_start());
   return {first + (start & 0xffffu) * kDeltaColumnBytes<kTokens>, sums + (start >> 16) * 4 * kTokens, first};
 }
@@ -198,7 +266,7 @@ ALPHAPRUNE_DEVICE void leave_sum(DeltaPlace& place, float (&sum)[kTokens]) {
 // The sum of a row's sums, for each of the lanes that add them.
 template <int kTokens>
 ALPHAPRUNE_DEVICE void add_sums(const DeltaProblem& p, uint32_t range, float (&total)[kTokens]) {
-  const uint32_t sums = place_of<kTokens>(p, 0).sum;
+  const uint32_t sums = delta_sums_at<kTokens>(p);
   const int lanes = 1 << p.lanes_log;
   float sum[kTokens] = {};
   for (uint32_t i = (range & 0xffffu) + (lane_index() & (lanes - 1)); i < range >> 16; i += lanes) {
@@ -398,10 +466,21 @@ ALPHAPRUNE_KERNEL __launch_bounds__(kDeltaThreads, kDeltaBlocks) delta_spmv(cons
     sync_block();
     add_sums(p, range, total);
   }
-  if (row == ~0u || lane_index() & ((1 << p.lanes_log) - 1)) return;
+  float other[kTokens];
+  if (p.pairs) {  // the second member's row is that of the next lanes
+    ALPHAPRUNE_UNROLL
+    for (int t = 0; t < kTokens; ++t) other[t] = float_of(shuffle(bits_of(total[t]), lane_index() ^ 1 << p.lanes_log));
+  }
+  if (row == ~0u || lane_index() & ((p.pairs ? 2 : 1) << p.lanes_log) - 1) return;
   ALPHAPRUNE_UNROLL
-  for (int t = 0; t < kTokens; ++t)
-    if (t < p.tokens) store_output<Value>(p.out, t, static_cast<int>(row), total[t]);
+  for (int t = 0; t < kTokens; ++t) {
+    if (t >= p.tokens) continue;
+    if (p.pairs) {
+      store_swiglu<Value>(p.out, t, static_cast<int>(row), total[t], other[t]);
+    } else {
+      store_output<Value>(p.out, t, static_cast<int>(row), total[t]);
+    }
+  }
 }
 
 }  // namespace alphaprune::cuda

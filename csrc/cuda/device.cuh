@@ -2,6 +2,7 @@
 // csrc/emulator/simt.h for any C++ compiler, so that one source runs on both. Nothing here knows a packed format.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -95,6 +96,15 @@ struct Float16 {
 #endif
   }
 };
+
+// e^value and 1 / √value; of the last bits nothing is promised.
+#ifdef __CUDACC__
+ALPHAPRUNE_DEVICE float exponential(float value) { return __expf(value); }
+ALPHAPRUNE_DEVICE float inverse_root(float value) { return rsqrtf(value); }
+#else
+inline float exponential(float value) { return std::exp(value); }
+inline float inverse_root(float value) { return 1 / std::sqrt(value); }
+#endif
 
 // ---- where this thread is ----
 #ifdef __CUDACC__

@@ -14,16 +14,25 @@ namespace alphaprune::cuda {
 using Status = int;
 std::string describe(Status status);
 
-// What every product shares: y[tokens, rows] = x[tokens, cols] Wᵀ + bias + residual.
-struct Call {
-  const void* x;         // contiguous, in `dtype`
-  const void* bias;      // [rows] or null
-  const void* residual;  // [tokens, rows] in `dtype`, or null; may be y
-  void* y;               // contiguous, in `dtype`
-  int64_t tokens;
-  Dtype dtype;       // float16 or bfloat16: of x, y, residual and, unless it is int8, the weight
+// Weights that share x, the members of a product: so many at most.
+constexpr int kMostMembers = 3;
+// Where the rows of a member go: y[tokens, rows] = x[tokens, cols] Wᵀ + bias, each contiguous.
+struct Outlet {
+  void* y;           // in the dtype of the call
+  int64_t rows;      // of this weight
+  const void* bias;  // [rows] or null
   Dtype bias_dtype;  // float32, float16 or bfloat16
-  void* stream;      // cudaStream_t; null: the default one
+};
+
+// What every product shares.
+struct Call {
+  const void* x;             // contiguous, in `dtype`
+  Outlet out[kMostMembers];  // of the members, in their order
+  int members;
+  const void* residual;  // [tokens, rows] in `dtype`, added to the y of a single member, which it may be; or null
+  int64_t tokens;
+  Dtype dtype;   // float16 or bfloat16: of x, y, residual and, unless it is int8, the weight
+  void* stream;  // cudaStream_t; null: the default one
 };
 
 struct Device {
@@ -87,14 +96,22 @@ struct DeltaView {
   // [parts, share_rows], the first of a row's sums + 2^16 * the one past its last. A thread makes a sum of each row,
   // and they are numbered in order of the packs.
   const uint32_t* sums;
-  const uint32_t* rows_of;  // [shares, share_rows], the row of W, ~0 past a share's last
-  int64_t rows;             // N
-  int64_t cols;             // K
+  // [shares, share_rows], the row, numbered over all members, ~0 past a share's last. With `pairs` every second one is
+  // that of the second member which belongs to the first's before it.
+  const uint32_t* rows_of;
+  int64_t rows;  // of all members
+  int64_t cols;  // K
   int64_t shares;
   int64_t share_rows;  // at most one per thread
   int64_t lines;       // of each part in memory
   int64_t words;       // (steps + 31) / 32
   int64_t block_cols;  // a multiple of 8, at most kMostBlockCols
+  bool pairs;
+};
+// x is RMSNorm(call.x) * weight: both rounded to 16 bits (Zhang and Sennrich, 2019, as transformers rounds it).
+struct Norm {
+  const void* weight;  // [cols] in the dtype of x; null: x is as it is
+  float epsilon;
 };
 constexpr int64_t kMostDeltaTokens = 4;
 int delta_threads();                       // of a share's block
@@ -102,7 +119,10 @@ constexpr int64_t kMostBlockCols = 20480;  // 80 KB of shared memory for up to 2
 // As many tokens as one call may have: fewer than kMostDeltaTokens where shared memory does not hold more.
 int64_t delta_most_tokens(const DeltaView& weight, const Device& device);
 Status allow_delta_spmv(int shared_bytes);
-Status delta_spmv(const DeltaView& weight, const Device& device, const Call& call);
+// Whether the weight takes a norm: all columns are in one block.
+bool delta_takes_norm(const DeltaView& weight);
+// With `pairs` the call has two members, of which only the first has a y: silu(its product) * the second's.
+Status delta_spmv(const DeltaView& weight, const Device& device, const Call& call, const Norm& norm);
 
 // ---- 2:4 for sparse tensor cores, made from SBT at load (kernels/nm_layout.py) ----
 // Panels of 32 rows x 128 columns, ordered [row panel][column panel], padded with zeros. A panel is, 16 bytes per lane

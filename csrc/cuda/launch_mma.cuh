@@ -71,13 +71,11 @@ Status mma_by_tokens(const MmaProblem& p, const Device& device, void* stream) {
 template <class Kernels>
 Status launch_mma(const sbt::View& weight, uint32_t stage_units, const Device& device, const Call& call) {
   constexpr int kOffsetBytes = Values<Kernels::template Lane<Bfloat16>::kBytes>::kOffsetBytes;
-  const Output out{call.bias, static_cast<const uint16_t*>(call.residual), static_cast<uint16_t*>(call.y),
-                   static_cast<int>(weight.rows), static_cast<int>(call.bias_dtype)};
   const MmaProblem p{weight.values,
                      weight.mask,
                      weight.offsets,
                      static_cast<const uint16_t*>(call.x),
-                     out,
+                     output_of(call, sbt::kTileRows),
                      static_cast<int>(weight.cols),
                      static_cast<int>(call.tokens),
                      static_cast<int>(weight.row_tiles()),

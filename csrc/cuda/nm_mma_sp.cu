@@ -5,17 +5,17 @@ namespace alphaprune::cuda {
 namespace {
 
 template <class Value, int kTiles>
-Status run(const NmProblem& p, bool whole, void* stream) {
+Status run(const NmProblem& p, int64_t panels, bool whole, void* stream) {
   const auto kernel = whole ? nm_mma_sp<Value, kTiles, true> : nm_mma_sp<Value, kTiles, false>;
-  return start(kernel, ceil_div(p.out.rows, kNmRows), nm_warps(kTiles) * kWarp, nm_shared_bytes(kTiles), stream, p);
+  return start(kernel, panels, nm_warps(kTiles) * kWarp, nm_shared_bytes(kTiles), stream, p);
 }
 
 template <class Value>
-Status by_tokens(const NmProblem& p, bool whole, void* stream) {
-  if (p.tokens <= 8) return run<Value, 1>(p, whole, stream);
-  if (p.tokens <= 16) return run<Value, 2>(p, whole, stream);
-  if (p.tokens <= 32) return run<Value, 4>(p, whole, stream);
-  return run<Value, 8>(p, whole, stream);
+Status by_tokens(const NmProblem& p, int64_t panels, bool whole, void* stream) {
+  if (p.tokens <= 8) return run<Value, 1>(p, panels, whole, stream);
+  if (p.tokens <= 16) return run<Value, 2>(p, panels, whole, stream);
+  if (p.tokens <= 32) return run<Value, 4>(p, panels, whole, stream);
+  return run<Value, 8>(p, panels, whole, stream);
 }
 
 template <class Value, int kTiles>
@@ -42,19 +42,19 @@ Status allow_nm_mma_sp(int bytes) {
 Status nm_mma_sp(const NmView& weight, const Device& device, const Call& call) {
   const NmProblem p{static_cast<const uint4*>(weight.panels),
                     static_cast<const uint16_t*>(call.x),
-                    {call.bias, static_cast<const uint16_t*>(call.residual), static_cast<uint16_t*>(call.y),
-                     static_cast<int>(weight.rows), static_cast<int>(call.bias_dtype)},
+                    output_of(call, kNmRows),
                     static_cast<int>(weight.cols),
                     static_cast<int>(call.tokens),
                     static_cast<int>(ceil_div(weight.cols, kNmCols)),
                     reinterpret_cast<uintptr_t>(call.x) % 16 == 0 && weight.cols % 8 == 0};
   // Few tokens of few rows: a block for each panel of rows is as fast, and has less to begin and to end.
-  const bool rows = ceil_div(weight.rows, kNmRows) > 2 * int64_t{device.multiprocessors};
-  if (device.capability == 90 && p.eights && (rows || p.tokens > 16))
+  const int64_t panels = ceil_div(weight.rows, kNmRows);
+  const bool many = panels > 2 * int64_t{device.multiprocessors};
+  if (device.capability == 90 && p.eights && (many || p.tokens > 16))
     return nm_mma_sp_sm90(weight, {0, 0}, device, call);
   const bool whole = p.eights && weight.cols % kNmCols == 0;
-  return call.dtype == Dtype::bfloat16 ? by_tokens<Bfloat16>(p, whole, call.stream)
-                                       : by_tokens<Float16>(p, whole, call.stream);
+  return call.dtype == Dtype::bfloat16 ? by_tokens<Bfloat16>(p, panels, whole, call.stream)
+                                       : by_tokens<Float16>(p, panels, whole, call.stream);
 }
 
 }  // namespace alphaprune::cuda

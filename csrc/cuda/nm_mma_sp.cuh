@@ -199,7 +199,7 @@ ALPHAPRUNE_KERNEL __launch_bounds__(nm_warps(kTiles) * kWarp, kWhole ? nm_blocks
   for (int w = 0; w < kWarps; ++w) any += load_shared_f32(flags + 4 * w);
   for (int index = thread_index(); index < kNmRows * p.tokens; index += kWarps * kWarp) {
     const int in_panel = index % kNmRows, token = index / kNmRows, row = block_x() * kNmRows + in_panel;
-    if (row >= p.out.rows) continue;
+    if (!p.out.has(row)) continue;
     float total = 0;
     for (int w = 0; w < kWarps; ++w)
       total += load_shared_f32(shared_start() + w * kSums + 4 * (token * kNmSumRow + in_panel));

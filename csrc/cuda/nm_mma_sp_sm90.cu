@@ -87,19 +87,16 @@ Status allow_nm_mma_sp_sm90(int bytes) {
 }
 
 Status nm_mma_sp_sm90(const NmView& weight, NmShare wanted, const Device& device, const Call& call) {
-  const auto* residual = static_cast<const uint16_t*>(call.residual);
-  auto* y = static_cast<uint16_t*>(call.y);
-  const auto address = reinterpret_cast<uintptr_t>(y) | reinterpret_cast<uintptr_t>(residual);
   StreamProblem p{};
   p.nm = {static_cast<const uint4*>(weight.panels),
           static_cast<const uint16_t*>(call.x),
-          {call.bias, residual, y, static_cast<int>(weight.rows), static_cast<int>(call.bias_dtype)},
+          output_of(call, kNmRows),
           static_cast<int>(weight.cols),
           static_cast<int>(call.tokens),
           static_cast<int>(ceil_div(weight.cols, kNmCols)),
           true};
   p.row_panels = static_cast<int>(ceil_div(weight.rows, kNmRows));
-  p.fours = address % 8 == 0 && weight.rows % 4 == 0;
+  p.fours = stores_fours(call);
   return call.dtype == Dtype::bfloat16 ? stream_by_tokens<Bfloat16>(p, device, call, wanted)
                                        : stream_by_tokens<Float16>(p, device, call, wanted);
 }

@@ -145,7 +145,7 @@ ALPHAPRUNE_DEVICE void store_stream(const StreamProblem& p, const StreamShared& 
   for (int index = begin + thread_index(); index < end; index += p.warps() * kWarp) {
     const int token = index / fours, in_unit = (index - token * fours) * 4;
     const int row = unit * p.group * kNmRows + in_unit;
-    if (row >= p.nm.out.rows) continue;
+    if (!p.nm.out.has(row)) continue;
     float total[4] = {};
     for (int from = 0; from < p.splits; ++from)
       for (int slice = 0; slice < p.slices; ++slice) {
@@ -164,7 +164,7 @@ ALPHAPRUNE_DEVICE void store_stream(const StreamProblem& p, const StreamShared& 
     } else {
       ALPHAPRUNE_UNROLL
       for (int i = 0; i < 4; ++i)
-        if (row + i < p.nm.out.rows) store_output<Value>(p.nm.out, first + token, row + i, total[i]);
+        if (p.nm.out.has(row + i)) store_output<Value>(p.nm.out, first + token, row + i, total[i]);
     }
   }
 }

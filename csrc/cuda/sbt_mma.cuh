@@ -176,7 +176,7 @@ struct Scales {
 
   ALPHAPRUNE_DEVICE void start(const MmaProblem& p, int first_row, int first_chunk) {
     next = p.scale + static_cast<int64_t>(first_row) * p.groups + first_chunk;
-    last = p.out.rows - 1 - first_row;
+    last = p.out.of[0].rows - 1 - first_row;
     stride = p.groups;
     further = p.plan.splits;
   }
@@ -423,7 +423,7 @@ ALPHAPRUNE_DEVICE void multiply_tiles(const MmaProblem& p) {
     ALPHAPRUNE_NO_UNROLL
     for (int item = thread_index() / 16; item < round_tiles * 8 * kTiles; item += warps * 2) {
       const int tile = item / (8 * kTiles), token = item % (8 * kTiles), row = (round_tile + tile) * 16 + in_tile;
-      if (token >= p.tokens || row >= p.out.rows) continue;
+      if (token >= p.tokens || !p.out.has(row)) continue;
       const int i = in_tile / 8 * 2 + token % 2, holder = in_tile % 8 * 4 + token % 8 / 2;
       uint32_t at =
           rings + 4 * (tile / kRows * splits * kSums + ((tile % kRows * kTiles + token / 8) * 4 + i) * kWarp + holder);

@@ -65,21 +65,17 @@ Status allow_sbt_wgmma(int bytes) {
 
 Status sbt_wgmma(const sbt::View& weight, uint32_t tile_units, int splits, const Device& device, const Call& call,
                  int64_t x_stride) {
-  const auto* residual = static_cast<const uint16_t*>(call.residual);
-  auto* y = static_cast<uint16_t*>(call.y);
-  const Output out{call.bias, residual, y, static_cast<int>(weight.rows), static_cast<int>(call.bias_dtype)};
-  const auto address = reinterpret_cast<uintptr_t>(y) | reinterpret_cast<uintptr_t>(residual);
   WideProblem p{static_cast<const unsigned char*>(weight.values),
                 weight.mask,
                 weight.offsets,
-                out,
+                output_of(call),
                 static_cast<int>(call.tokens),
                 static_cast<int>(weight.row_tiles()),
                 static_cast<int>(weight.col_tiles()),
                 splits,
                 kWideMostStages,
                 tile_units * 16,
-                address % 8 == 0 && weight.rows % 4 == 0,
+                stores_fours(call),
                 {1, 2}};
   const int64_t chunks = ceil_div(weight.col_tiles(), kWideChunk);
   if (splits < 1) p.splits = splits_for(ceil_div(weight.row_tiles(), kWideTiles), chunks, device);

@@ -179,7 +179,7 @@ ALPHAPRUNE_DEVICE void store_wide(const WideProblem& p, uint32_t sums, int64_t f
   for (int index = thread_index(); index < kFours * count; index += kWideTiles * kWarp) {
     const int token = first + index / kFours, in_block = index % kFours * 4;
     const int64_t row = first_row + in_block;
-    if (row >= p.out.rows) continue;
+    if (row >= p.out.of[0].rows) continue;
     float total[4] = {};
     for (int rank = 0; rank < p.splits; ++rank) {
       const uint4 part = load_cluster_u128(sums + 4 * (token * kWideSumRow + in_block), rank);
@@ -189,7 +189,7 @@ ALPHAPRUNE_DEVICE void store_wide(const WideProblem& p, uint32_t sums, int64_t f
     if (p.fours) {
       store_four_outputs<Value>(p.out, token, static_cast<int>(row), total);
     } else {
-      for (int i = 0; i < 4 && row + i < p.out.rows; ++i)
+      for (int i = 0; i < 4 && row + i < p.out.of[0].rows; ++i)
         store_output<Value>(p.out, token, static_cast<int>(row) + i, total[i]);
     }
   }

@@ -12,8 +12,10 @@ extern "C" const char* nm_mma_sp_emulated(const void* const* weight, const int64
   const cuda::NmView view{weight[0], counts[0], counts[1]};
   const auto count = [&](int i) { return static_cast<int>(counts[i]); };
   const cuda::Device device{count(2), count(3), count(4)};
-  const cuda::Call call{
-      x, bias, residual, y, counts[7], static_cast<Dtype>(count(8)), static_cast<Dtype>(count(9)), nullptr};
+  const cuda::Call call{x,         {{y, view.rows, bias, static_cast<Dtype>(count(9))}},
+                        1,         residual,
+                        counts[7], static_cast<Dtype>(count(8)),
+                        nullptr};
   const cuda::NmShare share{count(5), count(6)};
   // What runs on sm_90a, however few rows there are.
   const bool sm90 = device.capability == 90 && view.cols % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;

@@ -14,6 +14,7 @@ extern "C" const char* sbt_wgmma_emulated(const void* const* weight, const int64
       dtype};
   const cuda::Device device{90, 132, static_cast<int>(counts[4])};
   cuda::sbt_wgmma(view, static_cast<uint32_t>(counts[2]), static_cast<int>(counts[3]), device,
-                  {x, bias, residual, y, counts[6], dtype, static_cast<Dtype>(counts[8]), nullptr}, counts[5]);
+                  {x, {{y, view.rows, bias, static_cast<Dtype>(counts[8])}}, 1, residual, counts[6], dtype, nullptr},
+                  counts[5]);
   return cuda::last_failure().c_str();
 }
