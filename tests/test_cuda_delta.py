@@ -252,7 +252,7 @@ PLANTED = {
     ),
     "x not checked": ("poison += poison_of(low[t]) + poison_of(high[t]);", ""),
     "a pruned infinity forgotten": ("if (kept[t] < sum_lanes(present[t]))", "if (kept[t] > sum_lanes(present[t]))"),
-    "y written by rows that are not there": ("if (row == ~0u || lane_index() &", "if (lane_index() &"),
+    "y written by rows that are not there": ("if (row == ~0u || lane_index() %", "if (lane_index() %"),
     "y in order of the length": ("static_cast<int>(row), total[t]);", "at, total[t]);"),
     "a token too many": ("t < p.tokens ? eight_of", "t <= p.tokens ? eight_of"),
 }

@@ -201,18 +201,24 @@ PLANTED = {
     "a member's border": ("(row >= of[1].first)", "(row > of[1].first)"),
     "the third member is the second": ("+ (row >= of[2].first)", ""),
     "rows of a member not counted from its first": ("row -= to.first;\n  if (to.bias) sum +=", "if (to.bias) sum +="),
-    "the other row is the next lane's": ("lane_index() ^ 1 << p.lanes_log", "lane_index() ^ 1"),
+    "the other row is the next lane's": ("lane_index() ^ (1 << p.lanes_log)", "lane_index() ^ 1"),
     "the second member's rows are stored": ("(p.pairs ? 2 : 1) << p.lanes_log", "1 << p.lanes_log"),
     "gate and up swapped": ("total[t], other[t])", "other[t], total[t])"),
     "the up's bias forgotten": ("if (other.bias) up += bias_of(other, row);", ""),
     "silu without its sigmoid": ("gate / (1 + exponential(-gate))", "gate"),
-    "the squares of one warp forgotten": ("for (int w = 0; w < kDeltaWarps; ++w) all", "for (int w = 1; w < kDeltaWarps; ++w) all"),
-    "no barrier before the squares are added": ("    sync_block();\n    ALPHAPRUNE_UNROLL\n    for (int t = 0; t < kTokens; ++t) {\n      float all", "    ALPHAPRUNE_UNROLL\n    for (int t = 0; t < kTokens; ++t) {\n      float all"),
-    "another token's scale": ("narrow_pair<Value>(low * scale[t], high * scale[t])", "narrow_pair<Value>(low * scale[0], high * scale[0])"),
-    "the norm's weight forgotten": ("narrow_pair<Value>(low * by_low, high * by_high)", "narrow_pair<Value>(low, high)"),
+    "the squares of one warp forgotten": (
+        "float all = 0;\n      for (int w = 0;",
+        "float all = 0;\n      for (int w = 1;",
+    ),
+    "no barrier before the squares are added": (
+        "    sync_block();\n    ALPHAPRUNE_UNROLL\n    for (int t = 0; t < kTokens; ++t) {\n      float all",
+        "    for (int t = 0; t < kTokens; ++t) {\n      float all",
+    ),
+    "another token's scale": ("(low * scale[t], high * scale[t])", "(low * scale[0], high * scale[0])"),
+    "the norm's weight forgotten": ("(low * by_low, high * by_high)", "(low, high)"),
     "the mean of too few": ("all / p.cols + p.epsilon", "all / (p.cols - 1) + p.epsilon"),
     "no epsilon": ("all / p.cols + p.epsilon", "all / p.cols"),
-}  # fmt: skip
+}
 
 
 def battery(kernel) -> None:

@@ -466,12 +466,14 @@ ALPHAPRUNE_KERNEL __launch_bounds__(kDeltaThreads, kDeltaBlocks) delta_spmv(cons
     sync_block();
     add_sums(p, range, total);
   }
-  float other[kTokens];
+  float other[kTokens] = {};
   if (p.pairs) {  // the second member's row is that of the next lanes
     ALPHAPRUNE_UNROLL
-    for (int t = 0; t < kTokens; ++t) other[t] = float_of(shuffle(bits_of(total[t]), lane_index() ^ 1 << p.lanes_log));
+    for (int t = 0; t < kTokens; ++t)
+      other[t] = float_of(shuffle(bits_of(total[t]), lane_index() ^ (1 << p.lanes_log)));
   }
-  if (row == ~0u || lane_index() & ((p.pairs ? 2 : 1) << p.lanes_log) - 1) return;
+  const int lanes = (p.pairs ? 2 : 1) << p.lanes_log;  // of an output
+  if (row == ~0u || lane_index() % lanes) return;
   ALPHAPRUNE_UNROLL
   for (int t = 0; t < kTokens; ++t) {
     if (t >= p.tokens) continue;
