@@ -109,7 +109,7 @@ class _Heads:
 
     def take(self, block: Block, h: Tensor, delta: Tensor | None, rope: tuple[Tensor, Tensor]) -> None:
         """Takes the block's projections of h + delta, rotated."""
-        q, k, v = block.qkv(block.norm(h, delta))  # each [tokens of all sequences, heads × dim]
+        q, k, v = block.qkv(h, delta)  # each [tokens of all sequences, heads × dim]
         torch.cat((q, q, k, v) if self.twice else (q, k, v), -1, out=self.rows)
         if block.head_norm is not None:
             block.head_norm(self.turned)
@@ -192,8 +192,8 @@ class Decoder:
         """Every product of a step with a weight, in order: what to call with x [batch, K], and K. For timing."""
         hidden, found = self.config.hidden_size, []
         for block, inside in zip(self.blocks, self._channels, strict=True):
-            found += [(block.qkv, hidden), (block.out, self.heads * self.head_dim)]
-            found += [(block.gate_up, hidden), (block.down, inside)]
+            found += [(block.qkv.multiply, hidden), (block.out.product, self.heads * self.head_dim)]
+            found += [(block.inside.multiply, hidden), (block.down.product, inside)]
         return [*found, (self._head, hidden)]
 
     def rotations(self, start: int, end: int, length: int) -> tuple[Tensor, Tensor]:
@@ -228,9 +228,9 @@ class Decoder:
             keys, values, mask, causal = contexts[block.window]
             heads.take(block, h, delta, rope)
             slot.copy_(heads.kv)
-            delta = block.mlp(h, block.out(heads.attend(keys[index], values[index], mask, causal)))
+            delta = block.mlp(h, block.out(heads.attend(keys[index], values[index], mask, causal), h))
         state.length = end
-        return h.add_(delta).view(batch, count, -1)
+        return (h if delta is None else h.add_(delta)).view(batch, count, -1)
 
     def _contexts(self, state: State, start: int, end: int) -> dict[int | None, tuple]:
         """What queries [start, end) see, by window: keys and values per block, the mask if one is needed, causal."""

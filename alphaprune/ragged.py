@@ -178,15 +178,15 @@ class Ragged:
         cos, sin = self.cos[positions], self.sin[positions]  # [M, dim / 2]
         h = functional.embedding(tokens, d.embedding)
         for block, cache in zip(d.blocks, self.cache.unbind(0), strict=True):
-            q, k, v = block.qkv(block.norm(h, delta))
+            q, k, v = block.qkv(h, delta)
             if block.head_norms is not None:
                 q, k = (
                     norm(part.view(len(part), -1, d.head_dim)).flatten(1)
                     for norm, part in zip(block.head_norms, (q, k), strict=True)
                 )
             q = neighbours.rotate_store(q, k, v, cos, sin, rows, cache)
-            delta = block.mlp(h, block.out(attention(q, cache, block.window)))
-        return h.add_(delta)
+            delta = block.mlp(h, block.out(attention(q, cache, block.window), h))
+        return h if delta is None else h.add_(delta)
 
     def _rows(self, slots: Tensor, positions: Tensor) -> Tensor:
         return self.table[slots, positions // self.page] * self.page + positions % self.page

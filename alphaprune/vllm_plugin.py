@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from alphaprune import hf, shapes
 from alphaprune.formats import PACKED_SUFFIXES, Packed, native, sbt, slices
-from alphaprune.kernels import spmm
+from alphaprune.kernels import group, spmm
 from alphaprune.kernels.base import log
 
 TRIED = "0.32"  # tests/vllm_check.py
@@ -226,7 +226,7 @@ class Parts:
             return _product(self.weights[0], x, bias)
         biases = [None] * len(self.sizes) if bias is None else bias.split(self.sizes)
         if self.packed:
-            found = spmm.spmm_group(x, self.weights, None if bias is None else biases)
+            found = group.spmm_group(x, self.weights, None if bias is None else biases)
         else:
             found = [_product(weight, x, part) for weight, part in zip(self.weights, biases, strict=True)]
         return torch.cat(found, -1)

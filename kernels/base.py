@@ -2,7 +2,7 @@
 
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -29,10 +29,25 @@ MEMBERS = (  # in order of preference, on each device
 )
 FILES = ("cpu", "cuda", "expansion", "nm_library", "portable", "reference")  # each exports KERNELS
 
-# Bound(x [M, K], bias [N] | None) -> y [M, N]: a kernel bound to one packed weight.
-Bound = Callable[[Tensor, Tensor | None], Tensor]
+# Bound(x [M, K], bias [N] | None) -> y [M, N]: a kernel bound to one packed weight. That of a kernel which `adds` takes
+# a third one, [M, N], to which y is added in place, and returns it.
+Bound = Callable[..., Tensor]
+Norm = tuple[Tensor, float]  # of an RMSNorm: weight [K], epsilon
 
 log = logging.getLogger("alphaprune")
+
+
+@dataclass(frozen=True)
+class Together:
+    """A kernel bound to several packed weights [N_i, K] that share x. It keeps none of the packed tensors alive.
+
+    run(x [M, K], biases | None, norm | None) -> y of each, contiguous [M, N_i], or of two their SwiGLU alone.
+    norms: whether run takes an RMSNorm of x before the products. nbytes: what it keeps in a layout of its own.
+    """
+
+    run: Callable[[Tensor, Sequence[Tensor | None] | None, Norm | None], list[Tensor]]
+    norms: bool = False
+    nbytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,9 @@ class Kernel:
     Both are the built-in default: predicted, not measured on the machine at hand. What `supports` says of
     tokens changes at most_tokens or at a number that time tables measure, if at all.
     fits(packed) -> None, or the sentence that says why it does not take this weight, whatever its shape and dtype.
+    bind_group(weights, swiglu) -> Together, or None where it does not take these weights in one launch; swiglu: the one
+    output is silu(y_0) * y_1.
+    adds: its Bound adds to a tensor in place.
     """
 
     name: str
@@ -59,6 +77,8 @@ class Kernel:
     most_density: float = 1.0
     fits: Callable[[Packed], str | None] | None = None
     least_tokens: int = 0
+    bind_group: Callable[[Sequence[Packed], bool], Together | None] | None = None
+    adds: bool = False
 
 
 def kernels() -> dict[str, Kernel]:

@@ -62,10 +62,7 @@ def bind(isa: str, packed: Packed) -> Bound:
     return run
 
 
-GroupBound = Callable[[Tensor, "Sequence[Tensor | None] | None"], list[Tensor]]
-
-
-def bind_group(isa: str, weights: Sequence[Packed]) -> GroupBound:
+def bind_group(isa: str, weights: Sequence[Packed]) -> Callable[..., list[Tensor]]:
     """The native product of one x with several packed weights [N_i, K] in one parallel region.
 
     It does not keep the tensors alive: whoever calls it holds the weights.
@@ -74,7 +71,7 @@ def bind_group(isa: str, weights: Sequence[Packed]) -> GroupBound:
     rows, k = [packed.shape[0] for packed in weights], weights[0].shape[1]
     none = (0,) * len(rows)
 
-    def run(x: Tensor, biases: Sequence[Tensor | None] | None) -> list[Tensor]:
+    def run(x: Tensor, biases: Sequence[Tensor | None] | None, norm: None = None) -> list[Tensor]:
         leading = x.shape[:-1]
         out = [x.new_empty(*leading, n) for n in rows]
         addresses = codes = none

@@ -2,7 +2,8 @@
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -12,12 +13,13 @@ from torch.nn import functional
 
 from alphaprune.formats import Packed, native
 from alphaprune.kernels import delta_layout, nm_layout
-from alphaprune.kernels.base import Bound, Kernel
+from alphaprune.kernels.base import Bound, Kernel, Norm, Together
 
 OLDEST = 80  # compute capability, major * 10 + minor: cp.async and mma.m16n8k16 in bfloat16
 HALVES = (torch.float16, torch.bfloat16)
 HOPPER = 90  # the one capability that has wgmma and TMA as sbt_wgmma uses them: H100, H200
 MOST_DELTA_TOKENS = 4  # csrc/cuda/launch.h
+MOST_MEMBERS = 3  # the same
 
 
 @functools.cache
@@ -134,25 +136,53 @@ def _on_16_bytes(x: Tensor) -> Tensor:
 def _bound(made: Any, packed: Packed, *alive: Any, rows: Callable[[Tensor], Tensor] | None = None) -> Bound:
     """The product with a native weight: nothing is allocated but y and what `rows` makes of x, nothing waits.
 
-    alive: what it reads.
+    alive: what it reads. With `into` y is added to it in place.
     """
     multiply, (n, k), device = made.multiply, packed.shape, packed.device
 
-    def run(x: Tensor, bias: Tensor | None, alive: tuple = alive) -> Tensor:
-        y = x.new_empty(*x.shape[:-1], n)
+    def run(x: Tensor, bias: Tensor | None, into: Tensor | None = None, alive: tuple = alive) -> Tensor:
+        y = x.new_empty(*x.shape[:-1], n) if into is None else into
+        residual = 0 if into is None else into.data_ptr()
         given = x if rows is None else rows(x)
-        biases = [] if bias is None else [(bias.data_ptr(), native.DTYPES[bias.dtype])]
-        multiply(given.data_ptr(), x.numel() // k, biases, 0, y.data_ptr(), stream(device))
+        multiply(given.data_ptr(), x.numel() // k, _biases([bias]), residual, y.data_ptr(), stream(device))
         return y
 
     return run
+
+
+def _biases(biases: Sequence[Tensor | None] | None) -> list[tuple[int, int]]:
+    """Addresses and dtypes; none where there is no bias."""
+    if biases is None or all(bias is None for bias in biases):
+        return []
+    return [(0, 0) if bias is None else (bias.data_ptr(), native.DTYPES[bias.dtype]) for bias in biases]
+
+
+def joined(
+    made: Any, members: Sequence[int], cols: int, device: torch.device, outputs: int, *alive: Any, nbytes: int = 0
+) -> Together:
+    """The product with a native weight of several members, N_i = members[i], of which the first `outputs` have a y.
+
+    alive: what it reads.
+    """
+
+    def run(
+        x: Tensor, biases: Sequence[Tensor | None] | None, norm: Norm | None = None, alive: tuple = alive
+    ) -> list[Tensor]:
+        tokens, sizes = x.numel() // cols, members[:outputs]
+        y = x.new_empty(tokens * sum(sizes))  # of the members one after the other
+        around = () if norm is None else (norm[0].data_ptr(), norm[1])
+        made.multiply(x.data_ptr(), tokens, _biases(biases), 0, y.data_ptr(), stream(device), *around)
+        parts = y.split([tokens * n for n in sizes])
+        return [part.view(*x.shape[:-1], n) for part, n in zip(parts, sizes, strict=True)]
+
+    return Together(run, nbytes=nbytes)
 
 
 def bind(packed: Packed) -> Bound:
     """sbt_mma with one packed weight, of 16-bit floats or int8."""
     made, aligned = handles(packed)
     bounds = {dtype: _bound(one, packed, aligned) for dtype, one in made.items()}
-    return bounds[packed.dtype] if packed.scale is None else lambda x, bias: bounds[x.dtype](x, bias)
+    return bounds[packed.dtype] if packed.scale is None else lambda x, *given: bounds[x.dtype](x, *given)
 
 
 def bind_wide(packed: Packed) -> Bound:
@@ -167,14 +197,32 @@ def bind_wide(packed: Packed) -> Bound:
 
 def bind_delta(packed: Packed) -> Bound:
     """delta_spmv with one packed weight, of which it makes and keeps nibble-delta rows: about 2.6 bytes per value."""
-    index = packed.device.index or 0
-    _device(index)
-    rows = delta_layout.build(packed)
-    if packed.device.type == "cuda":  # the kernel may read its weight before those that came earlier have ended
-        torch.cuda.current_stream(packed.device).synchronize()
-    addresses = [tensor.data_ptr() if tensor.numel() else 0 for tensor in rows.tensors]
-    made = load().DeltaWeight(addresses, rows.members, rows.sizes, rows.pairs, native.DTYPES[packed.dtype], index)
+    made, rows = _delta(packed)
     return _bound(made, packed, rows)
+
+
+def bind_delta_group(weights: Sequence[Packed], swiglu: bool) -> Together | None:
+    """delta_spmv with up to 3 weights, whose rows it keeps together; of two their SwiGLU."""
+    shapes = [packed.shape for packed in weights]
+    if len(weights) > MOST_MEMBERS or (swiglu and (len(weights) != 2 or shapes[0] != shapes[1])):
+        return None
+    made, rows = _delta(*weights, pairs=swiglu)
+    outputs = 1 if swiglu else len(weights)
+    found = joined(made, rows.members, rows.cols, weights[0].device, outputs, rows, nbytes=rows.nbytes)
+    return replace(found, norms=rows.blocks == 1)
+
+
+def _delta(*weights: Packed, pairs: bool = False) -> tuple[Any, delta_layout.DeltaRows]:
+    """The native weight, and what it reads."""
+    device = weights[0].device
+    index = device.index or 0
+    _device(index)
+    rows = delta_layout.build(*weights, pairs=pairs)
+    if device.type == "cuda":  # the kernel may read its weight before those that came earlier have ended
+        torch.cuda.current_stream(device).synchronize()
+    addresses = [tensor.data_ptr() if tensor.numel() else 0 for tensor in rows.tensors]
+    code = native.DTYPES[weights[0].dtype]
+    return load().DeltaWeight(addresses, rows.members, rows.sizes, rows.pairs, code, index), rows
 
 
 def bind_nm(packed: Packed) -> Bound:
@@ -225,8 +273,11 @@ def supports_delta(shape: tuple[int, int], tokens: int, weight: torch.dtype, x: 
 # In order of preference. Where one is taken by itself is what was fastest on an H200 (bench/results/gpu.jsonl), and on
 # others a prediction, until `alphaprune bench --tune --device cuda` has written a table.
 KERNELS = (
-    Kernel("nm_mma_sp", "cuda", missing, supports, bind_nm, most_tokens=64, fits=crowded),
-    Kernel("delta_spmv", "cuda", missing, supports_delta, bind_delta, most_tokens=2, most_density=0.5),
-    Kernel("sbt_wgmma", "cuda", missing_wide, supports, bind_wide, most_tokens=256, least_tokens=33),
-    Kernel("sbt_mma", "cuda", missing, supports_mma, bind, most_tokens=64),
+    Kernel("nm_mma_sp", "cuda", missing, supports, bind_nm, most_tokens=64, fits=crowded, adds=True),
+    Kernel(
+        *("delta_spmv", "cuda", missing, supports_delta, bind_delta),
+        **{"most_tokens": 2, "most_density": 0.5, "bind_group": bind_delta_group, "adds": True},
+    ),
+    Kernel("sbt_wgmma", "cuda", missing_wide, supports, bind_wide, most_tokens=256, least_tokens=33, adds=True),
+    Kernel("sbt_mma", "cuda", missing, supports_mma, bind, most_tokens=64, adds=True),
 )

@@ -3,7 +3,6 @@
 import itertools
 import weakref
 from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -12,13 +11,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from alphaprune.formats import Packed, native, sbt
 from alphaprune.kernels import base, copies, cpu, expansion
-from alphaprune.kernels.base import Bound, Kernel
+from alphaprune.kernels.base import Bound, Kernel, Together
 from alphaprune.kernels.expansion import expand
 
-__all__ = ["Prepared", "back_ends", "expand", "native_status", "of_op", "prepare", "spmm", "spmm_group"]
+__all__ = ["Prepared", "back_ends", "expand", "native_status", "of_op", "prepare", "spmm"]
 
 FLOATS = cpu.FLOATS
-MOST_GROUPS = 64  # native calls that a weight remembers, one for each count of tokens and company
 _numbers = itertools.count()
 
 
@@ -34,9 +32,11 @@ class Prepared:
         self._fits: dict[str, str | None] = {}  # by kernel: why it does not take this weight, looked at once
         self._limits: dict[torch.dtype, tuple[int, ...]] = {}  # by x's dtype: past which tokens another kernel runs
         self._bound: dict[tuple[torch.dtype, int], Bound] = {}  # by x's dtype and the limits that the tokens exceed
+        self._adds: dict[tuple[torch.dtype, int], bool] = {}  # by the same: whether these add in place
         self._made: dict[str, tuple[Bound, int]] = {}  # by kernel: what was bound once, and the bytes that it keeps
         self.number = next(_numbers)
-        self.groups: dict[tuple, cpu.GroupBound | None] = {}  # see _group
+        self.groups: dict[tuple, Together | None] = {}  # see group.py
+        self.made_groups: dict[tuple, Together | None] = {}
 
     def __reduce__(self) -> tuple:
         # Addresses mean nothing in a copy or another process.
@@ -47,12 +47,15 @@ class Prepared:
 
         ValueError naming the layer if shapes, dtypes or devices do not fit, or the kernel asked for cannot run.
         """
-        if torch.compiler.is_compiling() or _needs_op(x, bias):
+        if torch.compiler.is_compiling() or needs_op(x, bias):
             return _call_op(x, self.packed, bias)
         return self.run(x, bias)
 
-    def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """y without gradients: the direct call of the kernel."""
+    def run(self, x: Tensor, bias: Tensor | None, into: Tensor | None = None) -> Tensor:
+        """y without gradients: the direct call of the kernel.
+
+        into: [..., N], contiguous, in x's dtype, which y is added to in place, for kernels of which `adds` says so.
+        """
         if x.dim() == 0 or x.shape[-1] != self.cols or (bias is not None and bias.numel() != self.rows):
             raise ValueError(_misfit(self.name, (self.rows, self.cols), x, bias))
         if x.device != self.device:
@@ -62,7 +65,15 @@ class Prepared:
         bound = self._bound.get((x.dtype, bisect_left(limits, tokens))) or self._bind(x.dtype, tokens)
         if bias is not None and (bias.dtype not in FLOATS or bias.device != x.device):
             raise ValueError(f"{self.name}: bias is {bias.dtype} on {bias.device}, wanted a float on {x.device}")
-        return bound(x.contiguous(), None if bias is None else bias.contiguous())
+        bias = None if bias is None else bias.contiguous()
+        return bound(x.contiguous(), bias) if into is None else bound(x.contiguous(), bias, into)
+
+    def adds(self, tokens: int, x_dtype: torch.dtype) -> bool:
+        """Whether the kernel for so many tokens adds to a tensor in place."""
+        key = x_dtype, self.case(tokens, x_dtype)
+        if key not in self._adds:
+            self._adds[key] = self.choice(tokens, x_dtype)[0].adds
+        return self._adds[key]
 
     def choice(self, tokens: int, x_dtype: torch.dtype) -> tuple[Kernel, str]:
         """The kernel for so many tokens, and why those before it in preference were passed over."""
@@ -87,7 +98,11 @@ class Prepared:
         self._fits[kernel] = reason
         self._limits.clear()
         self._bound.clear()
+        self._adds.clear()
         self._made.pop(kernel, None)
+        self.number = next(_numbers)  # of no group that others remember
+        self.groups.clear()
+        self.made_groups.clear()
 
     def kernels(self, most: int, x_dtype: torch.dtype) -> dict[int, Kernel]:
         """The kernels for up to `most` tokens: {the most tokens of a stretch: its kernel}, rising."""
@@ -102,7 +117,8 @@ class Prepared:
 
     def copied(self) -> int:
         """Bytes that its kernels keep beside the packed weight."""
-        return sum(nbytes for _, nbytes in self._made.values())
+        groups = sum(one.nbytes for one in self.made_groups.values() if one is not None)
+        return groups + sum(nbytes for _, nbytes in self._made.values())
 
     def case(self, tokens: int, x_dtype: torch.dtype) -> int:
         """A number that two counts of tokens share only if they have the same kernel."""
@@ -118,16 +134,20 @@ class Prepared:
             raise ValueError(f"{self.name}: x is {x_dtype}, wanted float32, float16 or bfloat16")
         kernel, why = self.choice(tokens, x_dtype)
         if kernel.name not in self._made:
-            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                raise ValueError(
-                    f"{self.name}: a CUDA graph is being captured, and kernel {kernel.name} for {tokens} tokens in "
-                    f"{x_dtype} is not ready, which takes work outside of a graph; call the layer once with so many "
-                    f"before"
-                )
+            refuse_capture(self, kernel.name, tokens, x_dtype)
             self._made[kernel.name] = kernel.bind(self.packed), copies.nbytes(kernel.name, self.packed)
         base.log.debug("%s: kernel %s for %d tokens in %s (%s)", self.name, kernel.name, tokens, x_dtype, why)
         bound = self._bound[x_dtype, self.case(tokens, x_dtype)] = self._made[kernel.name][0]
         return bound
+
+
+def refuse_capture(prepared: Prepared, kernel: str, tokens: int, x_dtype: torch.dtype) -> None:
+    """ValueError while a CUDA graph is captured: what is about to be made takes work outside of one."""
+    if prepared.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            f"{prepared.name}: a CUDA graph is being captured, and kernel {kernel} for {tokens} tokens in {x_dtype} is "
+            f"not ready, which takes work outside of a graph; call the layer once with so many before"
+        )
 
 
 def prepare(packed: Packed, name: str = "packed weight", kernel: str | None = None) -> Prepared:
@@ -153,56 +173,6 @@ def spmm(x: Tensor, packed: Packed, bias: Tensor | None = None, kernel: str | No
     return known[kernel](x, bias)
 
 
-def spmm_group(x: Tensor, prepared: Sequence[Prepared], biases: Sequence[Tensor | None] | None = None) -> list[Tensor]:
-    """[x W_iᵀ + b_i for every weight], each [..., N_i] with the bits that `prepared[i](x, biases[i])` has.
-
-    One native call, in one parallel region, where all weights have the same K, are bound to the same native kernel, and
-    no gradient is wanted; otherwise one call each.
-    """
-    if biases is not None and len(biases) != len(prepared):
-        raise ValueError(f"{len(prepared)} packed weights and {len(biases)} biases: wanted one bias, or None, for each")
-    given = [] if biases is None else [bias for bias in biases if bias is not None]
-    if not (torch.compiler.is_compiling() or _needs_op(x, None) or any(_needs_op(x, bias) for bias in given)):
-        run = _group(x, prepared)
-        if run is not None and not given:
-            return run(x.contiguous(), None)
-        if run is not None and all(map(_bias_fits, prepared, itertools.repeat(x), biases)):
-            return run(x.contiguous(), [None if bias is None else bias.contiguous() for bias in biases])
-    every = [None] * len(prepared) if biases is None else biases
-    return [one(x, bias) for one, bias in zip(prepared, every, strict=True)]
-
-
-def _bias_fits(prepared: Prepared, x: Tensor, bias: Tensor | None) -> bool:
-    return bias is None or (bias.numel() == prepared.rows and bias.dtype in FLOATS and bias.device == x.device)
-
-
-def _group(x: Tensor, prepared: Sequence[Prepared]) -> cpu.GroupBound | None:
-    """The native call for these weights and so many tokens, or None if they take one call each.
-
-    Remembered by the first weight under the numbers of the others, which never come again: nothing is kept alive.
-    """
-    if len(prepared) < 2 or x.dim() == 0 or x.shape[-1] != prepared[0].cols or x.dtype not in FLOATS:
-        return None
-    if x.device.type != "cpu":  # one call each there, and nothing to ask about for every number of tokens
-        return None
-    groups, tokens = prepared[0].groups, x.numel() // prepared[0].cols
-    key = (x.dtype, tokens, *[one.number for one in prepared])
-    if key not in groups:
-        if len(groups) >= MOST_GROUPS:
-            groups.clear()
-        groups[key] = _bind_group(x, tokens, prepared)
-    return groups.get(key)
-
-
-def _bind_group(x: Tensor, tokens: int, prepared: Sequence[Prepared]) -> cpu.GroupBound | None:
-    if any(p.cols != prepared[0].cols or p.packed.device != x.device for p in prepared):
-        return None
-    kernels = {p.choice(tokens, x.dtype)[0].name for p in prepared}
-    if len(kernels) > 1 or not kernels <= set(cpu.ISAS):
-        return None
-    return cpu.bind_group(kernels.pop(), [p.packed for p in prepared])
-
-
 def back_ends() -> list[tuple[str, str | None]]:
     """(kernel, None or the reason it does not run here), in order of preference."""
     return [(kernel.name, kernel.available()) for kernel in base.kernels().values()]
@@ -213,7 +183,7 @@ def native_status() -> str:
     return native.status()
 
 
-def _needs_op(x: Tensor, bias: Tensor | None) -> bool:
+def needs_op(x: Tensor, bias: Tensor | None) -> bool:
     """Gradients, fake tensors and subclasses go through the dispatcher; plain tensors call the kernel directly."""
     if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
         return True

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
-from alphaprune.kernels import spmm
+from alphaprune.kernels import group, spmm
 
 # What waits for the device to know a size or a number.
 SYNCING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "item", "is_nonzero")
@@ -87,7 +87,7 @@ class Fake:
 
 def record_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Native products, which torch does not see, are recorded, too, with the tensors that they were given."""
-    run, group = spmm.Prepared.run, spmm.spmm_group
+    run, together = spmm.Prepared.run, group.spmm_group
 
     def watched(original: Callable) -> Callable:
         def product(*given: Any, **named: Any) -> Any:
@@ -102,4 +102,4 @@ def record_products(monkeypatch: pytest.MonkeyPatch) -> None:
         return product
 
     monkeypatch.setattr(spmm.Prepared, "run", watched(run))
-    monkeypatch.setattr(spmm, "spmm_group", watched(group))
+    monkeypatch.setattr(group, "spmm_group", watched(together))

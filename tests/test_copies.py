@@ -90,7 +90,7 @@ def test_what_has_no_room_is_left_out(bound: list[str], caplog, share: float, le
     assert each[0] == 2304 * 2 and each[1] == 32 * 128 * 9 // 16 * 4 == 2 * each[0]
     allowed = {1.0: 3 * sum(each), 0.99: 3 * sum(each) - 1, 0.5: 3 * each[0], 0.49: 3 * each[0] - 1}.get(share, share)
     with caplog.at_level(logging.WARNING, "alphaprune"):
-        nbytes = served.make(weights, 600, F32, allowed)
+        nbytes = served.make([served.Call([weight]) for weight in weights], 600, F32, allowed)
     assert nbytes == sum(weight.copied() for weight in weights) <= max(0, allowed)
     assert sorted(bound) == sorted([*left] * 3)
     gone = [name for name in (MANY, FEW) if name not in left]
@@ -131,7 +131,10 @@ class Tokenizer:
 def test_the_engine_says_what_the_copies_take(bound: list[str], model: torch.nn.Module) -> None:
     weights = served.weights_of(model)
     assert len(weights) == 21 and weights == served.weights_of(model)
-    nbytes = served.make(weights, 512, F32, float("inf"))
+    calls = served.calls_of(model)
+    assert sorted(len(call.weights) for call in calls) == sorted([3, 1, 2, 1] * 3)
+    assert {id(weight) for call in calls for weight in call.weights} == set(map(id, weights))
+    nbytes = served.make(calls, 512, F32, float("inf"))
     assert nbytes > 0
     metrics = Metrics()
     engine = Engine(model, Tokenizer(), kv.plan(model.config, F32, 2, 16, blocks=8), 2, metrics.tell)
@@ -144,7 +147,7 @@ def test_the_engine_says_what_the_copies_take(bound: list[str], model: torch.nn.
 
 def test_compiled_steps_have_copies_of_their_own(bound: list[str], model: torch.nn.Module) -> None:
     """The op of torch.compile knows no layers; what was made for it is found by its calls."""
-    served.make(served.weights_of(model, direct=False), 512, F32, float("inf"))
+    served.make(served.calls_of(model, direct=False), 512, F32, float("inf"))
     made, layer = len(bound), model.model.layers[0].mlp.up_proj
     assert made == 2 * 21 and all(weight.copied() == 0 for weight in served.weights_of(model))
     tensors = (layer.weight, layer.weight_mask, layer.weight_offsets, layer.weight_scale)

@@ -1,13 +1,16 @@
 """sbt_mma and sbt_expand: the kernels' own source, run thread by thread on the CPU, and on a GPU where there is one."""
 
+import gc
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import cuda_face
 import emulated
 import pytest
+import test_decoder
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,8 +18,9 @@ from problems import exact_weight, problem
 from tolerance import assert_outputs, assert_product
 from torch import Tensor
 
+from alphaprune.decoder import Decoder
 from alphaprune.formats import Packed, quantize, sbt
-from alphaprune.kernels import cuda, spmm
+from alphaprune.kernels import base, cuda, group, neighbours, spmm
 
 HALVES = cuda.HALVES
 H100, SMALL = (90, 132, 232448), (80, 1, 166912)  # SMALL: so few multiprocessors that a block owns all row tiles
@@ -175,8 +179,8 @@ def test_dense_tiles_beside_empty_ones(emulator: ModuleType, poisoned: None) -> 
         dense = torch.randn(48, k).bfloat16() * mask
         x = torch.randn(5, k).bfloat16()
         assert_product(multiply(sbt.pack(dense, mask), x, None), x, dense)
-        for group in (None, 128):
-            integers, scale, _ = quantize.quantize(dense, mask, group)
+        for columns in (None, 128):
+            integers, scale, _ = quantize.quantize(dense, mask, columns)
             packed = sbt.pack(integers, mask, scale)
             assert_product(multiply(packed, x, None), x, exact_weight(integers, scale))
 
@@ -309,3 +313,81 @@ def test_a_kernel_asked_for_by_name_never_falls_back() -> None:
     _, packed, _ = problem(16, 64, 1, 0.5, torch.bfloat16, torch.bfloat16)
     with pytest.raises(ValueError, match="kernel sbt_mma cannot run: "):
         spmm.prepare(packed, "layer", "sbt_mma")
+
+
+@pytest.fixture
+def step_kernels(emulator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[str, list]:
+    """The kernels of a decoding GPU for tensors of the host, and what was called of them and of their neighbours."""
+    known, called = base.kernels(), {"delta": [], "norm": [], "swiglu": []}
+    here = {name: replace(known[name], device="cpu", available=lambda: None) for name in ("delta_spmv", "sbt_mma")}
+    monkeypatch.setattr(base, "kernels", lambda: here | {"reference": known["reference"]})
+
+    class Counting(emulator.DeltaWeight):
+        def multiply(self, *arguments):
+            called["delta"].append(len(arguments))
+            return super().multiply(*arguments)
+
+    monkeypatch.setattr(cuda, "_find", lambda: (Module(emulator, Counting), ""))
+    for name, key in (("add_norm", "norm"), ("swiglu", "swiglu")):
+        original = getattr(neighbours, name)
+        counting = lambda *given, of=original, key=key: called[key].append(1) or of(*given)  # noqa: E731
+        monkeypatch.setattr(neighbours, name, counting)
+    return called
+
+
+class Module:
+    """The emulated module with another class for nibble-delta rows."""
+
+    def __init__(self, emulator: ModuleType, delta: type) -> None:
+        self._emulator, self.DeltaWeight = emulator, delta
+
+    def __getattr__(self, name: str):
+        return getattr(self._emulator, name)
+
+
+def as_on_a_gpu(decoder: Decoder) -> Decoder:
+    for block in decoder.blocks:
+        for part in (block.qkv, block.out, block.inside, block.down):
+            part.fused = part.packed is not None
+        block.inside.swiglu = block.inside.fused and block.inside.act is neighbours.swiglu
+    return decoder
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("llama", HALVES[1]), ("biases", HALVES[0]), ("qwen2", HALVES[1])])
+def test_a_decoder_puts_what_stands_around_into_the_launches(step_kernels, kind: str, dtype: torch.dtype) -> None:
+    """Logits as exact as those of separate kernels; three layers of the first block are a dense one and two alone."""
+    model = test_decoder.pack(test_decoder.build(kind, dtype))
+    tokens = test_decoder.prompts(model, 2, 9)
+    twin = test_decoder.dense_twin(model, dtype)
+    dense = test_decoder.dense_logits(twin, tokens)[:, 5:]
+    truth = test_decoder.dense_logits(test_decoder.dense_twin(model, torch.float64), tokens)[:, 5:]
+    decoder = as_on_a_gpu(Decoder(model))
+    state = decoder.state(2, 9)
+    found = [decoder.prefill(state, tokens[:, :6])]
+    for calls in step_kernels.values():
+        calls.clear()
+    found += [decoder.step(state, tokens[:, i]) for i in range(6, 9)]
+    test_decoder.assert_logits(torch.stack(found, 1), dense, truth)
+    blocks, steps = len(decoder.blocks), 3
+    # A launch for q, k and v, out, gate and up, down; the first block has q and k alone, and its own norm before them.
+    assert len(step_kernels["delta"]) == steps * (4 * blocks + 1)
+    assert step_kernels["delta"].count(8) == steps * (2 * blocks - 1), "norms in the launches"
+    assert len(step_kernels["norm"]) == 2 * steps and not step_kernels["swiglu"]
+
+
+def test_groups_are_made_once_and_go_with_their_weights(step_kernels) -> None:
+    weights = [spmm.prepare(problem(n, 96, 1, 0.3, HALVES[1], HALVES[1], n)[1]) for n in (40, 17)]
+    x = torch.randn(2, 96).bfloat16()
+    wanted, alone = [one(x) for one in weights], weights[0].copied()
+    step_kernels["delta"].clear()
+    for tokens in (1, 2, 1):
+        for y, one in zip(group.spmm_group(x[:tokens], weights), wanted, strict=True):
+            torch.testing.assert_close(y, one[:tokens])
+    (kept,) = weights[0].made_groups.values()
+    assert len(step_kernels["delta"]) == 3 and kept.nbytes == weights[0].copied() - alone > 0
+    gone = weights.pop()
+    del gone
+    gc.collect()
+    assert not weights[0].made_groups and not weights[0].groups
+    weights[0].leave_out("delta_spmv", "no room")
+    assert weights[0].copied() == 0

@@ -168,8 +168,8 @@ def test_norms_round_as_transformers_does(dtype: torch.dtype) -> None:
     model = build("llama", dtype)
     block, theirs_block = Decoder(model).blocks[1], model.model.layers[1]
     x = (torch.randn(33, 48, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
-    assert torch.equal(block.norm(x), theirs_block.input_layernorm(x))
-    assert torch.equal(block.mlp_norm(x), theirs_block.post_attention_layernorm(x))
+    assert torch.equal(block.qkv.norm(x), theirs_block.input_layernorm(x))
+    assert torch.equal(block.inside.norm(x), theirs_block.post_attention_layernorm(x))
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral, window", "qwen3, window and biases", "dynamic"])

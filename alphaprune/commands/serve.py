@@ -88,8 +88,8 @@ def _service(loaded: Any, tokenizer: Any, name: str, options: dict[str, Any]) ->
     running, block = options["max_running"], options["block_size"]
     blocks, memory = options["kv_blocks"], options["kv_memory"] and options["kv_memory"] * 1e9
     asked = blocks * kv.block_bytes(loaded.config, loaded.dtype, block) if blocks else memory
-    weights = copies.weights_of(loaded, direct=options["steps"] != "compile")
-    copies.make(weights, max(running, BATCH_TOKENS), loaded.dtype, kv.room_for_copies(loaded.device, asked))
+    calls = copies.calls_of(loaded, options["steps"] != "compile", options["engine"] != "transformers")
+    copies.make(calls, max(running, BATCH_TOKENS), loaded.dtype, kv.room_for_copies(loaded.device, asked))
     cache = kv.plan(loaded.config, loaded.dtype, running, block, blocks, memory, loaded.device)
     metrics = Metrics()
     engine = Engine(loaded, tokenizer, cache, running, metrics.tell, options["engine"], options["steps"])
