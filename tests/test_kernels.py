@@ -366,3 +366,25 @@ def test_products_of_chunks_are_written_in_place(monkeypatch: pytest.MonkeyPatch
     added = torch.randn(100) if bias else None
     y = expansion.multiply_in_place(x.view(2, 3, 70), packed, added, expansion.expand)
     assert_product(y.view(6, 100), x, dense, added)
+
+
+def test_skipping_zeros_knows_no_limit_of_tokens() -> None:
+    """avx512bf16 is taken past its limit for what it multiplies without zeros, and for nothing else."""
+    kernel = base.kernels()["avx512bf16"]
+    for weight, x in itertools.product((*DTYPES, torch.int8), DTYPES):
+        skips = weight in (torch.bfloat16, torch.int8) and x == torch.bfloat16
+        assert kernel.takes(kernel.most_tokens, weight, x)
+        assert kernel.takes(10**6, weight, x) == skips, (weight, x)
+    assert not base.kernels()["avx512"].takes(10**6, torch.bfloat16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("values", [torch.bfloat16, "int8"])
+def test_zeros_that_meet_infinity_where_they_are_skipped(values: Kind) -> None:
+    """Many tokens of a weight of which little is kept, some of them not finite: as in the dense layer."""
+    kernel = base.kernels()["avx512bf16"]
+    if reason := kernel.available():
+        pytest.skip(f"avx512bf16: {reason}")
+    for tokens, density in itertools.product((17, 40, 96, 300), (0.02, 0.2, 0.4)):
+        dense, packed, x = problem(41, 333, tokens, density, values, torch.bfloat16, tokens)
+        x[3, 5], x[tokens - 1, 332], x[16, 100] = float("inf"), float("nan"), float("-inf")
+        assert_product(kernel.bind(packed)(x, None), x, dense)

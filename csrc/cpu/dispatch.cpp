@@ -124,7 +124,7 @@ class Forms {
   }
 
  private:
-  static constexpr int kDtypes = 4, kMostLayouts = 2;  // per dtype
+  static constexpr int kDtypes = 4, kMostLayouts = 3;  // per dtype
 
   struct Form {
     int key;

@@ -3,6 +3,7 @@
 // weights with one scale per row, each of which is a bfloat16: widening them hides behind the arithmetic, and the
 // activations are not rounded. Everything else is computed as on AVX-512.
 #include "integer.h"
+#include "pairs.h"
 #include "pipeline.h"
 
 namespace alphaprune {
@@ -55,12 +56,20 @@ bool widened(const Activations& x, const sbt::View& weight) {
   return weight.dtype == Dtype::int8 && weight.groups == 1 && x.dtype == Dtype::bfloat16 && x.tokens > kFewTokens;
 }
 
-bool pairs(const Activations& x, const sbt::View& weight) {
+bool in_pairs(const Activations& x, const sbt::View& weight) {
   return (weight.dtype == Dtype::bfloat16 && x.dtype == Dtype::bfloat16) || widened(x, weight);
 }
 
+bool skips_zeros(const Activations& x, const sbt::View& weight) {
+  return x.tokens > kTokenBlock && in_pairs(x, weight) && pairs::pays(weight, x.tokens);
+}
+
 void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
-  if (!pairs(p.given, p.weight)) return kAvx512.product(p, begin, end, scratch);
+  if (!in_pairs(p.given, p.weight)) return kAvx512.product(p, begin, end, scratch);
+  if (skips_zeros(p.given, p.weight)) {
+    if (p.weight.dtype == Dtype::int8) return pairs::product<uint8_t>(p, begin, end, scratch);
+    return pairs::product<uint16_t>(p, begin, end, scratch);
+  }
   if (p.weight.dtype == Dtype::int8) return Pipeline<PairsOfIntegers>::product(p, begin, end, scratch);
   if (p.tokens == 1) return fused_pairs<PairsOfBfloat16, 1>(p, begin, end, scratch);
   if (p.tokens == 2) return fused_pairs<PairsOfBfloat16, 2>(p, begin, end, scratch);
@@ -77,13 +86,15 @@ void expand(const sbt::View& weight, int64_t begin, int64_t end, Dtype out_dtype
 
 // Rows of bfloat16, the caller's own where no columns are missing.
 int64_t prepared_bytes(const Activations& x, const sbt::View& weight) {
-  if (!pairs(x, weight)) return kAvx512.prepared_bytes(x, weight);
+  if (!in_pairs(x, weight)) return kAvx512.prepared_bytes(x, weight);
+  if (skips_zeros(x, weight)) return pairs::prepared_bytes(x, weight);
   const int64_t padded = weight.padded_cols();
   return padded == weight.cols ? 0 : x.tokens * padded * static_cast<int64_t>(sizeof(uint16_t));
 }
 
 void prepare(const Activations& x, const sbt::View& weight, int64_t first, int64_t last, void* to) {
-  if (!pairs(x, weight)) return kAvx512.prepare(x, weight, first, last, to);
+  if (!in_pairs(x, weight)) return kAvx512.prepare(x, weight, first, last, to);
+  if (skips_zeros(x, weight)) return pairs::prepare_tokens(x, weight, first, to);
   const int64_t padded = weight.padded_cols();
   const auto* from = static_cast<const uint16_t*>(x.data);
   for (int64_t t = first; t < last; ++t) {
@@ -93,7 +104,9 @@ void prepare(const Activations& x, const sbt::View& weight, int64_t first, int64
   }
 }
 
-int layout(const Activations& x, const sbt::View& weight) { return widened(x, weight); }
+int layout(const Activations& x, const sbt::View& weight) {
+  return skips_zeros(x, weight) ? 2 : static_cast<int>(widened(x, weight));
+}
 
 }  // namespace
 

@@ -114,6 +114,15 @@ inline __m512i expand(__m512i other, Mask mask, __m512i packed) {
   return vector<__m512i>(out);
 }
 
+template <class T, class Vector, class Mask>
+inline Vector compress(Vector other, Mask mask, Vector v) {
+  const auto from = lanes<T>(v);
+  auto out = lanes<T>(other);
+  for (size_t i = 0, next = 0; i < from.size(); ++i)
+    if (mask >> i & 1) out[next++] = from[i];
+  return vector<Vector>(out);
+}
+
 // Subnormals count as zero, in and out.
 inline float flushed(float v) { return std::fabs(v) < 0x1p-126f ? std::copysign(0.0f, v) : v; }
 
@@ -211,6 +220,11 @@ inline __m512i _mm512_mask_expand_epi16(__m512i other, __mmask32 m, __m512i v) {
 inline __m512i _mm512_mask_expand_epi32(__m512i other, __mmask16 m, __m512i v) {
   return twin::expand<uint32_t>(other, m, v);
 }
+inline __m256i _mm256_mask_compress_epi16(__m256i other, __mmask16 m, __m256i v) {
+  return twin::compress<uint16_t>(other, m, v);
+}
+inline __m512i _mm512_unpacklo_epi16(__m512i a, __m512i b) { return twin::unpack<int16_t>(a, b, 0); }
+inline __m512i _mm512_unpackhi_epi16(__m512i a, __m512i b) { return twin::unpack<int16_t>(a, b, 1); }
 inline __m512 _mm512_unpacklo_ps(__m512 a, __m512 b) { return twin::unpack<float>(a, b, 0); }
 inline __m512 _mm512_unpackhi_ps(__m512 a, __m512 b) { return twin::unpack<float>(a, b, 1); }
 inline __m512d _mm512_unpacklo_pd(__m512d a, __m512d b) { return twin::unpack<double>(a, b, 0); }

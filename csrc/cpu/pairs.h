@@ -1,0 +1,314 @@
+// The product with many tokens that touches non-zeros only, in bfloat16: tokens lie in the lanes, and VDPBF16PS takes
+// two kept weights of a row at a time, whose columns of activations are interleaved in registers. A few macro tiles are
+// first turned into a list of values and columns per row, so that the loop over them runs without branches that depend
+// on the mask; a list serves all tokens.
+//
+// Activations are laid out in blocks of tokens, each [spans of kSpan macro tiles][their columns and one of zeros]
+// [tokens], in the order of the tokens in which interleaving leaves the sums in theirs. Of each kTokenBlock tokens a
+// mark says whether all are finite, because a zero times infinity is NaN and zeros were skipped.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <new>
+
+#include "vbmi2.h"
+
+namespace alphaprune {
+namespace {
+
+namespace pairs {
+
+constexpr int64_t kLanes = 32;  // tokens of a vector of activations
+constexpr int64_t kMostVectors = 2;
+constexpr int64_t kSpan = 2;  // tiles along a row that are taken together: their activations are half of an L1
+constexpr int64_t kSpanCols = kSpan * sbt::kTileCols;
+constexpr int64_t kRun = 4;                         // lists are filled up to a multiple of so many
+constexpr int64_t kCapacity = kSpanCols + 16 + 16;  // of a list: 16 may be written past its last
+
+// Blocks of tokens. The last one has fewer vectors where it has fewer tokens.
+struct Blocks {
+  int64_t tokens, width, count;
+
+  explicit Blocks(int64_t tokens)
+      : tokens(tokens), width(tokens <= kLanes ? kLanes : kMostVectors * kLanes), count(ceil_div(tokens, width)) {}
+  int64_t column() const { return width * static_cast<int64_t>(sizeof(uint16_t)); }
+  int64_t span() const { return (kSpanCols + 1) * column(); }
+  int64_t left(int64_t b) const { return std::min(width, tokens - b * width); }
+  int64_t header() const { return 64; }
+  int64_t bytes(const sbt::View& weight) const { return header() + ceil_div(weight.col_tiles(), kSpan) * span(); }
+};
+
+// Whether skipping the zeros is faster than the panel, in the time that the panel takes for a token, as measured on a
+// Zen 4: the lists cost 11, a vector of tokens 3 and 40 times the density.
+inline bool pays(const sbt::View& weight, int64_t tokens) {
+  const auto kept = static_cast<double>(weight.offsets[weight.row_tiles() * weight.col_tiles()]) * sbt::kUnit;
+  const double density = kept / (static_cast<double>(weight.rows) * static_cast<double>(weight.cols));
+  const auto vectors = static_cast<double>(ceil_div(tokens, kLanes));
+  return 10 + vectors * (3 + 40 * density) < 1.05 * static_cast<double>(tokens);
+}
+
+// The non-zeros of a few macro tiles: per row, values and the byte offsets of their columns in a block of activations.
+struct Lists {
+  alignas(64) uint16_t value[sbt::kTileRows][kCapacity];
+  alignas(64) uint16_t offset[sbt::kTileRows][kCapacity];
+  int32_t count[sbt::kTileRows];
+};
+constexpr int64_t kOffsets = sizeof(Lists::value) / sizeof(uint16_t);  // from a value to its column's offset
+
+inline int64_t prepared_bytes(const Activations& x, const sbt::View& weight) {
+  const Blocks blocks(x.tokens);
+  return blocks.count * blocks.bytes(weight);
+}
+
+// Columns of eight tokens, `kept` of eight columns each, as vectors of tokens; whether all are finite.
+inline bool turn_eight(const uint16_t* const* from, int64_t col, int64_t kept, __m128i* columns) {
+  __m128i row[8], half[8];
+  const __m128i exponent = _mm_set1_epi16(0x7f80);
+  __m128i odd = _mm_setzero_si128();
+  for (int t = 0; t < 8; ++t) {
+    if (kept >= 8) {
+      row[t] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from[t] + col));
+    } else {
+      alignas(16) uint16_t some[8] = {};
+      for (int64_t k = 0; k < kept; ++k) some[k] = from[t][col + k];
+      row[t] = _mm_load_si128(reinterpret_cast<const __m128i*>(some));
+    }
+    odd = _mm_or_si128(odd, _mm_cmpeq_epi16(_mm_and_si128(row[t], exponent), exponent));
+  }
+  for (int i = 0; i < 4; ++i) {
+    half[2 * i] = _mm_unpacklo_epi16(row[2 * i], row[2 * i + 1]);
+    half[2 * i + 1] = _mm_unpackhi_epi16(row[2 * i], row[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {  // i: which four columns
+    const __m128i a = _mm_unpacklo_epi32(half[i], half[2 + i]), b = _mm_unpackhi_epi32(half[i], half[2 + i]);
+    const __m128i c = _mm_unpacklo_epi32(half[4 + i], half[6 + i]), d = _mm_unpackhi_epi32(half[4 + i], half[6 + i]);
+    columns[4 * i] = _mm_unpacklo_epi64(a, c);
+    columns[4 * i + 1] = _mm_unpackhi_epi64(a, c);
+    columns[4 * i + 2] = _mm_unpacklo_epi64(b, d);
+    columns[4 * i + 3] = _mm_unpackhi_epi64(b, d);
+  }
+  return _mm_movemask_epi8(odd) == 0;
+}
+
+// kTokenBlock tokens from `first` on, and what no token fills up to the next whole vector.
+inline void prepare_tokens(const Activations& x, const sbt::View& weight, int64_t first, void* to) {
+  static_assert(kTokenBlock == 16 && kLanes == 32, "half a vector");
+  const Blocks blocks(x.tokens);
+  char* block = static_cast<char*>(to) + first / blocks.width * blocks.bytes(weight);
+  const int64_t token = first % blocks.width;  // in the block
+  char* vector = block + blocks.header() + token / kLanes * 64;
+  const int64_t upper = token % kLanes / kTokenBlock;  // which half of the vector
+  const bool alone = !upper && first + kTokenBlock >= x.tokens;
+  const auto* data = static_cast<const uint16_t*>(x.data);
+  const int64_t padded = weight.padded_cols();
+  bool finite = true;
+  for (int64_t eight = 0; eight < 2; ++eight) {
+    const uint16_t* from[8];
+    int64_t there = 0;
+    for (int64_t t = 0; t < 8; ++t) {
+      const int64_t at = first + eight * 8 + t;
+      if (at < x.tokens) there = t + 1;
+      from[t] = data + std::min(at, x.tokens - 1) * x.stride;
+    }
+    const __m128i lanes = _mm_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m128i given = _mm_cmpgt_epi16(_mm_set1_epi16(static_cast<short>(there)), lanes);
+    for (int64_t col = 0; col < padded; col += 8) {
+      __m128i columns[8];
+      finite &= turn_eight(from, col, weight.cols - col, columns);
+      char* out = vector + (col / kSpanCols * (kSpanCols + 1) + col % kSpanCols) * blocks.column() + eight * 32;
+      for (int64_t k = 0; k < 8; ++k, out += blocks.column()) {
+        const __m128i four = _mm_and_si128(columns[k], given);
+        auto* at = reinterpret_cast<__m128i*>(out + upper * 8);
+        _mm_storel_epi64(at, four);
+        _mm_storel_epi64(at + 1, _mm_unpackhi_epi64(four, four));
+        if (!alone) continue;
+        at = reinterpret_cast<__m128i*>(out + 8);
+        _mm_storel_epi64(at, _mm_setzero_si128());
+        _mm_storel_epi64(at + 1, _mm_setzero_si128());
+      }
+    }
+  }
+  for (int64_t span = 0; span < ceil_div(padded, kSpanCols); ++span) {
+    char* zeros = vector + (span * (kSpanCols + 1) + kSpanCols) * blocks.column();
+    for (int64_t i = 0; i < 8; i += 2) {
+      std::memset(zeros + (i + upper) * 8, 0, 8);
+      if (alone) std::memset(zeros + (i + 1) * 8, 0, 8);
+    }
+  }
+  reinterpret_cast<int64_t*>(block)[token / kTokenBlock] = finite;
+}
+
+// 16 values from `p` on, as bfloat16.
+inline __m256i sixteen(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline __m256i sixteen(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __m512 floats = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+  const __m512bh halves = _mm512_cvtne2ps_pbh(floats, floats);
+  return _mm512_castsi512_si256(reinterpret_cast<const __m512i&>(halves));
+}
+
+// The lists of `span` tiles of a row tile, filled up with zeros that meet the column of zeros.
+template <class Value>
+inline void gather(const sbt::View& weight, int64_t tile, int64_t span, int64_t column, Lists& lists) {
+  const __m256i lanes = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m256i apart = _mm256_mullo_epi16(lanes, _mm256_set1_epi16(static_cast<short>(column)));
+  uint16_t* end[sbt::kTileRows];
+  for (int64_t row = 0; row < sbt::kTileRows; ++row) end[row] = lists.value[row];
+  for (int64_t i = 0; i < span; ++i) {
+    const auto* value = tile_values<Value>(weight, tile + i);
+    const uint32_t* mask = weight.mask + (tile + i) * sbt::kWords;
+    prefetch(mask);
+    prefetch(mask + 16);
+    for (int64_t step = 0; step < sbt::kSteps; ++step) {
+      const auto first = static_cast<short>((i * sbt::kTileCols + step * 16) * column);
+      const __m256i here = _mm256_add_epi16(apart, _mm256_set1_epi16(first));
+#pragma GCC unroll 8
+      for (int64_t pair = 0; pair < sbt::kPairs; ++pair) {
+        const uint32_t word = mask[step * sbt::kPairs + pair];
+        prefetch(value);
+#pragma GCC unroll 2
+        for (int64_t half = 0; half < 2; ++half) {
+          const auto bits = static_cast<__mmask16>(word >> 16 * half);
+          uint16_t*& to = end[2 * pair + half];
+          const __m256i kept = _mm256_mask_compress_epi16(_mm512_castsi512_si256(fresh_zeros()), bits, here);
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), sixteen(value));
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + kOffsets), kept);
+          const int more = __builtin_popcount(bits);
+          value += more;
+          to += more;
+        }
+      }
+    }
+  }
+  for (int64_t row = 0; row < sbt::kTileRows; ++row) {
+    lists.count[row] = static_cast<int32_t>(end[row] - lists.value[row]);
+    for (int64_t i = 0; i < kRun; ++i) {
+      end[row][i] = 0;
+      end[row][kOffsets + i] = static_cast<uint16_t>(kSpanCols * column);
+    }
+  }
+}
+
+inline __m512 add_products(__m512 sum, __m512i w, __m512i x) {
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<const __m512bh&>(w), reinterpret_cast<const __m512bh&>(x));
+}
+
+// A vector of activations in a register, where the compiler would load it twice.
+inline __m512i loaded(const char* p) {
+  __m512i v = _mm512_load_si512(p);
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
+// One row's list times V vectors of tokens; two sums each, or products would wait for one another.
+template <int V>
+inline void multiply_row(const uint16_t* entry, int32_t count, const char* x, float* sums) {
+  __m512 sum[2][2 * V];
+  for (int v = 0; v < 2 * V; ++v) {
+    sum[0][v] = _mm512_load_ps(sums + v * 16);
+    sum[1][v] = _mm512_setzero_ps();
+  }
+  for (const uint16_t* end = entry + count; entry < end; entry += kRun) {
+#pragma GCC unroll 2
+    for (int c = 0; c < 2; ++c) {
+      int32_t two;
+      std::memcpy(&two, entry + 2 * c, sizeof(two));
+      const __m512i w = _mm512_set1_epi32(two);
+      const char *first = x + entry[kOffsets + 2 * c], *second = x + entry[kOffsets + 2 * c + 1];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) {
+        const __m512i a = loaded(first + v * 64), b = loaded(second + v * 64);
+        sum[c][2 * v] = add_products(sum[c][2 * v], w, _mm512_unpacklo_epi16(a, b));
+        sum[c][2 * v + 1] = add_products(sum[c][2 * v + 1], w, _mm512_unpackhi_epi16(a, b));
+      }
+    }
+  }
+  for (int v = 0; v < 2 * V; ++v) _mm512_store_ps(sums + v * 16, _mm512_add_ps(sum[0][v], sum[1][v]));
+}
+
+// The rows of a row tile, whose sums are `width` apart.
+inline void multiply_rows(const Lists& lists, const char* x, int64_t tokens, int64_t width, float* sums) {
+  for (int64_t r = 0; r < sbt::kTileRows; ++r, sums += width) {
+    if (tokens > kLanes) {
+      multiply_row<2>(lists.value[r], lists.count[r], x, sums);
+    } else {
+      multiply_row<1>(lists.value[r], lists.count[r], x, sums);
+    }
+  }
+}
+
+// Where token t of a block stands in a column.
+inline int64_t place_of(int64_t t) { return t / kLanes * kLanes + t % 16 / 4 * 8 + t % kLanes / 16 * 4 + t % 4; }
+
+// What the zeros of a row tile would have added to the sums: NaN where an activation is not finite.
+inline void meet_zeros(const sbt::View& weight, const Blocks& blocks, int64_t row_tile, int64_t tokens, const char* x,
+                       float* sums) {
+  for (int64_t k = 0; k < weight.cols; ++k) {
+    const uint32_t* words = weight.mask + (row_tile * weight.col_tiles() + k / sbt::kTileCols) * sbt::kWords;
+    const int64_t col = k % sbt::kTileCols;
+    const auto* column =
+        reinterpret_cast<const uint16_t*>(x + (k / kSpanCols * (kSpanCols + 1) + k % kSpanCols) * blocks.column());
+    for (int64_t t = 0; t < tokens; ++t) {
+      if ((column[place_of(t)] & 0x7f80u) != 0x7f80u) continue;
+      for (int64_t r = 0; r < sbt::kTileRows; ++r)
+        if (!(words[sbt::word_of(r, col)] >> sbt::bit_of(r, col) & 1))
+          sums[r * blocks.width + t] = std::numeric_limits<float>::quiet_NaN();
+    }
+  }
+}
+
+inline void finish_block(const Product& p, const Blocks& blocks, int64_t b, int64_t row_tile, float* sums) {
+  const char* block = static_cast<const char*>(p.x) + b * blocks.bytes(p.weight);
+  const int64_t tokens = blocks.left(b);
+  bool finite = true;
+  for (int64_t i = 0; i < ceil_div(tokens, kTokenBlock); ++i) finite &= reinterpret_cast<const int64_t*>(block)[i];
+  if (!finite) meet_zeros(p.weight, blocks, row_tile, tokens, block + blocks.header(), sums);
+  for (int64_t t = 0; t < tokens; ++t) {
+    alignas(64) float out[sbt::kTileRows];
+    for (int64_t r = 0; r < sbt::kTileRows; ++r) out[r] = sums[r * blocks.width + t];
+    store_sums(p, row_tile, b * blocks.width + t, _mm512_load_ps(out));
+  }
+}
+
+// Sums of a few row tiles and blocks of tokens wait in the scratch while their columns pass by. Of more blocks the
+// activations would not stay in L2; of the row tiles all meet them there.
+template <class Value>
+inline void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
+  constexpr int64_t kListBytes = ceil_div(static_cast<int64_t>(sizeof(Lists)), 64) * 64, kMostTiles = 4,
+                    kMostBlocks = 4;
+  auto* lists = new (scratch) Lists;
+  auto* sums = reinterpret_cast<float*>(static_cast<char*>(scratch) + kListBytes);
+  const Blocks blocks(p.tokens);
+  const int64_t tiles = p.weight.col_tiles(), block_sums = sbt::kTileRows * blocks.width;
+  static_assert(
+      kListBytes + kMostTiles * kMostBlocks * sbt::kTileRows * kMostVectors * kLanes * sizeof(float) <= kScratchBytes,
+      "lists and sums fit the scratch");
+  for (int64_t b = 0; b < blocks.count; b += kMostBlocks) {
+    const int64_t some = std::min(kMostBlocks, blocks.count - b);
+    for (int64_t first = begin; first < end; first += kMostTiles) {
+      const int64_t last = std::min(first + kMostTiles, end);
+      std::fill(sums, sums + (last - first) * some * block_sums, 0.0f);
+      for (int64_t c = 0; c < tiles; c += kSpan) {
+        for (int64_t r = first; r < last; ++r) {
+          gather<Value>(p.weight, r * tiles + c, std::min(kSpan, tiles - c), blocks.column(), *lists);
+          for (int64_t i = 0; i < some; ++i) {
+            const char* x = static_cast<const char*>(p.x) + (b + i) * blocks.bytes(p.weight) + blocks.header();
+            multiply_rows(*lists, x + c / kSpan * blocks.span(), blocks.left(b + i), blocks.width,
+                          sums + ((r - first) * some + i) * block_sums);
+          }
+        }
+      }
+      for (int64_t r = first; r < last; ++r)
+        for (int64_t i = 0; i < some; ++i)
+          finish_block(p, blocks, b + i, r, sums + ((r - first) * some + i) * block_sums);
+    }
+  }
+}
+
+}  // namespace pairs
+
+}  // namespace
+}  // namespace alphaprune
