@@ -66,7 +66,7 @@ class Kernel:
     bind_group(weights, swiglu) -> Together, or None where it does not take these weights in one launch; swiglu: the one
     output is silu(y_0) * y_1.
     adds: its Bound adds to a tensor in place.
-    any_tokens(weight_dtype, x_dtype) -> whether most_tokens does not hold for these.
+    any_tokens(weight_dtype, x_dtype, density or None) -> whether most_tokens does not hold for these.
     """
 
     name: str
@@ -80,13 +80,13 @@ class Kernel:
     least_tokens: int = 0
     bind_group: Callable[[Sequence[Packed], bool], Together | None] | None = None
     adds: bool = False
-    any_tokens: Callable[[torch.dtype, torch.dtype], bool] | None = None
+    any_tokens: Callable[[torch.dtype, torch.dtype, float | None], bool] | None = None
 
-    def takes(self, tokens: int, weight: torch.dtype, x: torch.dtype) -> bool:
+    def takes(self, tokens: int, weight: torch.dtype, x: torch.dtype, density: float | None) -> bool:
         """Whether the automatic choice takes it for so many tokens where no time table says."""
         if self.most_tokens is None or tokens <= self.most_tokens:
             return True
-        return self.any_tokens is not None and self.any_tokens(weight, x)
+        return self.any_tokens is not None and self.any_tokens(weight, x, density)
 
 
 def kernels() -> dict[str, Kernel]:
@@ -132,7 +132,7 @@ def choose(
     if best:
         return usable[best[0]], f"fastest by the time table, {best[1]:.1e} s"
     for kernel in usable.values():
-        if not kernel.takes(tokens, weight_dtype, x_dtype):
+        if not kernel.takes(tokens, weight_dtype, x_dtype, density):
             passed.append(f"{kernel.name}: past {kernel.most_tokens} tokens another is faster")
         elif tokens < kernel.least_tokens:
             passed.append(f"{kernel.name}: below {kernel.least_tokens} tokens another is faster")

@@ -369,13 +369,15 @@ def test_products_of_chunks_are_written_in_place(monkeypatch: pytest.MonkeyPatch
 
 
 def test_skipping_zeros_knows_no_limit_of_tokens() -> None:
-    """avx512bf16 is taken past its limit for what it multiplies without zeros, and for nothing else."""
-    kernel = base.kernels()["avx512bf16"]
-    for weight, x in itertools.product((*DTYPES, torch.int8), DTYPES):
-        skips = weight in (torch.bfloat16, torch.int8) and x == torch.bfloat16
-        assert kernel.takes(kernel.most_tokens, weight, x)
-        assert kernel.takes(10**6, weight, x) == skips, (weight, x)
-    assert not base.kernels()["avx512"].takes(10**6, torch.bfloat16, torch.bfloat16)
+    """Kernels are taken past their limits for what they multiply without zeros, and for nothing else."""
+    kernels = base.kernels()
+    for name, weight, x in itertools.product(("avx512bf16", "avx512"), (*DTYPES, torch.int8), DTYPES):
+        kernel, pairs = kernels[name], weight in (torch.bfloat16, torch.int8) and x == torch.bfloat16
+        assert kernel.takes(kernel.most_tokens, weight, x, None) and not kernel.takes(10**6, weight, x, None)
+        assert not kernel.takes(10**6, weight, x, 0.6)
+        assert kernel.takes(10**6, weight, x, 0.5) == (pairs and name == "avx512bf16")
+        assert kernel.takes(10**6, weight, x, 0.3) == (weight != torch.int8 or (pairs and name == "avx512bf16"))
+    assert not kernels["amx"].takes(10**6, torch.bfloat16, torch.bfloat16, 0.1)
 
 
 @pytest.mark.parametrize("values", [torch.bfloat16, "int8"])

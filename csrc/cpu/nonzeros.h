@@ -48,8 +48,7 @@ struct Lists {
 // lists cost 4 and a mispredicted branch or two, a kept weight 2.25 and 0.3 per vector; the panel 4 and 0.47 per token.
 inline bool pays(const sbt::View& weight, int64_t tokens, int64_t lanes) {
   const Blocks blocks(tokens, lanes);
-  const auto kept = static_cast<double>(weight.offsets[weight.row_tiles() * weight.col_tiles()]) * sbt::kUnit;
-  const double density = kept / (static_cast<double>(weight.rows) * static_cast<double>(weight.cols));
+  const double density = density_of(weight);
   const double scale = 16.0 / static_cast<double>(lanes), vectors = static_cast<double>(blocks.width / lanes);
   const double lists = static_cast<double>(blocks.count) * (4 + vectors + 8 * density * (2.25 + 0.3 * vectors));
   const double panel = 4 * static_cast<double>(blocks.count) + 0.47 * scale * static_cast<double>(tokens);

@@ -42,10 +42,8 @@ struct Blocks {
 // Whether skipping the zeros is faster than the panel, in the time that the panel takes for a token, as measured on a
 // Zen 4: the lists cost 11, a vector of tokens 3 and 40 times the density.
 inline bool pays(const sbt::View& weight, int64_t tokens) {
-  const auto kept = static_cast<double>(weight.offsets[weight.row_tiles() * weight.col_tiles()]) * sbt::kUnit;
-  const double density = kept / (static_cast<double>(weight.rows) * static_cast<double>(weight.cols));
   const auto vectors = static_cast<double>(ceil_div(tokens, kLanes));
-  return 10 + vectors * (3 + 40 * density) < 1.05 * static_cast<double>(tokens);
+  return 10 + vectors * (3 + 40 * density_of(weight)) < 1.05 * static_cast<double>(tokens);
 }
 
 // The non-zeros of a few macro tiles: per row, values and the byte offsets of their columns in a block of activations.

@@ -15,6 +15,12 @@ inline const T* tile_values(const sbt::View& weight, int64_t tile) {
   return static_cast<const T*>(weight.values) + static_cast<int64_t>(weight.offsets[tile]) * sbt::kUnit;
 }
 
+// Kept over all weights, but for what fills up tiles.
+inline double density_of(const sbt::View& weight) {
+  const auto kept = static_cast<double>(weight.offsets[weight.row_tiles() * weight.col_tiles()]) * sbt::kUnit;
+  return kept / (static_cast<double>(weight.rows) * static_cast<double>(weight.cols));
+}
+
 // The scales of the rows of one macro tile of int8; 1 for rows past the last.
 inline void tile_scales(const sbt::View& weight, int64_t row_tile, int64_t col_tile, float* scales) {
   for (int64_t r = 0; r < sbt::kTileRows; ++r) {

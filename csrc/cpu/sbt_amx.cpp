@@ -487,8 +487,10 @@ void prepare(const Activations& x, const sbt::View& weight, int64_t first, int64
   Bfloat16Tiles::prepare(x, weight, first, last, to);
 }
 
+int layout(const Activations& x, const sbt::View& weight) { return tiled(x, weight) ? 2 : kAvx512.layout(x, weight); }
+
 }  // namespace
 
-const Isa kAmx = {"amx", product, expand, prepared_bytes, prepare};
+const Isa kAmx = {"amx", product, expand, prepared_bytes, prepare, layout};
 
 }  // namespace alphaprune

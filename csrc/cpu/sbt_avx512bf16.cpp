@@ -105,6 +105,7 @@ void prepare(const Activations& x, const sbt::View& weight, int64_t first, int64
 }
 
 int layout(const Activations& x, const sbt::View& weight) {
+  if (!in_pairs(x, weight)) return kAvx512.layout(x, weight);
   return skips_zeros(x, weight) ? 2 : static_cast<int>(widened(x, weight));
 }
 
