@@ -70,7 +70,7 @@ def bench_shapes(
         raise ValueError(f"--tokens {tokens}: wanted whole numbers from 1")
     problems = list(itertools.product(shapes, counts, sparsities))
     if kernel is not None:
-        base.named(kernel)  # a name or a machine that will not do is told before the memory is measured
+        base.on(kernel, clock.device)  # what will not do is told before the memory is measured
     bandwidth, kind, rows = clock.bandwidth(), getattr(torch, dtype), []
     with bar(len(problems), "bench", "row") as tick:
         for one, count, share in problems:
@@ -112,6 +112,8 @@ def bench_model(
     ValueError if prompt and new tokens do not fit into the context.
     """
     folder, where = models.resolve(model), timing.clock(device).device
+    if kernel is not None:
+        base.on(kernel, where)
     loaded = hf.load(folder, device=str(where), tokens=batch)
     load = _load(loaded, prompt, new, batch, seconds, warmup)
     packed = {n: m for n, m in loaded.named_modules() if isinstance(m, SparseLinear)}

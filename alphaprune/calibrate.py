@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from alphaprune import ranks
+from alphaprune import memory, ranks
 from alphaprune.experts import Experts
 from alphaprune.gram import Gram, full_float32
 from alphaprune.model import Block, DirectorySource, Source
@@ -244,14 +244,17 @@ def _idle(block: Block, groups: "_Groups") -> list[tuple[Experts, list[int]]]:
 
 @contextmanager
 def on(block: Block, device: str | None) -> Iterator[None]:
-    """Has a block on a device, and afterwards where it was."""
-    before = next(block.module.parameters()).device
-    if device is not None:
-        block.module.to(device)
-    try:
+    """Has a block on a device, and afterwards where it was; ValueError if what is done there takes too much memory."""
+    if device is None:
         yield
-    finally:
-        if device is not None:
+        return
+    before = next(block.module.parameters()).device
+    needs = {f"the weights of {block.name}": memory.nbytes(block.module)}
+    with memory.explained(needs, device, "give less or shorter calibration text, or another --device"):
+        block.module.to(device)
+        try:
+            yield
+        finally:
             block.module.to(before)
 
 

@@ -343,6 +343,13 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:  # a disk or a file that failed where nothing more can be said of it
         print(f"alphaprune {command}: {error.filename or 'input/output'}: {error.strerror or error}", file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as error:
+        from alphaprune import memory  # whose torch nobody waits for before there is something to say
+
+        if (reason := memory.device_fault(error)) is None:
+            raise
+        print(f"alphaprune {command}: {reason}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"alphaprune {command}: interrupted", file=sys.stderr)
         return 130

@@ -1,8 +1,9 @@
 """What the system says of its processor and memory: sockets, cores, caches, NUMA nodes, limits. Linux; others say less.
 
-Every function takes the root of the file system, and leaves out what is not there.
+Functions take the root of the file system, and leave out what is not there.
 """
 
+import ctypes
 import re
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,16 @@ def memory_limit(root: Path = ROOT) -> int | None:
 def openmp(root: Path = ROOT) -> list[str]:
     """The OpenMP libraries that this process has loaded: one, or their threads get in each other's way."""
     return loaded(r"/lib(g|i|)omp\d*[^/]*\.(so|dylib)", root / "proc/self/maps")
+
+
+def cuda_driver(library: str = "libcuda.so.1") -> tuple[int, int] | None:
+    """The newest version of CUDA that the NVIDIA driver serves, such as (12, 4); None where there is no driver."""
+    found = ctypes.c_int(0)
+    try:
+        status = ctypes.CDLL(library).cuDriverGetVersion(ctypes.byref(found))
+    except (OSError, AttributeError):
+        return None
+    return None if status or not found.value else (found.value // 1000, found.value % 1000 // 10)
 
 
 def loaded(pattern: str, maps: "str | Path" = ROOT / "proc/self/maps") -> list[str]:

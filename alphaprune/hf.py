@@ -16,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from alphaprune import bitmask, families, formats, hf_parallel, shapes
+from alphaprune import bitmask, devices, families, formats, hf_parallel, memory, shapes
 from alphaprune.experts import FUSED, separate
 from alphaprune.files import first_line
 from alphaprune.formats import quantize
@@ -328,11 +328,12 @@ def load(
 
     dtype: "auto" keeps that of the file. tokens: rows of x to be fast at; where this machine has a time table, packed
     layers that are faster dense are expanded; None keeps all packed, as from_pretrained does.
-    Raises ValueError in one sentence if the files are unreadable.
+    Raises ValueError in one sentence if the files are unreadable, there is no such device, or too little memory on it.
     """
     from transformers.utils import logging
 
     check_tokens(tokens)
+    devices.named(device)
     folder = resolve(path)
     config = read_config(folder)
     stored = Shards(folder).names()  # truncated and missing files are found here, by name
@@ -356,7 +357,7 @@ def load(
         if bar:
             logging.enable_progress_bar()
     check_loaded(folder, model, found)
-    return expand_losers(model.to(device).eval(), tokens)
+    return expand_losers(memory.moved(model, device, str(folder)).eval(), tokens)
 
 
 def check_loaded(folder: Path, model: "PreTrainedModel", found: dict[str, Any]) -> None:

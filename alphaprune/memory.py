@@ -1,15 +1,20 @@
 """The memory of a device: what is free, what is taken, and one sentence when it does not suffice."""
 
 import contextlib
+import re
 import resource
 import sys
 from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from alphaprune import hardware
+from alphaprune import devices, hardware
 from alphaprune.console import size
+from alphaprune.files import first_line
+
+Module = TypeVar("Module", bound=nn.Module)
 
 UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
 
@@ -62,12 +67,42 @@ def explained(needs: Mapping[str, int], device: torch.device | str, remedy: str)
     """Turns running out of memory inside into a ValueError that names what was needed for what, in bytes."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ValueError(f"{_wanted(needs, device)}, and there was no more; {remedy}") from error
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not is_shortage(error):
             raise
-        raise ValueError(f"{_wanted(needs, device)}, and there was no more; {remedy}") from error
+        raise ValueError(f"{_wanted(needs, device)}, and {_last(error)}; {remedy}") from error
+
+
+def nbytes(module: nn.Module) -> int:
+    """Bytes of the parameters and buffers of a module."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def moved(module: Module, device: str, name: str) -> Module:
+    """The module, called `name` for its user, on a device; ValueError if that is not here or has too little memory."""
+    where = devices.named(device)
+    with explained({f"the weights of {name}": nbytes(module)}, where, "take a device with more, or the CPU"):
+        return module.to(where)
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error says that memory has run out, of a device or of the host."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def device_fault(error: BaseException) -> str | None:
+    """One sentence of an error that is the device's, or a want of memory; None for what is a mistake in a program."""
+    if is_shortage(error):
+        return f"out of memory: {_last(error)}; take shorter texts, smaller batches, or a device with more memory"
+    if isinstance(error, getattr(torch, "AcceleratorError", ())) or str(error).startswith("CUDA error"):
+        return f"the device failed: {first_line(error)}"
+    return None
+
+
+def _last(error: BaseException) -> str:
+    """What could not be had in the end."""
+    asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
+    return f"{asked[1]} more could not be had" if asked else "there was no more"
 
 
 def _wanted(needs: Mapping[str, int], device: torch.device | str) -> str:

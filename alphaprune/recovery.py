@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from alphaprune import __version__, checkpoint, evaluate, hf, shards, unfinished
+from alphaprune import __version__, checkpoint, devices, evaluate, hf, memory, shards, unfinished
 from alphaprune import model as models
 from alphaprune.data import Text
 from alphaprune.files import explained
@@ -340,6 +340,7 @@ def write(
     """
     settings.check()
     check_peft()
+    devices.named(device)
     unfinished.check_free(Path(out))
     quantize.check(values, group)
     check_tokens(tokens, settings.batch)
@@ -390,8 +391,7 @@ def _open(folder: "str | Path", device: str, values: str | None) -> tuple["PreTr
     # These alone: model.dequantize() would multiply factors, too.
     replace_each(model, SparseLinear, lambda layer: layer.to_linear(dtype))
     fingerprint = models.describe(model).fingerprint
-    plain: nn.Module = model  # that of transformers has no type for `to`
-    plain.to(device)
+    memory.moved(model, device, str(folder))
     return model, {name: mask.to(device) for name, mask in masks.items()}, fingerprint
 
 

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from alphaprune import cusolver, two_stage
+from alphaprune import cusolver, devices, memory, two_stage
 from alphaprune.gram import full_float32
 
 Need = Literal["tail", "all"]  # what must be exact: the eigenvalues around and above the median, or the smallest, too
@@ -124,11 +124,13 @@ def _together(weights: Sequence[Tensor], places: list[int], solver: Solver, devi
     """The eigenvalues [n] float64 of the weights at `places`, by one call: those of one shape side by side, all with
     Gram matrices of one size."""
     grams, scales = [], []
-    for _, same in itertools.groupby(places, key=lambda place: weights[place].shape):
-        part, scale = scaled(_stacked([weights[place].detach().to(device) for place in same]))  # [b, N, K]
-        grams.append(_gram(part, solver))
-        scales += scale.tolist()
-    solved = _eigenvalues(grams[0] if len(grams) == 1 else torch.cat(grams))
+    needs = {f"the spectra of {len(places)} matrices": sum(working_bytes(tuple(weights[p].shape)) for p in places)}
+    with memory.explained(needs, device, "compute them on --device cpu"):
+        for _, same in itertools.groupby(places, key=lambda place: weights[place].shape):
+            part, scale = scaled(_stacked([weights[place].detach().to(device) for place in same]))  # [b, N, K]
+            grams.append(_gram(part, solver))
+            scales += scale.tolist()
+        solved = _eigenvalues(grams[0] if len(grams) == 1 else torch.cat(grams))
     return [values * scale**2 for values, scale in zip(solved, scales, strict=True)]
 
 
@@ -163,19 +165,7 @@ def check(solver: str, device: str) -> torch.device:
     """The device meant by a name; ValueError if it, or the solver, is not there."""
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r}: wanted one of {', '.join(SOLVERS)}")
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        meant = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device {device!r}: wanted auto, cpu, cuda or cuda:N") from None
-    if meant.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {device!r}: spectra are computed on cpu or cuda")
-    if meant.type == "cuda" and (meant.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device {device!r}: this machine has {torch.cuda.device_count()} CUDA devices that torch can use"
-        )
-    return meant
+    return devices.named(device, auto=True)
 
 
 def scaled(weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from alphaprune import formats
+from alphaprune import devices, formats
 from alphaprune.formats import native, quantize
-from alphaprune.kernels import cuda, spmm, table
+from alphaprune.kernels import spmm, table
 from alphaprune.mask import keep_mask
 from alphaprune.pattern import NM, Pattern, Unstructured
 
@@ -193,24 +193,10 @@ Clock = CpuClock | CudaClock
 
 def clock(device: str) -> Clock:
     """What times calls on "cpu", "cuda" or "cuda:N"; ValueError in one sentence if there is no such device here."""
-    try:
-        where = torch.device(device)
-    except RuntimeError:
-        where = None
-    if where is None or where.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {device}: wanted cpu, cuda or cuda:N")
+    where = devices.named(device)
     if where.type == "cpu":
         return CpuClock()
-    if not torch.cuda.is_available():
-        if torch.version.cuda is None:
-            why = f"PyTorch {torch.__version__} was built without CUDA; install a wheel from PyTorch's CUDA index"
-        else:
-            why = "PyTorch finds no NVIDIA GPU; nvidia-smi tells whether the driver does"
-        raise ValueError(f"--device {device}: {why} (the compiled kernels: {cuda.missing()})")
-    index = torch.cuda.current_device() if where.index is None else where.index
-    if index >= torch.cuda.device_count():
-        raise ValueError(f"--device {device}: torch sees {torch.cuda.device_count()} GPUs, counted from 0")
-    return CudaClock(index)
+    return CudaClock(torch.cuda.current_device() if where.index is None else where.index)
 
 
 def read_bandwidth(total_bytes: int = PROBE_BYTES, repeats: int = 3) -> float:

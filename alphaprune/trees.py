@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alphaprune import devices
 from alphaprune import model as models
 from alphaprune.calibrate import InputStat, Need
 from alphaprune.gram import Gram, full_float32
@@ -137,8 +138,10 @@ def open_source(source: "Source | nn.Module | str | Path") -> Source:
 def check(
     source: Source, tokens: Tensor | None = None, device: str | None = None, channel_permute: bool = False
 ) -> None:
-    """ValueError for what is asked of a tree and known for language models only."""
+    """ValueError for what is asked of a tree and known for language models only, or for a device that is not here."""
     if not isinstance(source, Tree):
+        if device is not None:
+            devices.named(device)
         return
     if tokens is not None:
         raise ValueError(f"{source.name}: a tree of modules is calibrated with inputs=…, not with tokens")

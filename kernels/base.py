@@ -109,6 +109,21 @@ def named(name: str) -> Kernel:
     return kernel
 
 
+def on(name: str, device: torch.device) -> Kernel:
+    """As `named`, for packed weights on a device; ValueError if it does not run there."""
+    kernel = named(name)
+    if reason := elsewhere(kernel, device):
+        raise ValueError(f"kernel {name} cannot run: {reason}")
+    return kernel
+
+
+def elsewhere(kernel: Kernel, device: torch.device) -> str | None:
+    """None, or that a kernel does not run where the packed weight lies."""
+    if kernel.device in (device.type, "any"):
+        return None
+    return f"it runs on {kernel.device}, the packed weight is on {device}"
+
+
 def choose(
     shape: tuple[int, int],
     tokens: int,

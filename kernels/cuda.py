@@ -1,6 +1,7 @@
 """The compiled CUDA kernels: on SBT as it lies in memory, and on layouts that are made of it when a weight is bound."""
 
 import functools
+import re
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from alphaprune import devices
 from alphaprune.formats import Packed, native
 from alphaprune.kernels import delta_layout, nm_layout
 from alphaprune.kernels.base import Bound, Kernel, Norm, Together
@@ -47,11 +49,13 @@ def missing() -> str | None:
         return f"not built: {reason}"
     count, why = module.devices()
     if why:
-        return f"the driver offers no device to this build ({module.COMPILER}): {why}"
+        made_for = re.search(r"\d+(\.\d+)?", module.COMPILER)
+        known = f"{devices.no_device(made_for[0])} " if made_for else ""
+        return f"the driver offers no device to this build ({module.COMPILER}): {known}({why.split(':')[0]})"
     if not count:
         return "no CUDA device is visible; CUDA_VISIBLE_DEVICES may hide it"
-    if not torch.cuda.is_available():
-        return "this build of torch sees no CUDA device; install one for CUDA"
+    if reason := devices.no_cuda():
+        return reason
     capabilities = [module.device(index)[0] for index in range(count)]
     if max(capabilities) < OLDEST:
         return f"the newest device has compute capability {max(capabilities) / 10}, the kernels need {OLDEST / 10}"

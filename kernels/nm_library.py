@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from alphaprune import devices
 from alphaprune.formats import Packed
 from alphaprune.kernels import cuda, expansion
 from alphaprune.kernels.base import Bound, Kernel
@@ -18,16 +19,11 @@ LEAST_TOKENS = 512  # a prediction, from measurements that others published on a
 
 def missing() -> str | None:
     """None, or why torch's cuSPARSELt does not run here."""
-    if torch.version.cuda is None:
-        return f"PyTorch {torch.__version__} was built without CUDA; install a wheel from PyTorch's CUDA index"
-    if not torch.cuda.is_available():
-        return "PyTorch finds no NVIDIA GPU; nvidia-smi tells whether the driver does"
+    if reason := devices.no_cuda():
+        return reason
     if not torch.backends.cusparselt.is_available():
         return f"PyTorch {torch.__version__} has no cuSPARSELt; install a wheel from PyTorch's CUDA index"
-    major, minor = torch.cuda.get_device_capability()
-    if 10 * major + minor < cuda.OLDEST:
-        return f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, wanted 8.0 (A100) or newer"
-    return None
+    return devices.too_old()
 
 
 def supports(shape: tuple[int, int], tokens: int, weight: torch.dtype, x: torch.dtype) -> str | None:

@@ -10,11 +10,11 @@ import importlib.util
 
 import torch
 
+from alphaprune import devices
 from alphaprune.formats import Packed
 from alphaprune.kernels import cpu
 from alphaprune.kernels.base import Bound, Kernel
 
-OLDEST = (8, 0)  # compute capability: an A100
 FILES = {"triton_ell": "triton_ell", "triton": "triton_linear", "triton_expand": "triton_expand"}
 MOST_TOKENS = {"triton_ell": 2, "triton": 64}  # of triton a prediction: past them the expansion is faster
 MOST_DENSITY = {"triton_ell": 0.2}  # a prediction from bytes and instructions, not measured
@@ -24,14 +24,7 @@ def available() -> str | None:
     """None, or why Triton's kernels do not run on this machine."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install triton"
-    if torch.version.cuda is None:
-        return f"PyTorch {torch.__version__} was built without CUDA; install a wheel from PyTorch's CUDA index"
-    if not torch.cuda.is_available():
-        return "PyTorch finds no NVIDIA GPU; nvidia-smi tells whether the driver does"
-    major, minor = torch.cuda.get_device_capability()
-    if (major, minor) < OLDEST:
-        return f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, wanted 8.0 (A100) or newer"
-    return None
+    return devices.no_cuda() or devices.too_old()
 
 
 def bind(file: str, packed: Packed) -> Bound:

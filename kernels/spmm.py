@@ -80,9 +80,7 @@ class Prepared:
         shape, dtype = self.packed.shape, self.packed.dtype
         if self.kernel is None:
             return base.choose(shape, tokens, dtype, x_dtype, str(self.device), self.packed.density, self.fits)
-        reason = self.kernel.supports(shape, tokens, dtype, x_dtype)
-        if self.kernel.device not in (self.device.type, "any"):
-            reason = f"it runs on {self.kernel.device}, the packed weight is on {self.device}"
+        reason = base.elsewhere(self.kernel, self.device) or self.kernel.supports(shape, tokens, dtype, x_dtype)
         if reason := reason or self.fits(self.kernel):
             raise ValueError(f"{self.name}: kernel {self.kernel.name} cannot run: {reason}")
         return self.kernel, "asked for"

@@ -7,7 +7,6 @@ from typing import Any
 from alphaprune import model as models
 from alphaprune.commands.shared import dump, room_for, window
 from alphaprune.console import bar, table
-from alphaprune.files import first_line
 
 FIGURES = ["allocator", "method", "perplexity", "± stderr", "KL", "bits per byte"]
 
@@ -101,11 +100,9 @@ def _load(folder: Path, device: str, dtype: str) -> models.Source:
     """The dense model of a folder, block by block, in a dtype and on a device."""
     import torch
 
-    try:
-        where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        torch.zeros(1, device=where)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: {first_line(error)}") from error
+    from alphaprune import devices
+
+    where = str(devices.named(device, auto=True))
     return models.DirectorySource(folder, None if dtype == "auto" else getattr(torch, dtype), where)
 
 

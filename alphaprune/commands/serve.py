@@ -52,27 +52,12 @@ def _check(options: dict[str, Any]) -> None:
         raise ValueError(f"--port {options['port']}: wanted 0 to 65535; 0 takes a free one")
     if options["kv_blocks"] and options["kv_memory"]:
         raise ValueError("give one of --kv-blocks and --kv-memory")
-    if reason := _missing(options["device"]):
-        raise ValueError(f"--device {options['device']}: {reason}")
+    from alphaprune import devices
+
+    devices.named(options["device"])
     template = options["chat_template"]
     if template and not Path(template).is_file():
         raise ValueError(f"{template}: there is no such file")
-
-
-def _missing(device: str) -> str | None:
-    """Why a device cannot be served on, or None."""
-    import torch
-
-    kind, _, index = device.partition(":")
-    if kind == "cpu" and not index:
-        return None
-    if kind != "cuda" or not (index.isdigit() or not index):
-        return "wanted cpu, cuda or cuda:N"
-    if not torch.cuda.is_available():
-        return f"PyTorch {torch.__version__} finds no NVIDIA GPU here; nvidia-smi tells whether the driver does"
-    if int(index or 0) >= torch.cuda.device_count():
-        return f"there are {torch.cuda.device_count()} GPUs here, from cuda:0 on"
-    return None
 
 
 def _service(loaded: Any, tokenizer: Any, name: str, options: dict[str, Any]) -> Any:

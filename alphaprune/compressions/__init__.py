@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alphaprune import calibrate
+from alphaprune import calibrate, devices
 from alphaprune.calibrate import InputStat, Need
 from alphaprune.checkpoint import block_tensors, copy_companions, output_config
 from alphaprune.compressions import layers, parts
@@ -144,6 +144,8 @@ def blocks(
     Raises ValueError before any work if the plan is for another model or text is missing.
     """
     needs = recipe.need(plan)
+    if recipe.device is not None:
+        devices.named(recipe.device)
     parts.check(plan, source)
     if needs != "nothing" and tokens is None:
         raise ValueError("a calibrated compression needs calibration text: give --calibration FILE (tokens=…)")

@@ -57,9 +57,9 @@ def make(calls: Sequence[Call], most: int, dtype: torch.dtype, allowed: float) -
                 weight.leave_out(kernel, "there is no room in memory for its copies of the weights")
     for call in calls:
         for tokens, names in _stretches(call, most, dtype).items():
-            if _kept(call, names):
+            if kept := _kept(call, names):
                 first = call.weights[0]
-                needs = {f"the copy of {first.name or 'a layer'} that {names[0]} keeps": first.packed.nbytes}
+                needs = {f"the copy of {first.name or 'a layer'} that {names[0]} keeps": sum(kept.values())}
                 with memory.explained(needs, first.device, "give less --kv-memory"):
                     group.ready(call.weights, tokens, dtype, call.swiglu)
     return sum(weight.copied() for call in calls for weight in call.weights)
