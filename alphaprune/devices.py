@@ -57,12 +57,13 @@ def no_device(made_for: str) -> str:
     return "the NVIDIA driver shows none; nvidia-smi tells what it sees"
 
 
-def too_old(device: int | None = None) -> str | None:
-    """None, or why the kernels do not run on a CUDA device, by default the current one."""
-    major, minor = capability = torch.cuda.get_device_capability(device)
-    if capability >= OLDEST:
-        return None
-    name, wanted = torch.cuda.get_device_name(device), ".".join(map(str, OLDEST))
-    return (
-        f"{name} has compute capability {major}.{minor}, wanted {wanted} (A100) or newer; take another GPU or the CPU"
-    )
+def too_old() -> str | None:
+    """None, or why the kernels do not run on the current CUDA device, and the remedy."""
+    major, minor = torch.cuda.get_device_capability()
+    return None if (major, minor) >= OLDEST else f"{torch.cuda.get_device_name()} {older(10 * major + minor)}"
+
+
+def older(capability: int) -> str:
+    """What is said of a device of this compute capability, major · 10 + minor, that the kernels do not run on."""
+    wanted = ".".join(map(str, OLDEST))
+    return f"has compute capability {capability / 10}, wanted {wanted} (A100) or newer; take another GPU, or the CPU"

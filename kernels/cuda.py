@@ -17,7 +17,7 @@ from alphaprune.formats import Packed, native
 from alphaprune.kernels import delta_layout, nm_layout
 from alphaprune.kernels.base import Bound, Kernel, Norm, Together
 
-OLDEST = 80  # compute capability, major * 10 + minor: cp.async and mma.m16n8k16 in bfloat16
+OLDEST = 10 * devices.OLDEST[0] + devices.OLDEST[1]  # for cp.async and mma.m16n8k16 in bfloat16
 HALVES = (torch.float16, torch.bfloat16)
 HOPPER = 90  # the one capability that has wgmma and TMA as sbt_wgmma uses them: H100, H200
 MOST_DELTA_TOKENS = 4  # csrc/cuda/launch.h
@@ -58,7 +58,7 @@ def missing() -> str | None:
         return reason
     capabilities = [module.device(index)[0] for index in range(count)]
     if max(capabilities) < OLDEST:
-        return f"the newest device has compute capability {max(capabilities) / 10}, the kernels need {OLDEST / 10}"
+        return f"the newest device {devices.older(max(capabilities))}"
     return None
 
 
@@ -80,7 +80,7 @@ def _device(index: int) -> tuple[int, int, int]:
     """(capability, multiprocessors, shared bytes) of a device that is ready for launches."""
     found = load().device(index)
     if found[0] < OLDEST:
-        raise ValueError(f"cuda:{index} has compute capability {found[0] / 10}, the CUDA kernels need {OLDEST / 10}")
+        raise ValueError(f"cuda:{index} {devices.older(found[0])}")
     load().prepare(index)
     return found
 

@@ -1,5 +1,6 @@
 """The one op, y = x Wᵀ + b with a packed W: checks, dispatch, gradients, torch.compile."""
 
+import functools
 import itertools
 import weakref
 from bisect import bisect_left
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from alphaprune import memory
+from alphaprune.files import first_line
 from alphaprune.formats import Packed, native, sbt
 from alphaprune.kernels import base, copies, cpu, expansion
 from alphaprune.kernels.base import Bound, Kernel, Together
@@ -17,6 +20,7 @@ from alphaprune.kernels.expansion import expand
 __all__ = ["Prepared", "back_ends", "expand", "native_status", "of_op", "prepare", "spmm"]
 
 FLOATS = cpu.FLOATS
+OP = "alphaprune::spmm"
 _numbers = itertools.count()
 
 
@@ -47,9 +51,16 @@ class Prepared:
 
         ValueError naming the layer if shapes, dtypes or devices do not fit, or the kernel asked for cannot run.
         """
-        if torch.compiler.is_compiling() or needs_op(x, bias):
+        if torch.compiler.is_compiling():
             return _call_op(x, self.packed, bias)
-        return self.run(x, bias)
+        if not needs_op(x, bias):
+            return self.run(x, bias)
+        try:
+            return _call_op(x, self.packed, bias)
+        except (RuntimeError, ValueError) as error:  # the op does not know of which layer it is
+            if not str(error).startswith(OP):
+                raise
+            raise type(error)(self.name + str(error).removeprefix(OP)) from error
 
     def run(self, x: Tensor, bias: Tensor | None, into: Tensor | None = None) -> Tensor:
         """y without gradients: the direct call of the kernel.
@@ -66,7 +77,10 @@ class Prepared:
         if bias is not None and (bias.dtype not in FLOATS or bias.device != x.device):
             raise ValueError(f"{self.name}: bias is {bias.dtype} on {bias.device}, wanted a float on {x.device}")
         bias = None if bias is None else bias.contiguous()
-        return bound(x.contiguous(), bias) if into is None else bound(x.contiguous(), bias, into)
+        try:
+            return bound(x.contiguous(), bias) if into is None else bound(x.contiguous(), bias, into)
+        except RuntimeError as error:
+            raise self._told(error, f"y [{tokens}, {self.rows}]") from error
 
     def adds(self, tokens: int, x_dtype: torch.dtype) -> bool:
         """Whether the kernel for so many tokens adds to a tensor in place."""
@@ -132,11 +146,36 @@ class Prepared:
             raise ValueError(f"{self.name}: x is {x_dtype}, wanted float32, float16 or bfloat16")
         kernel, why = self.choice(tokens, x_dtype)
         if kernel.name not in self._made:
+<<<<<<< HEAD
             refuse_capture(self, kernel.name, tokens, x_dtype)
             self._made[kernel.name] = kernel.bind(self.packed), copies.nbytes(kernel.name, self.packed)
+=======
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise ValueError(
+                    f"{self.name}: a CUDA graph is being captured, and kernel {kernel.name} for {tokens} tokens in "
+                    f"{x_dtype} is not ready, which takes work outside of a graph; call the layer once with so many "
+                    f"before"
+                )
+            try:
+                self._made[kernel.name] = kernel.bind(self.packed), copies.nbytes(kernel.name, self.packed)
+            except (RuntimeError, ValueError) as error:
+                raise self._told(error, f"what kernel {kernel.name} keeps of the weight") from error
+        if kernel.name == "reference" and self.kernel is None:
+            _log_slow(self.device.type, why)
+>>>>>>> f30496b (Errors of kernels name the layer and what there was no memory for; the slow reference is not taken in silence)
         base.log.debug("%s: kernel %s for %d tokens in %s (%s)", self.name, kernel.name, tokens, x_dtype, why)
         bound = self._bound[x_dtype, self.case(tokens, x_dtype)] = self._made[kernel.name][0]
         return bound
+
+    def _told(self, error: Exception, made: str) -> Exception:
+        """The same kind of error, whose text names the layer, and after want of memory what there was none for."""
+        what = f"no memory for {made}: " if memory.is_shortage(error) else ""
+        return type(error)(f"{self.name}: {what}{first_line(error)}")
+
+
+@functools.cache
+def _log_slow(device: str, why: str) -> None:
+    base.log.warning("no kernel runs on %s, so the slow reference does, because %s", device, why)
 
 
 def refuse_capture(prepared: Prepared, kernel: str, tokens: int, x_dtype: torch.dtype) -> None:
@@ -205,7 +244,7 @@ def _lookup(weight: Tensor, mask: Tensor, offsets: Tensor, scale: Tensor | None,
     known = _by_weight.get(weight)
     if known is None or known[0] != address:
         packed = Packed(weight, mask, offsets, (n, k), scale).map(Tensor.detach)
-        known = _by_weight[weight] = (address, Prepared(packed, "alphaprune::spmm"))
+        known = _by_weight[weight] = (address, Prepared(packed, OP))
     return known[1]
 
 
@@ -228,7 +267,7 @@ def _spmm(
 def _spmm_fake(
     x: Tensor, weight: Tensor, mask: Tensor, offsets: Tensor, scale: Tensor | None, n: int, k: int, bias: Tensor | None
 ) -> Tensor:
-    torch._check(x.shape[-1] == k, lambda: _misfit("alphaprune::spmm", (n, k), x, bias))
+    torch._check(x.shape[-1] == k, lambda: _misfit(OP, (n, k), x, bias))
     return x.new_empty((*x.shape[:-1], n))
 
 

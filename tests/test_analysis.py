@@ -86,7 +86,7 @@ def test_unknown_options() -> None:
         analyze(live, "best")
     with pytest.raises(ValueError, match="solver 'fast'"):
         analyze(live, solver="fast")
-    with pytest.raises(ValueError, match="device 'abacus'"):
+    with pytest.raises(ValueError, match="--device abacus: wanted auto"):
         analyze(live, device="abacus")
 
 

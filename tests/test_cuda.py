@@ -18,6 +18,7 @@ from problems import exact_weight, problem
 from tolerance import assert_outputs, assert_product
 from torch import Tensor
 
+from alphaprune import hardware
 from alphaprune.decoder import Decoder
 from alphaprune.formats import Packed, quantize, sbt
 from alphaprune.kernels import base, cuda, group, neighbours, spmm
@@ -297,12 +298,17 @@ def test_reasons_say_what_is_missing(monkeypatch: pytest.MonkeyPatch, module: Mo
         return cuda.missing()
 
     assert reason(None, "nvcc was not found") == "not built: nvcc was not found"
-    assert "insufficient" in reason(Old((0, "the driver version is insufficient for the runtime")))
+    monkeypatch.setattr(hardware, "cuda_driver", lambda: (12, 4))
+    assert reason(Old((0, "cudaErrorInsufficientDriver: what it means"))) == (
+        "the driver offers no device to this build (nvcc 13): the NVIDIA driver serves CUDA up to 12.4, and this was "
+        "made for CUDA 13; update the driver or install a build for CUDA 12 (cudaErrorInsufficientDriver)"
+    )
     assert "no CUDA device is visible" in reason(Old((0, "")))
+    monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "torch sees no CUDA device" in reason(Old((1, "")))
+    assert "was built without CUDA; install" in reason(Old((1, "")))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert "7.5, the kernels need 8.0" in reason(Old((1, "")))
+    assert "7.5, wanted 8.0 (A100) or newer; take another GPU, or the CPU" in reason(Old((1, "")))
     assert reason(Old((1, ""), 90)) is None
     cuda.missing.cache_clear()
 

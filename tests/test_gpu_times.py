@@ -12,7 +12,7 @@ from test_tuning import no_bar
 
 from alphaprune import benchmark, cli, inspection, timing, tuning
 from alphaprune.formats import sbt
-from alphaprune.kernels import base, cuda, spmm, table
+from alphaprune.kernels import base, spmm, table
 from alphaprune.kernels.base import Kernel
 from alphaprune.kernels.table import Gpu, Machine, Table
 from alphaprune.layer import SparseLinear, expand_losers
@@ -45,7 +45,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", name)
     monkeypatch.setattr(
-        torch.cuda, "get_device_capability", lambda index: tuple(map(int, names[index].capability.split(".")))
+        torch.cuda, "get_device_capability", lambda index=0: tuple(map(int, names[index].capability.split(".")))
     )
     return asked
 
@@ -152,7 +152,7 @@ def test_a_machine_without_a_gpu_is_asked_nothing_more(no_gpu, folder: Path, nat
     info = inspection.describe_machine()
     assert list(info["times"]) == ["cpu"] and "predicted, not measured" in info["times"]["cpu"]
     assert "no GPU" in info["cuda"]
-    with pytest.raises(ValueError, match=r"--device cuda: PyTorch .*; .* \(the compiled kernels: ") as caught:
+    with pytest.raises(ValueError, match=r"--device cuda: PyTorch .*; ") as caught:
         timing.clock("cuda")
     assert "\n" not in str(caught.value) and ("install" in str(caught.value) or "nvidia-smi" in str(caught.value))
     for device in ("tpu", "meta", ""):
@@ -161,7 +161,7 @@ def test_a_machine_without_a_gpu_is_asked_nothing_more(no_gpu, folder: Path, nat
 
 
 def test_a_gpu_that_is_not_there(two_gpus, monkeypatch) -> None:
-    with pytest.raises(ValueError, match="--device cuda:2: torch sees 2 GPUs"):
+    with pytest.raises(ValueError, match="--device cuda:2: PyTorch sees 2 GPUs here, the last of which is cuda:1"):
         timing.clock("cuda:2")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(L2_cache_size=50 << 20))
     clock = timing.clock("cuda:1")
@@ -354,7 +354,7 @@ def test_without_a_gpu_a_command_is_one_sentence(no_gpu, directory, capsys, monk
     monkeypatch.setattr(benchmark.timing, "read_bandwidth", lambda: pytest.fail("measured before it was refused"))
     assert cli.main([str(directory) if a == "MODEL" else a for a in arguments]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith(f"alphaprune {arguments[0]}: --device cuda: PyTorch") and str(cuda.missing()) in line
+    assert line.startswith(f"alphaprune {arguments[0]}: --device cuda: PyTorch")
 
 
 def test_whole_models_are_timed_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,7 +366,7 @@ def test_whole_models_are_timed_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.gpu
 def test_tuning_a_tiny_grid_on_a_gpu(folder: Path) -> None:
-    if reason := cuda.missing():
+    if reason := base.kernels()["sbt_mma"].available():
         pytest.skip(f"no CUDA kernels: {reason}")
     clock = timing.clock("cuda")
     grid = tuning.Grid(((128, 256), (512, 1024)), ((BF16, BF16),), (0.0, 0.5, 0.9), (1, 4, 96), 1 << 20, 0.01)

@@ -65,14 +65,17 @@ def test_reasons_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "was built without CUDA" in nm_library.missing()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no NVIDIA GPU" in nm_library.missing()
+    assert "finds no NVIDIA GPU: " in nm_library.missing()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
     assert "has no cuSPARSELt; install" in nm_library.missing()
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "T4")
-    assert nm_library.missing() == "T4 has compute capability 7.5, wanted 8.0 (A100) or newer"
+    assert (
+        nm_library.missing()
+        == "T4 has compute capability 7.5, wanted 8.0 (A100) or newer; take another GPU, or the CPU"
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert nm_library.missing() is None
 

@@ -186,11 +186,10 @@ def test_cuda_agrees(shape, need) -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="solver 'fast'"):
         spectrum.eigenvalues(gaussian(4, 4), "fast")
-    with pytest.raises(ValueError, match="device 'abacus'"):
-        spectrum.eigenvalues(gaussian(4, 4), device="abacus")
-    with pytest.raises(ValueError, match="cpu or cuda"):
-        spectrum.eigenvalues(gaussian(4, 4), device="meta")
-    with pytest.raises(ValueError, match="CUDA devices that torch can use"):
+    for device in ("abacus", "meta"):
+        with pytest.raises(ValueError, match=f"--device {device}: wanted auto, cpu, cuda or cuda:N"):
+            spectrum.eigenvalues(gaussian(4, 4), device=device)
+    with pytest.raises(ValueError, match="--device cuda:99: "):
         spectrum.eigenvalues(gaussian(4, 4), device="cuda:99")
     for weights in ([gaussian(4, 4), gaussian(4, 5)], [torch.ones(4)], [torch.ones(0, 4)], []):
         with pytest.raises(ValueError, match="matrices of one shape"):

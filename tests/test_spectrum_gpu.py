@@ -115,4 +115,4 @@ def test_without_a_gpu_it_says_so(bench, capsys) -> None:
         pytest.skip("there is a GPU")
     with pytest.raises(SystemExit) as stopped:
         bench.main([])
-    assert stopped.value.code == 2 and "CUDA devices that torch can use" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "--device cuda: PyTorch" in capsys.readouterr().err
