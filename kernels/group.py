@@ -36,7 +36,10 @@ def spmm_group(
             if norm is not None and not (found.norms and norm[0].dtype == x.dtype):
                 x, norm = neighbours.add_norm(x, None, *norm), None
             every = [None if bias is None else bias.contiguous() for bias in biases] if given else None
-            return found.run(x.contiguous(), every, norm)
+            try:
+                return found.run(x.contiguous(), every, norm)
+            except RuntimeError as error:
+                raise prepared[0].told(error, f"the products of {len(prepared)} weights with this x") from error
     if norm is not None:
         x = neighbours.add_norm(x, None, *norm)
     if swiglu:

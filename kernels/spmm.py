@@ -80,7 +80,7 @@ class Prepared:
         try:
             return bound(x.contiguous(), bias) if into is None else bound(x.contiguous(), bias, into)
         except RuntimeError as error:
-            raise self._told(error, f"y [{tokens}, {self.rows}]") from error
+            raise self.told(error, f"y [{tokens}, {self.rows}]") from error
 
     def adds(self, tokens: int, x_dtype: torch.dtype) -> bool:
         """Whether the kernel for so many tokens adds to a tensor in place."""
@@ -146,28 +146,18 @@ class Prepared:
             raise ValueError(f"{self.name}: x is {x_dtype}, wanted float32, float16 or bfloat16")
         kernel, why = self.choice(tokens, x_dtype)
         if kernel.name not in self._made:
-<<<<<<< HEAD
             refuse_capture(self, kernel.name, tokens, x_dtype)
-            self._made[kernel.name] = kernel.bind(self.packed), copies.nbytes(kernel.name, self.packed)
-=======
-            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                raise ValueError(
-                    f"{self.name}: a CUDA graph is being captured, and kernel {kernel.name} for {tokens} tokens in "
-                    f"{x_dtype} is not ready, which takes work outside of a graph; call the layer once with so many "
-                    f"before"
-                )
             try:
                 self._made[kernel.name] = kernel.bind(self.packed), copies.nbytes(kernel.name, self.packed)
             except (RuntimeError, ValueError) as error:
-                raise self._told(error, f"what kernel {kernel.name} keeps of the weight") from error
+                raise self.told(error, f"what kernel {kernel.name} keeps of the weight") from error
         if kernel.name == "reference" and self.kernel is None:
             _log_slow(self.device.type, why)
->>>>>>> f30496b (Errors of kernels name the layer and what there was no memory for; the slow reference is not taken in silence)
         base.log.debug("%s: kernel %s for %d tokens in %s (%s)", self.name, kernel.name, tokens, x_dtype, why)
         bound = self._bound[x_dtype, self.case(tokens, x_dtype)] = self._made[kernel.name][0]
         return bound
 
-    def _told(self, error: Exception, made: str) -> Exception:
+    def told(self, error: Exception, made: str) -> Exception:
         """The same kind of error, whose text names the layer, and after want of memory what there was none for."""
         what = f"no memory for {made}: " if memory.is_shortage(error) else ""
         return type(error)(f"{self.name}: {what}{first_line(error)}")
