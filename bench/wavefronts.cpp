@@ -1,5 +1,6 @@
 // Prints which addresses of shared memory the warps of one emulated launch touch, one line per access in the format of
 // wavefronts.py, after a line with the rows of a block. Usage: wavefronts COLS DENSITY TOKENS SEED bfloat16|int8
+// ROW_TILES
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -57,15 +58,17 @@ struct Packed {
 };
 
 // Blocks of the launch; 0 with the reason on stderr if it failed.
-int64_t run(const Packed& weight, int64_t tokens) {
+int64_t run(const Packed& weight, int64_t tokens, int row_tiles) {
   std::vector<uint16_t> x(tokens * weight.cols + 64, 0x3f80), y(tokens * weight.rows + 64);
   const auto aligned = [](std::vector<uint16_t>& of) {
     return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(of.data()) + 63) / 64 * 64);
   };
   const cuda::Call call{
       aligned(x), {{aligned(y), weight.rows, nullptr, Dtype::float32}}, 1, nullptr, tokens, Dtype::bfloat16, nullptr};
-  const auto product = weight.dtype == Dtype::int8 ? cuda::sbt_mma_int8 : cuda::sbt_mma;
-  const cuda::Status status = product(weight.view(), weight.stage_units, kDevice, call);
+  const sbt::View view = weight.view();
+  const cuda::Status status = weight.dtype == Dtype::int8
+                                  ? cuda::sbt_mma_int8(&view, weight.stage_units, kDevice, call)
+                                  : cuda::sbt_mma(&view, weight.stage_units, kDevice, call, row_tiles);
   if (status) std::fprintf(stderr, "%s\n", cuda::last_failure().c_str());
   const emulator::Size grid = emulator::machine().grid;
   return status ? 0 : static_cast<int64_t>(grid.x) * grid.y * grid.z;
@@ -74,14 +77,14 @@ int64_t run(const Packed& weight, int64_t tokens) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 6) return 2;
+  if (count != 7) return 2;
   const int64_t cols = std::atoll(arguments[1]), tokens = std::atoll(arguments[3]);
   const double density = std::atof(arguments[2]);
   const int seed = std::atoi(arguments[4]);
   const Dtype dtype = std::strcmp(arguments[5], "int8") ? Dtype::bfloat16 : Dtype::int8;
   const int64_t rows = 14 * sbt::kTileRows;  // of a block, where an H100 multiplies with 28672 rows
   cuda::tracing() = true;
-  if (run(Packed(rows, cols, density, seed, dtype), tokens) != 1) return 1;
+  if (run(Packed(rows, cols, density, seed, dtype), tokens, std::atoi(arguments[6])) != 1) return 1;
   std::printf("rows %lld\n", static_cast<long long>(rows));
   for (const auto& warp : emulator::machine().blocks[0].warps) {
     for (const auto& access : warp.accesses) {

@@ -189,6 +189,25 @@ def bind(packed: Packed) -> Bound:
     return bounds[packed.dtype] if packed.scale is None else lambda x, *given: bounds[x.dtype](x, *given)
 
 
+def bind_mma_group(weights: Sequence[Packed], swiglu: bool) -> Together | None:
+    """sbt_mma with up to 3 weights of one dtype and kind of scales, where they lie: nothing is copied."""
+    if swiglu or not _may_share(weights):
+        return None
+    made = [handles(packed)[0] for packed in weights]
+    rows, (_, cols) = [packed.shape[0] for packed in weights], weights[0].shape
+    found = {
+        dtype: joined(load().Weight.joined([one[dtype] for one in made]), rows, cols, weights[0].device, len(rows))
+        for dtype in made[0]
+    }
+    return Together(lambda x, *given: found[x.dtype].run(x, *given)) if len(found) > 1 else found.popitem()[1]
+
+
+def _may_share(weights: Sequence[Packed]) -> bool:
+    """Whether a launch takes these weights that share x."""
+    kinds = {(p.dtype, p.device, p.shape[1], None if p.scale is None else p.scale.shape[1:]) for p in weights}
+    return len(weights) <= MOST_MEMBERS and len(kinds) == 1
+
+
 def bind_wide(packed: Packed) -> Bound:
     """sbt_wgmma with one packed weight."""
     index = packed.device.index or 0
@@ -231,13 +250,34 @@ def _delta(*weights: Packed, pairs: bool = False) -> tuple[Any, delta_layout.Del
 
 def bind_nm(packed: Packed) -> Bound:
     """nm_mma_sp with one packed weight, of which it makes and keeps 2:4 panels: 9/8 bytes per weight."""
+    made, panels = _nm(packed)
+    return _bound(made, packed, panels)
+
+
+def bind_nm_group(weights: Sequence[Packed], swiglu: bool) -> Together | None:
+    """nm_mma_sp with up to 3 weights, on the panels that each of them has for itself."""
+    if swiglu or not _may_share(weights):
+        return None
+    made, panels = zip(*map(_nm, weights), strict=True)
+    rows, (_, cols) = [packed.shape[0] for packed in weights], weights[0].shape
+    return joined(load().NmWeight.joined(made), rows, cols, weights[0].device, len(rows), *panels)
+
+
+_panels: "weakref.WeakKeyDictionary[Packed, weakref.ref[nm_layout.NmPanels]]" = weakref.WeakKeyDictionary()
+
+
+def _nm(packed: Packed) -> tuple[Any, nm_layout.NmPanels]:
+    """The native weight, and the panels that it reads: those that there are, as long as anyone keeps them."""
     index = packed.device.index or 0
     _device(index)
-    panels = nm_layout.build(packed)
-    if packed.device.type == "cuda":  # the kernel may read the weight before those before it in the stream have ended
-        torch.cuda.current_stream(packed.device).synchronize()
-    made = load().NmWeight(panels.panels.data_ptr(), *packed.shape, native.DTYPES[packed.dtype], index)
-    return _bound(made, packed, panels)
+    known = _panels.get(packed)
+    panels = None if known is None else known()
+    if panels is None:
+        panels = nm_layout.build(packed)
+        if packed.device.type == "cuda":  # the kernel may read them before those before it in the stream have ended
+            torch.cuda.current_stream(packed.device).synchronize()
+        _panels[packed] = weakref.ref(panels)
+    return load().NmWeight(panels.panels.data_ptr(), *packed.shape, native.DTYPES[packed.dtype], index), panels
 
 
 def crowded(packed: Packed) -> str | None:
@@ -277,11 +317,14 @@ def supports_delta(shape: tuple[int, int], tokens: int, weight: torch.dtype, x: 
 # In order of preference. Where one is taken by itself is what was fastest on an H200 (bench/results/gpu.jsonl), and on
 # others a prediction, until `alphaprune bench --tune --device cuda` has written a table.
 KERNELS = (
-    Kernel("nm_mma_sp", "cuda", missing, supports, bind_nm, most_tokens=64, fits=crowded, adds=True),
+    Kernel(
+        *("nm_mma_sp", "cuda", missing, supports, bind_nm),
+        **{"most_tokens": 64, "fits": crowded, "bind_group": bind_nm_group, "adds": True},
+    ),
     Kernel(
         *("delta_spmv", "cuda", missing, supports_delta, bind_delta),
         **{"most_tokens": 2, "most_density": 0.5, "bind_group": bind_delta_group, "adds": True},
     ),
     Kernel("sbt_wgmma", "cuda", missing_wide, supports, bind_wide, most_tokens=256, least_tokens=33, adds=True),
-    Kernel("sbt_mma", "cuda", missing, supports_mma, bind, most_tokens=64, adds=True),
+    Kernel("sbt_mma", "cuda", missing, supports_mma, bind, most_tokens=64, bind_group=bind_mma_group, adds=True),
 )

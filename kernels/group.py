@@ -25,7 +25,7 @@ def spmm_group(
 
     norm: (weight [K], epsilon) of an RMSNorm that x takes first, see neighbours.add_norm. One native call where all
     weights have the same K, are bound to the same kernel, and no gradient is wanted; otherwise one call each. On CPUs
-    the bits are those of separate calls; delta_spmv adds up in another order.
+    the bits are those of separate calls; kernels of GPUs share the work otherwise and add up in another order.
     """
     if biases is not None and len(biases) != len(prepared):
         raise ValueError(f"{len(prepared)} packed weights and {len(biases)} biases: wanted one bias, or None, for each")
@@ -50,9 +50,10 @@ def spmm_group(
 
 def ready(prepared: Sequence[Prepared], tokens: int, x_dtype: torch.dtype, swiglu: bool = False) -> None:
     """Makes now what the first call with so many tokens would make."""
-    if len(prepared) < 2 or _bind(tokens, x_dtype, prepared, swiglu) is None:
-        for one in prepared:
-            one.ready(tokens, x_dtype)
+    if len(prepared) > 1 and any(_bind(tokens, x_dtype, prepared, last) for last in (swiglu, False)):
+        return
+    for one in prepared:
+        one.ready(tokens, x_dtype)
 
 
 def _bias_fits(prepared: Prepared, x: Tensor, bias: Tensor | None) -> bool:

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -159,3 +160,46 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("texts") / "text.txt"
     file.write_text(" ".join(words[i] for i in picks), encoding="utf-8")
     return file
+
+
+@pytest.fixture(scope="session")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The files of csrc/cuda, compiled for the emulator."""
+    import emulated
+
+    return emulated.build(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture(scope="session")
+def module(objects: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The emulated CUDA module of the source as it stands."""
+    import emulated
+
+    return emulated.open_module(emulated.link_library(objects, tmp_path_factory.mktemp("module")))
+
+
+@pytest.fixture
+def emulator(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The same, called by kernels/cuda.py with tensors of the host, on an H100."""
+    import emulated
+
+    from alphaprune.kernels import cuda
+
+    emulated.use(module, monkeypatch)
+    module.emulate_in_order(0)
+    yield module
+    module.emulate_device(90, 132, 232448)
+    cuda._device.cache_clear()
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs hold NaN before a kernel writes them, and a forbidden page follows them."""
+    import emulated
+
+    original = torch.Tensor.new_empty
+
+    def allocate(self: torch.Tensor, *sizes, **keywords) -> torch.Tensor:
+        return emulated.guarded(original(self, *sizes, **keywords).fill_(float("nan")))
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", allocate)

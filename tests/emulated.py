@@ -8,7 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
+import cuda_face
 import pytest
+from torch import Tensor
+
+from alphaprune.kernels import cuda
 
 ROOT = Path(__file__).parent.parent
 NAME = "_cuda_emulated"
@@ -57,3 +61,14 @@ def open_module(library: Path) -> ModuleType:
     spec.loader.exec_module(module)
     module.prepare(0)
     return module
+
+
+def use(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets kernels/cuda.py call this module, with tensors of the host."""
+    monkeypatch.setattr(cuda, "_find", lambda: (module, ""))
+    cuda._device.cache_clear()
+
+
+def guarded(tensor: Tensor) -> Tensor:
+    """The same bytes, aligned to 16 and ending within 16 bytes of a page that nobody may touch."""
+    return cuda_face.guard(tensor.contiguous()).tensor

@@ -2,16 +2,13 @@
 
 import gc
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 
-import cuda_face
-import emulated
 import pytest
 import test_decoder
 import torch
+from emulated import guarded, use
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import exact_weight, problem
@@ -28,49 +25,6 @@ H100, SMALL = (90, 132, 232448), (80, 1, 166912)  # SMALL: so few multiprocessor
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 100)
 INTEGERS = ("int8", "int8/128")  # with a scale per row, and per 128 columns of it
 SHAPES = [(1, 1, 1), (16, 64, 0.4), (17, 65, 0), (17, 65, 1), (5, 300, 0.4), (50, 128, 0.6), (37, 512, 0.3)]
-
-
-@pytest.fixture(scope="session")
-def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The compiled files of csrc/cuda."""
-    return emulated.build(tmp_path_factory.mktemp("cuda"))
-
-
-@pytest.fixture(scope="session")
-def module(objects: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The emulated module of the source as it stands."""
-    return emulated.open_module(emulated.link_library(objects, tmp_path_factory.mktemp("module")))
-
-
-def use(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets kernels/cuda.py call this module, with tensors of the host."""
-    monkeypatch.setattr(cuda, "_find", lambda: (module, ""))
-    cuda._device.cache_clear()
-
-
-@pytest.fixture
-def emulator(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    use(module, monkeypatch)
-    module.emulate_in_order(0)
-    yield module
-    module.emulate_device(*H100)
-    cuda._device.cache_clear()
-
-
-def guarded(tensor: Tensor) -> Tensor:
-    """The same bytes, aligned to 16 and ending within 16 bytes of a page that nobody may touch."""
-    return cuda_face.guard(tensor.contiguous()).tensor
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs hold NaN before a kernel writes them, and a forbidden page follows them."""
-    original = Tensor.new_empty
-
-    def allocate(self: Tensor, *sizes, **keywords) -> Tensor:
-        return guarded(original(self, *sizes, **keywords).fill_(float("nan")))
-
-    monkeypatch.setattr(Tensor, "new_empty", allocate)
 
 
 def multiply(packed: Packed, x: Tensor, bias: Tensor | None) -> Tensor:

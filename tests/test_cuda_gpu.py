@@ -11,7 +11,7 @@ from tolerance import assert_product
 from torch import Tensor
 
 from alphaprune.formats import sbt
-from alphaprune.kernels import cuda, spmm
+from alphaprune.kernels import cuda, group, spmm
 
 
 @pytest.fixture
@@ -61,6 +61,46 @@ def test_products_on_a_gpu(gpu: torch.device, kernel: str, dtype: torch.dtype) -
             dense = dense * of_four(dense, 2)
             packed = sbt.pack(dense)
         product(kernel, gpu, (dense, packed, x), bias)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("values", [None, "2:4", *INTEGERS])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_weights_that_share_a_launch_on_a_gpu(gpu: torch.device, values: str | None, dtype: torch.dtype) -> None:
+    """By one launch, and the same again from a graph; biases of some."""
+    kernel, kind = ("nm_mma_sp", dtype) if values == "2:4" else ("sbt_mma", values or dtype)
+    for rows, k in (((1000, 17, 300), 4096), ((1, 15, 16), 130), ((4096, 1024, 1024), 1024), ((100, 33), 264)):
+        found = [problem(n, k, 1, 0.3 + 0.2 * i, kind, dtype, i) for i, n in enumerate(rows)]
+        if values == "2:4":
+            pruned = [dense * of_four(dense, 2) for dense, _, _ in found]
+            found = [(dense, sbt.pack(dense), None) for dense in pruned]
+        prepared = [spmm.prepare(packed.to(gpu), "layer", kernel) for _, packed, _ in found]
+        biases = [(torch.randn(n), None, torch.randn(n).to(dtype))[i] for i, n in enumerate(rows)]
+        moved = [None if bias is None else bias.to(gpu) for bias in biases]
+        for tokens in (1, 8, 9, 16, 25, 40, 64, 100):
+            x = torch.randn(tokens, k).to(dtype)
+            given = x.to(gpu)
+            outputs = group.spmm_group(given, prepared, moved)
+            assert list(prepared[0].made_groups)[-1][0] == kernel
+            for y, (dense, _, _), bias in zip(outputs, found, biases, strict=True):
+                assert_product(y.cpu(), x, dense, bias)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                again = group.spmm_group(given, prepared, moved)
+            for y in again:
+                y.fill_(float("nan"))
+            graph.replay()
+            assert all(torch.equal(a, b) for a, b in zip(again, outputs, strict=True))
+
+
+@pytest.mark.gpu
+def test_two_row_tiles_of_a_warp_on_a_gpu(gpu: torch.device) -> None:
+    for (n, k), tokens in itertools.product(((1000, 4096), (17, 300)), (9, 16, 32)):
+        dense, packed, x = problem(n, k, tokens, 0.5, HALVES[1], HALVES[1])
+        moved = packed.to(gpu)
+        native = cuda.handles(moved)[0][HALVES[1]].by_row_tiles(2)
+        (y,) = cuda.joined(native, [n], k, gpu, 1, moved).run(x.to(gpu), None, None)
+        assert_product(y.cpu(), x, dense)
 
 
 @pytest.mark.gpu

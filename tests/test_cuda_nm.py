@@ -42,8 +42,16 @@ def kept(n: int, k: int, keep: int, of: int) -> Tensor:
 
 def multiply(kernel, panels: nm_layout.NmPanels, x: Tensor, device=A100, share=(0, 0), **options) -> tuple[str, Tensor]:
     """device: capability, multiprocessors, bytes of shared memory; share: panels of a unit, blocks of a cluster."""
-    counts = [*panels.shape, *device, *share]
-    return cuda_face.run(kernel, [panels.panels], counts, x, panels.shape[0], **options)
+    return multiply_all(kernel, [panels], x, device, share, **options)
+
+
+def multiply_all(
+    kernel, members: list[nm_layout.NmPanels], x: Tensor, device=A100, share=(0, 0), **options
+) -> tuple[str, Tensor]:
+    """As `multiply`, of weights that share x; y has [tokens, N_i] of each one after the other."""
+    rows = [panels.shape[0] for panels in members]
+    counts = [len(rows), *(*rows, 0, 0)[:3], members[0].shape[1], *device, *share]
+    return cuda_face.run(kernel, [panels.panels for panels in members], counts, x, sum(rows), **options)
 
 
 def check(kernel, n: int, k: int, pattern: tuple[int, int], tokens: int, dtype: torch.dtype, **options) -> None:
@@ -137,6 +145,30 @@ def test_the_sum_is_the_same_every_time(kernel) -> None:
     for share in ((1, 1), (2, 4)):
         first, *others = [multiply(kernel, panels, x, MANY, share, order=order)[1] for order in cuda_face.ORDERS]
         assert all(torch.equal(first, other) for other in others)
+
+
+def check_all(kernel, rows: tuple[int, ...], k: int, tokens: int, dtype: torch.dtype, biased=False, **options) -> None:
+    """Weights with so many rows in one launch; the last one meets what is not finite."""
+    masks = [kept(n, k, 2, 4) for n in rows]
+    dense = [(torch.randn(n, k) * mask).to(dtype) for n, mask in zip(rows, masks, strict=True)]
+    members = [nm_layout.build(sbt.pack(*pair)) for pair in zip(dense, masks, strict=True)]
+    x, bias = torch.randn(tokens, k).to(dtype), torch.randn(sum(rows)) if biased else None
+    x[-1, torch.randint(k, ())] = float("inf")
+    problem, y = multiply_all(kernel, members, x, bias=bias, **options)
+    assert not problem, problem
+    parts = y.flatten().split([tokens * n for n in rows])
+    biases = [None] * len(rows) if bias is None else bias.split(rows)
+    for part, weight, own in zip(parts, dense, biases, strict=True):
+        assert_product(part.view(tokens, -1), x, weight, own)
+
+
+@pytest.mark.parametrize("device", [A100, (90, 2, 110 << 10)], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize("order", cuda_face.ORDERS)
+def test_several_weights_in_one_launch(kernel, order: int, device: tuple[int, ...]) -> None:
+    for (rows, k), tokens in itertools.product([((37, 1, 64), 264), ((100, 15), 648), ((32, 33, 4), 136)], (1, 12, 40)):
+        for share in [(0, 0)] if device == A100 else [(1, 1), (3, 1), (2, 2)]:
+            dtype = HALVES[(tokens + rows[0]) % 2]
+            check_all(kernel, rows, k, tokens, dtype, tokens != 12, order=order, device=device, share=share)
 
 
 @pytest.mark.parametrize("tokens", (3, 9, 33))

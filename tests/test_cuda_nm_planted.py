@@ -7,7 +7,7 @@ from pathlib import Path
 import cuda_face
 import pytest
 import torch
-from test_cuda_nm import TINY, check, kernel, not_finite, one_infinity
+from test_cuda_nm import TINY, check, check_all, kernel, not_finite, one_infinity
 
 __all__ = ["kernel"]  # the fixture
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
@@ -43,6 +43,14 @@ PLANTED = {
     "rows past the last": ("if (!p.out.has(row)) continue;", ""),
     "x not probed": ("mma_sparse<0, Value>(probe, b[t], b[t], words.x);", ""),
     "a pruned infinity forgotten": ("if (is_nan(any) &&", "if (!is_nan(any) &&"),
+    "a panel counted to the weight before": ("row >= of[1].first", "row > of[1].first"),
+    "the panel of another weight": ("row_panel - p.out.of[member].first / kNmRows", "row_panel"),
+    "another weight's panels": ("return p.panels[member] +", "return p.panels[0] +"),
+    "the bias of another weight": (
+        "const OutputRows& to = out.holder(row);\n  row -= to.first;\n  if (to.bias) sum",
+        "const OutputRows& to = out.of[0];\n  row -= to.first;\n  if (to.bias) sum",
+    ),
+    "rows of a weight that are not there": ("return row - to.first < to.rows;", "return row - to.first <= to.rows;"),
     "no bias": ("if (to.bias) sum += bias_of(to, row);", ""),
 }
 
@@ -52,6 +60,7 @@ def battery(kernel) -> None:
     for order in cuda_face.ORDERS:
         check(kernel, 37, 2200, (2, 4), 5, torch.bfloat16, bias=torch.randn(37), order=order)
         check(kernel, 20, 1280, (2, 4), 40, torch.bfloat16, order=order)
+    check_all(kernel, (37, 32, 5), 264, 5, torch.bfloat16, biased=True)
     not_finite(kernel)
     one_infinity(kernel)
 
@@ -135,6 +144,8 @@ PLANTED_SM90 = {
     ),
     "the token of another tile": ("in_unit % kNmRows + i, first + token)", "in_unit % kNmRows + i, token)", WRONG),
     "rows past the last": ("if (p.nm.out.has(row + i)) store", "store", "bytes around y|signal"),
+    "another weight's panels": ("return p.panels[member] +", "return p.panels[0] +", WRONG + "|under way|signal"),
+    "a panel of rows too early": ("there ? lane : 0)) + col", "there ? lane - 1 : 0)) + col", WRONG + "|signal"),
     "panels past the last": ("if (!p.nm.out.has(row)) continue;", "", "bytes around y|signal"),
 }
 
@@ -146,6 +157,7 @@ def battery_sm90(kernel) -> None:
         check(kernel, 122, 648, (2, 4), 20, torch.bfloat16, order=order, device=TINY, share=(1, 1))
         check(kernel, 60, 1160, (2, 4), 40, torch.bfloat16, order=order, device=TINY, share=(2, 1))
         check(kernel, 61, 1160, (2, 4), 3, torch.bfloat16, order=order, device=TINY, share=(3, 4))
+        check_all(kernel, (37, 32, 65), 264, 5, torch.bfloat16, biased=True, order=order, device=TINY, share=(2, 1))
     not_finite(kernel, TINY)
     not_finite(kernel, TINY, (1, 2))
     one_infinity(kernel, TINY)

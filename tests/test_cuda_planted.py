@@ -10,7 +10,9 @@ from pathlib import Path
 import emulated
 import pytest
 import torch
-from test_cuda import H100, INTEGERS, SMALL, check, guarded
+from emulated import guarded
+from test_cuda import H100, INTEGERS, SMALL, check
+from test_cuda_group import check_group
 from torch import Tensor
 
 from alphaprune.kernels import cuda
@@ -32,37 +34,37 @@ PLANTED = {
     ),
     "no wait for the copies": (
         "sbt_mma.cuh",
-        "if constexpr (!kBulk) copy_wait<kStages - 2>();",
-        "",
+        "      copy_wait<kStages - 2>();\n    }\n    sync_warp",
+        "    }\n    sync_warp",
         "a wait is missing",
     ),
     "a wait for too few copies": (
         "sbt_mma.cuh",
-        "if constexpr (!kBulk) copy_wait<kStages - 2>",
-        "if constexpr (!kBulk) copy_wait<kStages - 1>",
+        "      copy_wait<kStages - 2>();\n    }\n    sync_warp",
+        "      copy_wait<kStages - 1>();\n    }\n    sync_warp",
         "a wait is missing",
     ),
     "no wait for a stage": (
         "sbt_mma.cuh",
-        "if constexpr (kBulk) mbarrier_wait(landed + stage * kMbarrierBytes, phase);",
+        "if constexpr (kBulk) mbarrier_wait(at.landed + stage * kMbarrierBytes, phase);",
         "",
         "under way|nobody wrote|wait",
     ),
     "no wait for a slab of x": (
         "sbt_mma.cuh",
-        "mbarrier_wait(slab_landed(number), number / 2 % 2);",
+        "mbarrier_wait(at.slab_landed(number), number / 2 % 2);",
         "",
         "under way|nobody wrote|wait",
     ),
     "a slab of x over one that is read": (
         "sbt_mma.cuh",
-        "if (slab) mbarrier_wait(slab_left(number - 1), (number - 1) / 2 % 2);",
+        "if (slab) mbarrier_wait(at.slab_left(number - 1), (number - 1) / 2 % 2);",
         "",
         "races|wait is missing",
     ),
     "a slab of x that nobody leaves": (
         "sbt_mma.cuh",
-        "if (kBulk && lane == 0) mbarrier_arrive(slab_left(number));",
+        "if (kBulk && lane == 0) mbarrier_arrive(at.slab_left(number));",
         "",
         "deadlock",
     ),
@@ -75,7 +77,7 @@ PLANTED = {
     "fewer bytes expected": ("sbt_mma.cuh", "all += bytes[r] + kMaskBytes", "all += bytes[r]", "bytes more"),
     "tokens that are not there": (
         "sbt_mma.cuh",
-        "if constexpr (kTiles > 1) clear_activations<kTiles>(p, all_x);",
+        "if constexpr (kTiles > 1) clear_activations<kTiles>(p, x);",
         "",
         "nobody wrote",
     ),
@@ -87,8 +89,8 @@ PLANTED = {
     ),
     "no barrier before the sums are added": (
         "sbt_mma.cuh",
-        "    sync_block();\n    // Half a warp",
-        "    // Half a warp",
+        "    sync_block();\n    const int all",
+        "    const int all",
         "races|nobody wrote",
     ),
     "no barrier before the rings are filled again": (
@@ -124,7 +126,26 @@ PLANTED = {
         "uint32_t mask[2] = {words.z, words.x}",
         WRONG,
     ),
-    "another row tile's values": ("sbt_mma.cuh", "r < there ? first_tile + r : first_tile", "first_tile", WRONG),
+    "another row tile's values": ("sbt_mma.cuh", "offsets_of(to[r], r * apart", "offsets_of(to[r], 0 * apart", WRONG),
+    "another row tile's words": ("sbt_mma.cuh", "row.mask_of(r * apart", "row.mask_of(0 * apart", WRONG),
+    "a row tile past a weight's last": ("sbt_mma.cuh", "member_end < end ? member_end : end", "end", WRONG + "|races"),
+    "row tiles of two weights at a time": ("launch_mma.cuh", "call.members > 1 ? kRows : 1", "1", WRONG + "|signal"),
+    "a row tile counted to the weight before": ("output.cuh", "(row >= of[1].first)", "(row > of[1].first)", WRONG),
+    "a row that a weight does not have": ("output.cuh", "row - to.first < to.rows", "row - to.first <= to.rows", WRONG),
+    "the row tile of another weight": (
+        "sbt_mma.cuh",
+        "tile -= p.out.of[member].first / kTileRows;",
+        "",
+        WRONG + "|signal|outside",
+    ),
+    "another weight's words": ("sbt_mma.cuh", "row.start(of.mask", "row.start(p.of[0].mask", WRONG + "|signal|outside"),
+    "another weight's offsets": ("sbt_mma.cuh", "of.offsets, static", "p.of[0].offsets, static", WRONG + "|signal"),
+    "another weight's values": (
+        "sbt_mma.cuh",
+        "lane == 0 ? of.values : nullptr",
+        "lane == 0 ? p.of[0].values : nullptr",
+        WRONG + "|signal",
+    ),
     "another warp's chunk": ("sbt_mma.cuh", "part * kChunk, splits * kChunk", "0 * kChunk, splits * kChunk", WRONG),
     "a block's first row tile twice": (
         "sbt_mma.cuh",
@@ -150,7 +171,7 @@ PLANTED_INT8 = {
     "another number taken away": ("chunk.cuh", "kBfloat ? 0xc000c000u", "kBfloat ? 0xc0004000u", "error is"),
     "a table that nobody fills": (
         "sbt_mma.cuh",
-        "if constexpr (Lane::kTableBytes > 0) Lane::fill(table, lane);",
+        "if constexpr (Lane::kTableBytes > 0) Lane::fill(at.table, lane);",
         "",
         "nobody wrote",
     ),
@@ -165,8 +186,15 @@ PLANTED_INT8 = {
     "a scale too early": ("sbt_mma.cuh", "    next += further;\n", "    next += 0 * further;\n", "error is"),
     "the upper rows' scales": ("sbt_mma.cuh", "[i / 2] * part", "[0] * part", "error is"),
     "scales past the last row": ("sbt_mma.cuh", "(8 * i < last ? 8 * i : last)", "8 * i", "signal 11"),
-    "a scale forgotten": ("sbt_mma.cuh", "total *= p.scale[row];", "total *= p.scale[round_tile];", "error is"),
-    "a factor forgotten": ("sbt_mma.cuh", "if constexpr (kBytes == 1) total *= Lane::kFactor;", "", "error is"),
+    "a scale forgotten": (
+        "sbt_mma.cuh",
+        "scale[row - p.out.of[member].first];",
+        "scale[round_tile - p.out.of[member].first];",
+        "error is|signal",
+    ),
+    "another weight's scale": ("sbt_mma.cuh", "total *= p.of[member]", "total *= p.of[0]", "error is|signal"),
+    "another weight's scales": ("sbt_mma.cuh", "next = p.of[member]", "next = p.of[0]", "error is|signal"),
+    "a factor forgotten": ("sbt_mma.cuh", "if constexpr (Lane::kBytes == 1) total *= Lane::kFactor;", "", "error is"),
 }
 
 
@@ -188,12 +216,12 @@ def run_all(library: str, kinds: tuple[str | None, ...]) -> None:
     module.emulate_device(90, 1, 40000)  # more row tiles than warps
     for values in kinds:
         check(300, 640, 3, 0.5, torch.bfloat16, None, values=values)
-
-
-@pytest.fixture(scope="module")
-def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The compiled files of csrc/cuda."""
-    return emulated.build(tmp_path_factory.mktemp("cuda"))
+    for (device, k), (tokens, rows) in itertools.product(
+        [((90, 1, 60000), 640), ((80, 1, 166912), 200)], [(3, (40, 16, 5)), (40, (16, 40, 17))]
+    ):
+        module.emulate_device(*device)
+        for values in kinds:
+            check_group(rows, k, tokens, torch.bfloat16, values)
 
 
 @pytest.mark.slow

@@ -100,19 +100,25 @@ void launch(Call call, int device, int64_t most, int64_t cols, Run run) {
   }
 }
 
-// A validated SBT weight on a device. dtype: of x, and of the values where there is no scale; with one they are int8.
+// Throws unless these weights may be the members of one product. alike(a, b): whether two have the same columns, values
+// and device.
+template <class Of, class Alike>
+void check_members(const std::vector<const Of*>& members, const Alike& alike) {
+  if (members.empty() || members.size() > kMostMembers)
+    throw std::invalid_argument("from 1 to " + std::to_string(kMostMembers) + " weights share a product");
+  if (!std::all_of(members.begin(), members.end(), [&](const Of* one) { return alike(*members[0], *one); }))
+    throw std::invalid_argument("weights that share a product have the same columns, dtypes, scales and device");
+}
+
+// A validated SBT weight on a device, or several that share x. dtype: of x, and of the values where there is no scale;
+// with one they are int8.
 class Weight {
  public:
   Weight(Address values, Address mask, Address offsets, Address scale, int64_t rows, int64_t cols, int64_t groups,
          int32_t dtype, uint32_t stage_units, int device)
-      : view_{at<const void>(values),
-              at<const uint32_t>(mask),
-              at<const uint32_t>(offsets),
-              rows,
-              cols,
-              scale ? Dtype::int8 : half_of(dtype),
-              at<const float>(scale),
-              groups},
+      : views_{{at<const void>(values), at<const uint32_t>(mask), at<const uint32_t>(offsets), rows, cols,
+                scale ? Dtype::int8 : half_of(dtype), at<const float>(scale), groups}},
+        rows_{rows},
         dtype_(half_of(dtype)),
         stage_units_(stage_units),
         index_(device),
@@ -124,17 +130,47 @@ class Weight {
       throw std::invalid_argument("int8 values have one scale per row or per 128 columns of it, others none");
   }
 
+  // Of weights with one member each: one that has all of them, and whose product is one launch. It reads what they
+  // read.
+  static Weight joined(const std::vector<const Weight*>& members) {
+    check_members(members, [](const Weight& a, const Weight& b) {
+      const sbt::View &one = a.views_[0], &other = b.views_[0];
+      return b.views_.size() == 1 && one.cols == other.cols && one.dtype == other.dtype && one.groups == other.groups &&
+             a.dtype_ == b.dtype_ && a.index_ == b.index_;
+    });
+    Weight all = *members[0];
+    for (size_t i = 1; i < members.size(); ++i) {
+      all.views_.push_back(members[i]->views_[0]);
+      all.rows_.push_back(members[i]->rows_[0]);
+      all.stage_units_ = std::max(all.stage_units_, members[i]->stage_units_);
+    }
+    return all;
+  }
+
   void multiply(Address x, int64_t tokens, const Biases& biases, Address residual, Address y, Address stream) const {
-    const auto product = view_.scale ? sbt_mma_int8 : sbt_mma;
-    launch(call_of(dtype_, {view_.rows}, {x, tokens, biases, residual, y, stream}), index_, kMostTokens, view_.cols,
-           [&](const Call& part) { check(product(view_, stage_units_, device_, part), "sbt_mma"); });
+    const auto product = [&](const Call& part) {
+      return views_[0].scale ? sbt_mma_int8(views_.data(), stage_units_, device_, part)
+                             : sbt_mma(views_.data(), stage_units_, device_, part, row_tiles_);
+    };
+    launch(call_of(dtype_, rows_, {x, tokens, biases, residual, y, stream}), index_, kMostTokens, views_[0].cols,
+           [&](const Call& part) { check(product(part), "sbt_mma"); });
+  }
+
+  // The same, multiplied with so many row tiles of a warp at a time.
+  Weight by_row_tiles(int row_tiles) const {
+    if (row_tiles < 0 || row_tiles > 2 || views_[0].scale)
+      throw std::invalid_argument("float values are multiplied by 1 or 2 row tiles, or 0 for what is chosen");
+    Weight other = *this;
+    other.row_tiles_ = row_tiles;
+    return other;
   }
 
   void expand(int64_t first, int64_t last, Address out, Address stream) const {
-    if (first < 0 || first % sbt::kTileRows || last < first || last > view_.rows)
+    if (views_.size() > 1) throw std::invalid_argument("a single weight is expanded");
+    sbt::View part = views_[0];
+    if (first < 0 || first % sbt::kTileRows || last < first || last > part.rows)
       throw std::invalid_argument("rows to expand start on a multiple of 16 and end inside the weight");
-    if (view_.scale) throw std::invalid_argument("sbt_expand has 16-bit values, not int8");
-    sbt::View part = view_;
+    if (part.scale) throw std::invalid_argument("sbt_expand has 16-bit values, not int8");
     part.rows = last;
     const py::gil_scoped_release release;
     const Current current(index_);
@@ -144,7 +180,9 @@ class Weight {
   }
 
  private:
-  sbt::View view_;
+  std::vector<sbt::View> views_;  // of the members
+  std::vector<int64_t> rows_;
+  int row_tiles_ = 0;
   Dtype dtype_;
   uint32_t stage_units_;
   int index_;
@@ -244,21 +282,39 @@ class DeltaWeight {
   int64_t most_;
 };
 
-// 2:4 panels on a device.
+// 2:4 panels on a device, of one weight or of several that share x.
 class NmWeight {
  public:
   NmWeight(Address panels, int64_t rows, int64_t cols, int32_t dtype, int device)
-      : view_{at<const void>(panels), rows, cols}, dtype_(half_of(dtype)), index_(device), device_(described(device)) {
+      : view_{{at<const void>(panels)}, cols},
+        rows_{rows},
+        dtype_(half_of(dtype)),
+        index_(device),
+        device_(described(device)) {
     if (panels % 16) throw std::invalid_argument("panels start on 16 bytes");
   }
 
+  // As of Weight.
+  static NmWeight joined(const std::vector<const NmWeight*>& members) {
+    check_members(members, [](const NmWeight& a, const NmWeight& b) {
+      return b.rows_.size() == 1 && a.view_.cols == b.view_.cols && a.dtype_ == b.dtype_ && a.index_ == b.index_;
+    });
+    NmWeight all = *members[0];
+    for (size_t i = 1; i < members.size(); ++i) {
+      all.view_.panels[i] = members[i]->view_.panels[0];
+      all.rows_.push_back(members[i]->rows_[0]);
+    }
+    return all;
+  }
+
   void multiply(Address x, int64_t tokens, const Biases& biases, Address residual, Address y, Address stream) const {
-    launch(call_of(dtype_, {view_.rows}, {x, tokens, biases, residual, y, stream}), index_, kMostNmTokens, view_.cols,
+    launch(call_of(dtype_, rows_, {x, tokens, biases, residual, y, stream}), index_, kMostNmTokens, view_.cols,
            [&](const Call& part) { check(nm_mma_sp(view_, device_, part), "nm_mma_sp"); });
   }
 
  private:
   NmView view_;
+  std::vector<int64_t> rows_;  // of the members
   Dtype dtype_;
   int index_;
   Device device_;
@@ -299,7 +355,9 @@ PYBIND11_MODULE(ALPHAPRUNE_MODULE, m) {
 #endif
   py::class_<Weight>(m, "Weight")
       .def(py::init<Address, Address, Address, Address, int64_t, int64_t, int64_t, int32_t, uint32_t, int>())
+      .def_static("joined", &Weight::joined)
       .def("multiply", &Weight::multiply)
+      .def("by_row_tiles", &Weight::by_row_tiles)
       .def("expand", &Weight::expand);
   py::class_<WideWeight>(m, "WideWeight")
       .def(py::init<Address, Address, Address, int64_t, int64_t, int32_t, uint32_t, int>())
@@ -311,5 +369,6 @@ PYBIND11_MODULE(ALPHAPRUNE_MODULE, m) {
            py::arg("y"), py::arg("stream"), py::arg("norm") = 0, py::arg("epsilon") = 0.0f);
   py::class_<NmWeight>(m, "NmWeight")
       .def(py::init<Address, int64_t, int64_t, int32_t, int>())
+      .def_static("joined", &NmWeight::joined)
       .def("multiply", &NmWeight::multiply);
 }

@@ -32,7 +32,8 @@ struct Chunk {
   uint32_t first, middle, last;
 };
 
-// What a warp walks along: the macro tiles of one row tile, a chunk of every `stride` macro tiles.
+// What a warp walks along: the macro tiles of one row tile, a chunk of every `stride` macro tiles, and those of row
+// tiles behind it side by side.
 template <bool kWhole>
 struct Row {
   const uint2* mask;            // of this lane in the chunk whose mask is loaded next
@@ -50,29 +51,29 @@ struct Row {
     offsets_left = left;
   }
 
-  // Tiles past the last one are empty. Where all chunks are whole, past the last chunk nothing is asked for.
-  ALPHAPRUNE_DEVICE void next_offsets(Chunk& to) {
+  // Tiles past the last one are empty, and all of those `apart` macro tiles behind where they are not there. Where all
+  // chunks are whole, past the last chunk nothing is asked for.
+  ALPHAPRUNE_DEVICE void offsets_of(Chunk& to, int apart = 0, bool there = true) const {
+    const auto at = [&](int tile) {
+      return kWhole ? tile : !there ? 0 : apart + (tile <= offsets_left ? tile : offsets_left);
+    };
     to.first = load_cached(offsets + at(0));
     to.middle = load_cached(offsets + at(1));
     to.last = load_cached(offsets + at(2));
+  }
+  ALPHAPRUNE_DEVICE uint2 mask_of(int apart = 0, bool there = true) const {
+    uint2 words{0, 0};
+    if (kWhole || (there && mask_left > 0)) words = load_once(mask + apart * static_cast<int>(sbt::kWords / 2));
+    return words;
+  }
+  ALPHAPRUNE_DEVICE void pass_offsets() {
     offsets += stride;
     offsets_left -= stride;
   }
-  ALPHAPRUNE_DEVICE uint2 next_mask() {
-    uint2 words{0, 0};
-    if (kWhole || mask_left > 0) words = load_once(mask);
-    mask += stride * (sbt::kWords / 2);
-    mask_left -= stride;
-    return words;
-  }
-  // The address in `mask` is then that of the next chunk's words.
-  ALPHAPRUNE_DEVICE void skip_mask() {
+  ALPHAPRUNE_DEVICE void pass_mask() {
     mask += stride * (sbt::kWords / 2);
     mask_left -= stride;
   }
-
- private:
-  ALPHAPRUNE_DEVICE int at(int tile) const { return kWhole || tile <= offsets_left ? tile : offsets_left; }
 };
 
 // Copies `kCount` times 32 units, from the kFirst-th on. left: offsets behind this lane's first unit.

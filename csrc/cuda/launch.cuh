@@ -17,25 +17,31 @@ Status start(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t 
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   return static_cast<Status>(cudaGetLastError());
 }
-// The same of a kernel that waits for the one before it by itself (wait_for_kernels_before) and may begin earlier.
+// The same with attributes. cluster: blocks of one, 0 for none. early: the kernel may begin while those before it in
+// the stream still run, where they let it, and waits for them by itself (wait_for_kernels_before) before it reads or
+// writes what they may write or read.
 template <class... Parameters, class... Arguments>
-Status start_early(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, void* stream,
-                   Arguments... arguments) {
-  static const bool captured = [] {  // graphs hold such launches from 12.3 on
+Status start_cluster(void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads, size_t shared_bytes,
+                     bool early, void* stream, Arguments... arguments) {
+  static const bool captured = [] {  // graphs hold launches that begin early from 12.3 on
     int version = 0;
     return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12030;
   }();
-  if (!captured) return start(kernel, blocks, threads, shared_bytes, stream, arguments...);
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &early;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  if (cluster) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
+  if (early && captured) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
   return static_cast<Status>(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 // Lifts the limit of 48 KB; `shared_bytes` of the largest launch that the device allows.
@@ -60,21 +66,29 @@ inline bool& tracing() {
   return value;
 }
 template <class... Parameters, class... Arguments>
-Status start(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, void*,
-             Arguments... arguments) {
+Status start_cluster(void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads, size_t shared_bytes, bool,
+                     void*, Arguments... arguments) {
   last_failure() = emulator::launch(
-      {static_cast<unsigned>(blocks), 1, 1}, threads, shared_bytes, [&] { kernel(arguments...); }, order(), tracing());
+      {static_cast<unsigned>(blocks), 1, 1}, threads, shared_bytes, [&] { kernel(arguments...); }, order(), tracing(),
+      static_cast<unsigned>(cluster ? cluster : 1));
   return last_failure().empty() ? 0 : 1;
 }
 template <class... Parameters, class... Arguments>
-Status start_early(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, void* stream,
-                   Arguments... arguments) {
-  return start(kernel, blocks, threads, shared_bytes, stream, arguments...);
+Status start(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, void* stream,
+             Arguments... arguments) {
+  return start_cluster(kernel, blocks, 0, threads, shared_bytes, false, stream, arguments...);
 }
 template <class... Parameters>
 Status allow_shared(void (*)(Parameters...), int) {
   return 0;
 }
 #endif
+
+// Of a kernel that may begin early, without clusters.
+template <class... Parameters, class... Arguments>
+Status start_early(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, void* stream,
+                   Arguments... arguments) {
+  return start_cluster(kernel, blocks, 0, threads, shared_bytes, true, stream, arguments...);
+}
 
 }  // namespace alphaprune::cuda

@@ -54,13 +54,17 @@ void emulate_in_order(int order_of_threads);
 void emulate_device(const Device& device);
 
 // ---- SBT straight from its packed tensors (layout.h) ----
-// stage_units: the largest number of 8-value units that `chunk_tiles()` neighbouring macro tiles of a row tile have,
-// counted from the first, the third, … tile of the row.
+// weights: as many as the call has members, with the same columns, dtype and groups of scales. stage_units: the largest
+// number of 8-value units that `chunk_tiles()` neighbouring macro tiles of a row tile have, counted from the first, the
+// third, … tile of the row; of `weights` the largest among all.
 int chunk_tiles();
 constexpr int64_t kMostTokens = 64;  // of one call of sbt_mma
-Status sbt_mma(const sbt::View& weight, uint32_t stage_units, const Device& device, const Call& call);
+// row_tiles: of a warp at a time, for measurements; 0 for as many as are thought the fastest. There are kernels with 2
+// for more than 8 tokens.
+Status sbt_mma(const sbt::View* weights, uint32_t stage_units, const Device& device, const Call& call,
+               int row_tiles = 0);
 // The same of int8 values with their scales, where `call.dtype` is that of x, y and the residual only.
-Status sbt_mma_int8(const sbt::View& weight, uint32_t stage_units, const Device& device, const Call& call);
+Status sbt_mma_int8(const sbt::View* weights, uint32_t stage_units, const Device& device, const Call& call);
 // For sm_90a, of up to kMostWideTokens. tile_units: of the largest macro tile. splits: blocks that share the columns of
 // 128 rows, 1, 2, 4 or 8; 0 for as many as fill the device. x has rows of x_stride elements, a multiple of 8, zeros
 // past the weight's columns, and starts on 16 bytes; the mask does, too.
@@ -130,9 +134,9 @@ Status delta_spmv(const DeltaView& weight, const Device& device, const Call& cal
 // 2 * tile + half has the positions of rows g (low half) and g + 8 (high half) of the tile in the 16 columns from
 // 64 * half + 16 * (lane % 4) on, g = lane / 4: 2 bits each, the lower position first.
 struct NmView {
-  const void* panels;  // [row panels, column panels, 9, 32, 16 bytes], aligned to 16 bytes
-  int64_t rows;        // N
-  int64_t cols;        // K
+  // Of each member [row panels, column panels, 9, 32, 16 bytes], aligned to 16 bytes; its rows are in the call.
+  const void* panels[kMostMembers];
+  int64_t cols;  // K
 };
 constexpr int64_t kMostNmTokens = 64;  // of one call of nm_mma_sp
 Status allow_nm_mma_sp(int shared_bytes);

@@ -17,8 +17,8 @@ template <class Shared>
 MmaPlan plan_mma(const MmaProblem& p, int kRows, int most_warps, const Device& device, const Shared& shared) {
   const int chunks = static_cast<int>(ceil_div(p.col_tiles, kChunk));
   MmaPlan plan{};
-  plan.blocks = p.row_tiles < device.multiprocessors ? p.row_tiles : device.multiprocessors;
-  const int groups = static_cast<int>(ceil_div(ceil_div(p.row_tiles, plan.blocks), kRows));
+  plan.blocks = p.units < device.multiprocessors ? p.units : device.multiprocessors;
+  const int groups = static_cast<int>(ceil_div(ceil_div(p.units, plan.blocks) * p.unit, kRows));
   for (int most = most_warps;; --most) {
     plan.teams = static_cast<int>(ceil_div(groups, ceil_div(groups, most)));
     // Of the numbers of warps that fit, the one that leaves the fewest of them without work at the end.
@@ -39,12 +39,14 @@ MmaPlan plan_mma(const MmaProblem& p, int kRows, int most_warps, const Device& d
   }
 }
 
-// Kernels: Lane<Value>, kernel<Value, kTiles, kRows, kCopies>() and rows(kTiles), the row tiles of a warp. With two,
-// which load x half as often, an H200 was slower at 1 to 32 tokens: half as many chunks are under way.
-template <class Kernels, class Value, int kTiles>
-Status run_mma(MmaProblem p, const Device& device, void* stream) {
+// Kernels: Lane<Value>, kernel<Value, kTiles, kRows, kCopies>(), rows(kTiles), the row tiles of a warp, and
+// other_rows(kTiles), how many it has where they are asked for.
+template <class Kernels, class Value, int kTiles, int kRows>
+Status run_mma(MmaProblem p, const Device& device, const Call& call) {
   using Lane = typename Kernels::template Lane<Value>;
-  constexpr int kRows = Kernels::rows(kTiles);
+  p.unit = call.members > 1 ? kRows : 1;
+  p.out = output_of(call, p.unit * kTileRows);
+  for (int i = 0; i < call.members; ++i) p.units += static_cast<int>(ceil_div(call.out[i].rows, p.unit * kTileRows));
   const bool whole = p.cols % kChunkCols == 0,
              bulk = whole && p.eights && device.capability == 90;  // only its code has them
   const Copies copies = bulk ? Copies::bulk : whole ? Copies::whole : Copies::edges;
@@ -56,43 +58,47 @@ Status run_mma(MmaProblem p, const Device& device, void* stream) {
   };
   p.plan = plan_mma(p, kRows, mma_most_warps(kRows, kTiles, Lane::kBytes == 1), device, shared);
   const int threads = p.plan.warps() * kWarp;
-  return bulk ? start_early(kernel, p.plan.blocks, threads, shared(p.plan), stream, p)
-              : start(kernel, p.plan.blocks, threads, shared(p.plan), stream, p);
-}
-
-template <class Kernels, class Value>
-Status mma_by_tokens(const MmaProblem& p, const Device& device, void* stream) {
-  if (p.tokens <= 8) return run_mma<Kernels, Value, 1>(p, device, stream);
-  if (p.tokens <= 16) return run_mma<Kernels, Value, 2>(p, device, stream);
-  if (p.tokens <= 32) return run_mma<Kernels, Value, 4>(p, device, stream);
-  return run_mma<Kernels, Value, 8>(p, device, stream);
-}
-
-template <class Kernels>
-Status launch_mma(const sbt::View& weight, uint32_t stage_units, const Device& device, const Call& call) {
-  constexpr int kOffsetBytes = Values<Kernels::template Lane<Bfloat16>::kBytes>::kOffsetBytes;
-  const MmaProblem p{weight.values,
-                     weight.mask,
-                     weight.offsets,
-                     static_cast<const uint16_t*>(call.x),
-                     output_of(call, sbt::kTileRows),
-                     static_cast<int>(weight.cols),
-                     static_cast<int>(call.tokens),
-                     static_cast<int>(weight.row_tiles()),
-                     static_cast<int>(weight.col_tiles()),
-                     {},
-                     stage_units * kOffsetBytes,
-                     reinterpret_cast<uintptr_t>(call.x) % 16 == 0 && weight.cols % 8 == 0,
-                     {1, 2},
-                     weight.scale,
-                     static_cast<int>(weight.groups)};
-  return call.dtype == Dtype::bfloat16 ? mma_by_tokens<Kernels, Bfloat16>(p, device, call.stream)
-                                       : mma_by_tokens<Kernels, Float16>(p, device, call.stream);
+  return bulk ? start_early(kernel, p.plan.blocks, threads, shared(p.plan), call.stream, p)
+              : start(kernel, p.plan.blocks, threads, shared(p.plan), call.stream, p);
 }
 
 template <class Kernels, class Value, int kTiles>
+Status mma_by_rows(const MmaProblem& p, int row_tiles, const Device& device, const Call& call) {
+  constexpr int kRows = Kernels::rows(kTiles), kOther = Kernels::other_rows(kTiles);
+  if (row_tiles == kOther) return run_mma<Kernels, Value, kTiles, kOther>(p, device, call);
+  return run_mma<Kernels, Value, kTiles, kRows>(p, device, call);
+}
+
+template <class Kernels, class Value>
+Status mma_by_tokens(const MmaProblem& p, int row_tiles, const Device& device, const Call& call) {
+  if (p.tokens <= 8) return mma_by_rows<Kernels, Value, 1>(p, row_tiles, device, call);
+  if (p.tokens <= 16) return mma_by_rows<Kernels, Value, 2>(p, row_tiles, device, call);
+  if (p.tokens <= 32) return mma_by_rows<Kernels, Value, 4>(p, row_tiles, device, call);
+  return mma_by_rows<Kernels, Value, 8>(p, row_tiles, device, call);
+}
+
+// weights: as many as the call has members.
+template <class Kernels>
+Status launch_mma(const sbt::View* weights, uint32_t stage_units, int row_tiles, const Device& device,
+                  const Call& call) {
+  constexpr int kOffsetBytes = Values<Kernels::template Lane<Bfloat16>::kBytes>::kOffsetBytes;
+  MmaProblem p{};
+  for (int i = 0; i < call.members; ++i)
+    p.of[i] = {weights[i].values, weights[i].mask, weights[i].offsets, weights[i].scale};
+  p.x = static_cast<const uint16_t*>(call.x);
+  p.cols = static_cast<int>(weights->cols);
+  p.tokens = static_cast<int>(call.tokens);
+  p.col_tiles = static_cast<int>(weights->col_tiles());
+  p.value_bytes = stage_units * kOffsetBytes;
+  p.eights = reinterpret_cast<uintptr_t>(call.x) % 16 == 0 && p.cols % 8 == 0;
+  p.number = {1, 2};
+  p.groups = static_cast<int>(weights->groups);
+  return call.dtype == Dtype::bfloat16 ? mma_by_tokens<Kernels, Bfloat16>(p, row_tiles, device, call)
+                                       : mma_by_tokens<Kernels, Float16>(p, row_tiles, device, call);
+}
+
+template <class Kernels, class Value, int kTiles, int kRows>
 Status allow_variant(int bytes) {
-  constexpr int kRows = Kernels::rows(kTiles);
   for (const Status status : {allow_shared(Kernels::template kernel<Value, kTiles, kRows, Copies::edges>(), bytes),
                               allow_shared(Kernels::template kernel<Value, kTiles, kRows, Copies::whole>(), bytes),
                               allow_shared(Kernels::template kernel<Value, kTiles, kRows, Copies::bulk>(), bytes)})
@@ -100,10 +106,16 @@ Status allow_variant(int bytes) {
   return 0;
 }
 
+template <class Kernels, class Value, int kTiles>
+Status allow_tiles(int bytes) {
+  if (const Status status = allow_variant<Kernels, Value, kTiles, Kernels::rows(kTiles)>(bytes)) return status;
+  return allow_variant<Kernels, Value, kTiles, Kernels::other_rows(kTiles)>(bytes);
+}
+
 template <class Kernels, class Value>
 Status allow_variants(int bytes) {
-  for (const Status status : {allow_variant<Kernels, Value, 1>(bytes), allow_variant<Kernels, Value, 2>(bytes),
-                              allow_variant<Kernels, Value, 4>(bytes), allow_variant<Kernels, Value, 8>(bytes)})
+  for (const Status status : {allow_tiles<Kernels, Value, 1>(bytes), allow_tiles<Kernels, Value, 2>(bytes),
+                              allow_tiles<Kernels, Value, 4>(bytes), allow_tiles<Kernels, Value, 8>(bytes)})
     if (status) return status;
   return 0;
 }

@@ -1,5 +1,5 @@
-// How a kernel of sm_90a is started: in clusters, with maps of matrices that the driver makes. The driver is asked for
-// at run time and not linked, so that the module loads where there is none.
+// What kernels of sm_90a are started with: maps of matrices that the driver makes. The driver is asked for at run time
+// and not linked, so that the module loads where there is none.
 #pragma once
 
 #include "device_sm90.cuh"
@@ -48,26 +48,6 @@ inline Status map_matrix(const Matrix& matrix, int box_rows, int box_cols, Dtype
                                       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return made == CUDA_SUCCESS ? 0 : static_cast<Status>(cudaErrorInvalidValue);
 }
-
-// early: the kernel may begin while those before it in the stream still run, where they let it, and waits for them by
-// itself before it reads or writes what they may write or read.
-template <class... Parameters, class... Arguments>
-Status start_cluster(void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads, size_t shared_bytes,
-                     bool early, void* stream, Arguments... arguments) {
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = static_cast<unsigned>(blocks);
-  config.blockDim = static_cast<unsigned>(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = attributes;
-  config.numAttrs = early ? 2 : 1;
-  return static_cast<Status>(cudaLaunchKernelEx(&config, kernel, arguments...));
-}
 #else
 inline Status map_matrix(const Matrix& matrix, int box_rows, int box_cols, Dtype, TensorMap* out) {
   last_failure() = "a matrix does not start, or its rows do not, on 16 bytes";
@@ -81,15 +61,6 @@ inline Status map_matrix(const Matrix& matrix, int box_rows, int box_cols, Dtype
           static_cast<uint32_t>(box_cols),
           true};
   return 0;
-}
-
-template <class... Parameters, class... Arguments>
-Status start_cluster(void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads, size_t shared_bytes, bool,
-                     void*, Arguments... arguments) {
-  last_failure() = emulator::launch(
-      {static_cast<unsigned>(blocks), 1, 1}, threads, shared_bytes, [&] { kernel(arguments...); }, order(), tracing(),
-      static_cast<unsigned>(cluster));
-  return last_failure().empty() ? 0 : 1;
 }
 #endif
 

@@ -39,16 +39,28 @@ Status allow_nm_mma_sp(int bytes) {
   return allow_all<Float16>(bytes);
 }
 
+int nm_row_panels(const Call& call) {
+  int64_t panels = 0;
+  for (int i = 0; i < call.members; ++i) panels += ceil_div(call.out[i].rows, kNmRows);
+  return static_cast<int>(panels);
+}
+
+NmProblem nm_problem(const NmView& weight, const Call& call) {
+  NmProblem p{};
+  for (int i = 0; i < call.members; ++i) p.panels[i] = static_cast<const uint4*>(weight.panels[i]);
+  p.x = static_cast<const uint16_t*>(call.x);
+  p.out = output_of(call, kNmRows);
+  p.cols = static_cast<int>(weight.cols);
+  p.tokens = static_cast<int>(call.tokens);
+  p.col_panels = static_cast<int>(ceil_div(weight.cols, kNmCols));
+  p.eights = reinterpret_cast<uintptr_t>(call.x) % 16 == 0 && weight.cols % 8 == 0;
+  return p;
+}
+
 Status nm_mma_sp(const NmView& weight, const Device& device, const Call& call) {
-  const NmProblem p{static_cast<const uint4*>(weight.panels),
-                    static_cast<const uint16_t*>(call.x),
-                    output_of(call, kNmRows),
-                    static_cast<int>(weight.cols),
-                    static_cast<int>(call.tokens),
-                    static_cast<int>(ceil_div(weight.cols, kNmCols)),
-                    reinterpret_cast<uintptr_t>(call.x) % 16 == 0 && weight.cols % 8 == 0};
+  const NmProblem p = nm_problem(weight, call);
   // Few tokens of few rows: a block for each panel of rows is as fast, and has less to begin and to end.
-  const int64_t panels = ceil_div(weight.rows, kNmRows);
+  const int panels = nm_row_panels(call);
   const bool many = panels > 2 * int64_t{device.multiprocessors};
   if (device.capability == 90 && p.eights && (many || p.tokens > 16))
     return nm_mma_sp_sm90(weight, {0, 0}, device, call);

@@ -31,12 +31,22 @@ constexpr int kNmFragments = kNmSteps * 2;            // 16 bytes per lane each
 constexpr int kNmPanel = (kNmFragments + 1) * kWarp;  // of 16 bytes, metadata included
 
 struct NmProblem {
-  const uint4* panels;
+  const uint4* panels[kMostMembers];  // whose row panels are one sequence
   const uint16_t* x;
-  Output out;
+  Output out;  // which numbers rows by whole panels
   int cols, tokens, col_panels;
   bool eights;  // whether eight neighbouring activations can be copied at once
 };
+
+// Of all members; and what the kernels are given.
+int nm_row_panels(const Call& call);
+NmProblem nm_problem(const NmView& weight, const Call& call);
+
+// The panels of 32 rows, from the first column on.
+ALPHAPRUNE_DEVICE const uint4* panels_at(const NmProblem& p, int row_panel) {
+  const int member = p.out.member_of(row_panel * kNmRows);
+  return p.panels[member] + static_cast<size_t>(row_panel - p.out.of[member].first / kNmRows) * p.col_panels * kNmPanel;
+}
 
 // A lane's part of the copies of kCols activations of every token into a stage of the ring. Row t of a stage has 16
 // bytes of neighbours at chunk ^ (t % 8), so that ldmatrix finds those of eight tokens in different banks.
@@ -97,8 +107,8 @@ ALPHAPRUNE_DEVICE bool prunes_not_finite(const NmProblem& p, int panel, int row,
   const uint16_t* x = p.x + static_cast<size_t>(token) * p.cols;
   for (int col = 0; col < p.cols; ++col) {
     if (!is_nan(poison_of(Value::widen(load_cached(x + col))))) continue;
-    const size_t at = static_cast<size_t>(panel) * p.col_panels + col / kNmCols;
-    const uint4 words = load_cached(p.panels + at * kNmPanel + kNmFragments * kWarp + row % 8 * 4 + col % 64 / 16);
+    const uint4* at = panels_at(p, panel) + col / kNmCols * kNmPanel;
+    const uint4 words = load_cached(at + kNmFragments * kWarp + row % 8 * 4 + col % 64 / 16);
     const uint32_t pair = word_of(words, row / 16 * 2 + col % kNmCols / 64) >> (row % 16 / 8 * 16 + col % 16 / 4 * 4);
     if ((pair & 3) != (col & 3u) && (pair >> 2 & 3) != (col & 3u)) return true;
   }
@@ -119,7 +129,7 @@ ALPHAPRUNE_KERNEL __launch_bounds__(nm_warps(kTiles) * kWarp, kWhole ? nm_blocks
   for (uint32_t at = lane * 16; at < kNmRing * kStage; at += kWarp * 16)
     if (static_cast<int>(at % kStage / (kStageCols * 2)) >= p.tokens) store_shared_u128(ring + at, {0, 0, 0, 0});
 
-  const uint4* panel = p.panels + (static_cast<size_t>(block_x()) * p.col_panels + warp) * kNmPanel + lane;
+  const uint4* panel = panels_at(p, block_x()) + warp * kNmPanel + lane;
   uint4 a[kNmSteps][2], words{};
   const auto load_step = [&](int step) {
     ALPHAPRUNE_UNROLL

@@ -88,14 +88,8 @@ Status allow_nm_mma_sp_sm90(int bytes) {
 
 Status nm_mma_sp_sm90(const NmView& weight, NmShare wanted, const Device& device, const Call& call) {
   StreamProblem p{};
-  p.nm = {static_cast<const uint4*>(weight.panels),
-          static_cast<const uint16_t*>(call.x),
-          output_of(call, kNmRows),
-          static_cast<int>(weight.cols),
-          static_cast<int>(call.tokens),
-          static_cast<int>(ceil_div(weight.cols, kNmCols)),
-          true};
-  p.row_panels = static_cast<int>(ceil_div(weight.rows, kNmRows));
+  p.nm = nm_problem(weight, call);
+  p.row_panels = nm_row_panels(call);
   p.fours = stores_fours(call);
   return call.dtype == Dtype::bfloat16 ? stream_by_tokens<Bfloat16>(p, device, call, wanted)
                                        : stream_by_tokens<Float16>(p, device, call, wanted);

@@ -88,8 +88,7 @@ ALPHAPRUNE_DEVICE void bring_panels(const StreamProblem& p, const TensorMap& x, 
   };
   const auto panel_at = [&](int unit, int col) {
     const bool there = lane < panels_of(p, unit);
-    const size_t row = unit * p.group + (there ? lane : 0);
-    return p.nm.panels + (row * p.nm.col_panels + col) * kNmPanel;
+    return panels_at(p.nm, unit * p.group + (there ? lane : 0)) + col * kNmPanel;
   };
   {
     const uint4* from = panel_at(cluster, columns.begin);

@@ -67,10 +67,11 @@ struct Output {
   OutputRows of[kMostMembers];  // `first` of those that are not there: more than any row
   const uint16_t* residual;     // of a single one
 
-  ALPHAPRUNE_DEVICE const OutputRows& holder(int row) const {
+  ALPHAPRUNE_DEVICE int member_of(int row) const {
     static_assert(kMostMembers == 3, "one comparison for each but the first");
-    return of[(row >= of[1].first) + (row >= of[2].first)];
+    return (row >= of[1].first) + (row >= of[2].first);
   }
+  ALPHAPRUNE_DEVICE const OutputRows& holder(int row) const { return of[member_of(row)]; }
   // Whether there is a row of that number; none has the padding behind the rows of a member.
   ALPHAPRUNE_DEVICE bool has(int row) const {
     const OutputRows& to = holder(row);

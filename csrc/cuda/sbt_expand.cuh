@@ -49,10 +49,10 @@ ALPHAPRUNE_KERNEL __launch_bounds__(kExpandWarps* kWarp) sbt_expand(const Expand
   row.start(p.mask, p.offsets, static_cast<size_t>(row_tile) * p.col_tiles + chunk * kChunk,
             p.col_tiles - chunk * kChunk, lane);
   Chunk here;
-  row.next_offsets(here);
+  row.offsets_of(here);
   copy_values<2>(p.values, here.first, here.last, values, lane);
   copy_commit();
-  store_meta<2>(row.next_mask(), (here.middle - here.first) * kUnitBytes, values, meta, lane);
+  store_meta<2>(row.mask_of(), (here.middle - here.first) * kUnitBytes, values, meta, lane);
   copy_wait<0>();
   sync_warp();
 

@@ -16,7 +16,8 @@ namespace alphaprune::cuda {
 ALPHAPRUNE_BOTH constexpr int mma_most_warps(int row_tiles, int token_tiles, bool integers) {
   const int tiles = row_tiles * token_tiles;
   if (integers) return tiles == 1 ? 28 : tiles == 2 ? 24 : tiles <= 4 ? 20 : 12;
-  return tiles <= 4 ? 32 : tiles <= 8 ? 20 : 14;
+  if (row_tiles > 1) return tiles <= 4 ? 28 : tiles <= 8 ? 16 : 14;
+  return tiles <= 4 ? 32 : 20;
 }
 
 // How copies are made. Edges: cols is no multiple of a chunk's. Whole: it is. Bulk: it is, x starts on 16 bytes, and
@@ -45,22 +46,31 @@ struct MmaPlan {
   ALPHAPRUNE_BOTH int warps() const { return teams * splits; }
 };
 
-struct MmaProblem {
+// One of the weights that share x, where it was packed.
+struct MmaMember {
   const void* values;
   const uint32_t* mask;
   const uint32_t* offsets;
+  const float* scale;  // of integers: [rows, groups]
+};
+
+// The row tiles of all members are one sequence. Where a team has several at a time, they are of one member: each
+// begins with a multiple of them, and so does every block.
+struct MmaProblem {
+  MmaMember of[kMostMembers];
   const uint16_t* x;
-  Output out;
+  Output out;  // which numbers rows as row tiles are
   int cols, tokens;
-  int row_tiles, col_tiles;
+  int col_tiles;
+  int unit, units;  // blocks have a multiple of `unit` row tiles; all are `units` times that, at most 2^32 / blocks
   MmaPlan plan;
   uint32_t value_bytes;  // of the largest chunk, a multiple of 16
   bool eights;           // whether eight neighbouring activations can be copied at once
   Opaque number;
-  const float* scale;  // of integers: [rows, groups]; a group is a chunk, or the whole row
-  int groups;
+  int groups;  // scales of a row of integers: one for each chunk, or one
 };
 static_assert(kChunkCols == sbt::kScaleCols, "a chunk has one scale per row");
+constexpr int kTileRows = sbt::kTileRows;
 
 // Rows of x in shared memory: of few tokens those that are there, else of whole tiles.
 ALPHAPRUNE_BOTH constexpr int mma_x_rows(int token_tiles, int tokens) {
@@ -153,234 +163,362 @@ ALPHAPRUNE_DEVICE void clear_activations(const MmaProblem& p, uint32_t all_x) {
       store_shared_u128(all_x + i * end + at, {0, 0, 0, 0});
 }
 
-// Where the chunks of the row tiles lie that a warp walks along side by side, `stride` macro tiles at a time. there:
-// how many of them are.
-template <int kRows, bool kWhole>
-struct Rows {
-  Row<kWhole && kRows == 1> row[kRows];
+// Where things lie in shared memory, of them those of this warp.
+template <class Lane, int kTiles, int kRows, Copies kCopies>
+struct MmaShared {
+  static constexpr bool kBulk = kCopies == Copies::bulk;
+  static constexpr uint32_t kValuesAt = kBulk ? kMaskBytes : 0;  // in a row tile's part of a stage
+  uint32_t table, barriers, x, rings, meta, ring;
+  uint32_t slab_bytes, x_stride, row_bytes, stage_bytes;  // a row tile's part of a stage; a stage
+  uint32_t landed;                                        // the barriers of this warp's stages
 
-  ALPHAPRUNE_DEVICE void start(const MmaProblem& p, int first_tile, int there, int first_col, int stride, int lane) {
-    ALPHAPRUNE_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const size_t tile = static_cast<size_t>(r < there ? first_tile + r : first_tile) * p.col_tiles + first_col;
-      row[r].start(p.mask, p.offsets, tile, r < there ? p.col_tiles - first_col : 0, lane, stride);
+  ALPHAPRUNE_DEVICE MmaShared(const MmaProblem& p, int warp) {
+    const int warps = p.plan.warps();
+    table = shared_start() + warp * Lane::kTableBytes;
+    slab_bytes = mma_slab_bytes(p.plan, kTiles, p.tokens);
+    x_stride = mma_x_stride(p.plan.slab_chunks);
+    barriers = shared_start() + warps * Lane::kTableBytes;
+    x = barriers + mma_barrier_bytes(warps, kCopies);
+    rings = x + (p.plan.slabs > 1 ? 2 : 1) * slab_bytes;
+    row_bytes = kValuesAt + p.value_bytes;
+    stage_bytes = kRows * row_bytes;
+    meta = rings + warp * mma_warp_bytes(kRows, kCopies, p.value_bytes);
+    ring = meta + kRows * kMetaBytes;
+    landed = barriers + (kSlabBarriers + warp * kStages) * kMbarrierBytes;
+  }
+  // Of a slab, by its number over all rounds.
+  ALPHAPRUNE_DEVICE uint32_t slab_landed(int number) const { return barriers + number % 2 * kMbarrierBytes; }
+  ALPHAPRUNE_DEVICE uint32_t slab_left(int number) const { return barriers + (2 + number % 2) * kMbarrierBytes; }
+
+  ALPHAPRUNE_DEVICE void begin(const MmaProblem& p, int lane) const {
+    if constexpr (kBulk) {
+      if (thread_index() < kSlabBarriers)
+        mbarrier_init(barriers + thread_index() * kMbarrierBytes, thread_index() < 2 ? 1 : p.plan.warps());
+      if (lane < kStages) mbarrier_init(landed + lane * kMbarrierBytes, 1);
+      mbarrier_fence_init();
+      if constexpr (kTiles > 1) clear_activations<kTiles>(p, x);
+      sync_block();
+      let_next_begin();
     }
   }
 };
 
-// The scales of a chunk for the rows of this lane's sums.
-template <int kRows>
+// The chunks of a team's row tiles that a warp has its turns with: where they are, the offsets of those that come next,
+// and how they go through its ring. `At` is an MmaShared.
+template <class At, int kBytes, int kRows, Copies kCopies>
+struct Feed {
+  static constexpr bool kBulk = kCopies == Copies::bulk, kWhole = kCopies != Copies::edges;
+  const At& at;
+  int lane;
+  int stage = 0;                  // of the chunk that is decoded
+  uint32_t phase = 0;             // of the barriers of the stages
+  Row<kWhole && kRows == 1> row;  // the first row tile
+  int there, apart;               // how many there are; macro tiles from one to the next
+  const void* values;
+  // In flight: the chunk that is decoded now, kStages - 1 that are copied, and the offsets of the one after these.
+  Chunk chunk[kStages][kRows];
+  [[maybe_unused]] uint2 mask[kRows];
+
+  ALPHAPRUNE_DEVICE Feed(const At& shared, int this_lane) : at(shared), lane(this_lane) {}
+
+  ALPHAPRUNE_DEVICE void start(const MmaProblem& p, int tile, int row_tiles, int first_col, int stride) {
+    const int member = p.out.member_of(tile * kTileRows);
+    const MmaMember& of = p.of[member];
+    tile -= p.out.of[member].first / kTileRows;
+    row.start(of.mask, of.offsets, static_cast<size_t>(tile) * p.col_tiles + first_col, p.col_tiles - first_col, lane,
+              stride);
+    there = row_tiles;
+    apart = p.col_tiles;
+    // Where one lane copies, the others have none: else the compiler keeps it, and what it counts by, in uniform
+    // registers, which took a dozen instructions more to get around.
+    values = !kBulk || lane == 0 ? of.values : nullptr;
+  }
+  ALPHAPRUNE_DEVICE void next_offsets(Chunk (&to)[kRows]) {
+    ALPHAPRUNE_UNROLL
+    for (int r = 0; r < kRows; ++r) row.offsets_of(to[r], r * apart, r == 0 || r < there);
+    row.pass_offsets();
+  }
+  ALPHAPRUNE_DEVICE void next_mask() {
+    ALPHAPRUNE_UNROLL
+    for (int r = 0; r < kRows; ++r) mask[r] = row.mask_of(r * apart, r == 0 || r < there);
+    row.pass_mask();
+  }
+
+  // Starts the copies of a chunk, whose stage nobody reads any more.
+  ALPHAPRUNE_DEVICE void copy(const Chunk (&of)[kRows], int to_stage) {
+    const uint32_t to = at.ring + to_stage * at.stage_bytes;
+    if constexpr (kBulk) {
+      if (lane == 0) copy_bulks(of, to, at.landed + to_stage * kMbarrierBytes);
+      row.pass_mask();
+    } else {
+      ALPHAPRUNE_UNROLL
+      for (int r = 0; r < kRows; ++r) copy_values<kBytes>(values, of[r].first, of[r].last, to + r * at.row_bytes, lane);
+    }
+  }
+  ALPHAPRUNE_DEVICE void copy_bulks(const Chunk (&of)[kRows], uint32_t to, uint32_t barrier) const {
+    const auto* from = static_cast<const unsigned char*>(values);
+    uint32_t bytes[kRows], all = 0;
+    ALPHAPRUNE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      bytes[r] = (of[r].last - of[r].first) * Values<kBytes>::kOffsetBytes;
+      if (r == 0 || r < there) all += bytes[r] + kMaskBytes;
+    }
+    mbarrier_arrive_expect(barrier, all);
+    ALPHAPRUNE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      if (r > 0 && r >= there) continue;
+      copy_bulk(to + r * at.row_bytes, row.mask + r * apart * static_cast<int>(sbt::kWords / 2), kMaskBytes, barrier);
+      if (bytes[r])
+        copy_bulk(to + r * at.row_bytes + At::kValuesAt,
+                  from + static_cast<size_t>(of[r].first) * Values<kBytes>::kOffsetBytes, bytes[r], barrier);
+    }
+  }
+
+  // Waits for the chunk that is decoded now and stores its words with their addresses. `more`: chunks after it.
+  ALPHAPRUNE_DEVICE void arrive(bool more) {
+    const uint32_t here = at.ring + stage * at.stage_bytes;
+    if constexpr (kBulk) mbarrier_wait(at.landed + stage * kMbarrierBytes, phase);
+    ALPHAPRUNE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      if constexpr (kBulk)
+        mask[r] = r == 0 || r < there ? load_shared_u64(here + r * at.row_bytes + lane * 8) : uint2{0, 0};
+      store_meta<kBytes>(mask[r], (chunk[0][r].middle - chunk[0][r].first) * Values<kBytes>::kOffsetBytes,
+                         here + r * at.row_bytes + At::kValuesAt, at.meta + r * kMetaBytes, lane);
+    }
+    if constexpr (!kBulk) {
+      if (more) next_mask();
+      copy_wait<kStages - 2>();
+    }
+    sync_warp();  // every lane's copies have landed, the words are there, and nobody reads the stage before this one
+  }
+  // Brings the chunk kStages - 1 turns on, where it is `wanted`, and asks for the offsets of the one after it.
+  ALPHAPRUNE_DEVICE void bring(bool wanted, bool more) {
+    if (wanted) copy(chunk[kStages - 1], stage == 0 ? kStages - 1 : stage - 1);
+    if constexpr (!kBulk) copy_commit();
+    ALPHAPRUNE_UNROLL
+    for (int i = 0; i + 1 < kStages; ++i) {
+      ALPHAPRUNE_UNROLL
+      for (int r = 0; r < kRows; ++r) chunk[i][r] = chunk[i + 1][r];
+    }
+    if (more) next_offsets(chunk[kStages - 1]);
+  }
+  ALPHAPRUNE_DEVICE void leave() {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// The slabs of x, one multiplied and one on its way, over all rounds.
+template <class At, int kTiles, Copies kCopies>
+struct Slabs {
+  static constexpr bool kBulk = kCopies == Copies::bulk;
+  const MmaProblem& p;
+  const At& at;
+  int warp, lane;
+  uint32_t slab_at = 0;  // where the slab lies that is multiplied
+  int number = 0;        // of the slab, over all rounds
+  bool fresh = true;     // whether it is on its way, not there from the round before
+
+  ALPHAPRUNE_DEVICE Slabs(const MmaProblem& problem, const At& shared, int this_warp, int this_lane)
+      : p(problem), at(shared), warp(this_warp), lane(this_lane) {}
+
+  // The first one of a round, beside the first values.
+  ALPHAPRUNE_DEVICE void start() {
+    if constexpr (!kBulk)
+      if (fresh) stage_activations<kTiles>(p, 0, at.x + slab_at);
+  }
+  ALPHAPRUNE_DEVICE void start_bulk() {
+    if constexpr (kBulk) {
+      if (fresh) {
+        wait_for_kernels_before();  // weights were there before them, x may not have been
+        if (thread_index() == 0) stage_activations_bulk(p, 0, at.x + slab_at, at.slab_landed(number));
+      }
+    }
+  }
+  // Until it is there; starts the one after it. busy: whether this warp has a chunk of it.
+  ALPHAPRUNE_DEVICE void arrive(int slab, bool busy) {
+    if (!fresh) return;
+    const bool more = slab + 1 < p.plan.slabs;
+    if constexpr (kBulk) {
+      // The next slab takes the place of the one before this; warps bring them by turns.
+      if (more && warp == (number + 1) % p.plan.warps()) {
+        if (slab) mbarrier_wait(at.slab_left(number - 1), (number - 1) / 2 % 2);
+        if (lane == 0)
+          stage_activations_bulk(p, slab + 1, at.x + (at.slab_bytes - slab_at), at.slab_landed(number + 1));
+      }
+      mbarrier_wait(at.slab_landed(number), number / 2 % 2);
+    } else {
+      if (busy) {
+        copy_wait<kStages - 2>();
+      } else {
+        copy_wait<0>();
+      }
+      sync_block();  // all of the slab has landed, and nobody reads the one before
+      if (more) {
+        stage_activations<kTiles>(p, slab + 1, at.x + (at.slab_bytes - slab_at));
+        copy_commit();
+      }
+    }
+  }
+  ALPHAPRUNE_DEVICE void leave() {
+    if (p.plan.slabs == 1) return;
+    if constexpr (kBulk) sync_warp();  // no lane is so far behind that a barrier has gone round meanwhile
+    if (kBulk && lane == 0) mbarrier_arrive(at.slab_left(number));
+    ++number;
+    slab_at = at.slab_bytes - slab_at;
+  }
+};
+
+// The scales of a chunk for the rows of this lane's sums of a row tile, `first_row` and the eighth one after it.
 struct Scales {
   const float* next;
   int last, stride, further;  // the last row of W from this lane's first one on; of the rows' scales; of the chunks'
 
   ALPHAPRUNE_DEVICE void start(const MmaProblem& p, int first_row, int first_chunk) {
-    next = p.scale + static_cast<int64_t>(first_row) * p.groups + first_chunk;
-    last = p.out.of[0].rows - 1 - first_row;
+    const int member = p.out.member_of(first_row), in_member = first_row - p.out.of[member].first;
+    next = p.of[member].scale + static_cast<int64_t>(in_member) * p.groups + first_chunk;
+    last = p.out.of[member].rows - 1 - in_member;
     stride = p.groups;
     further = p.plan.splits;
   }
   // Rows that are not there have the last one's.
-  ALPHAPRUNE_DEVICE void load(float (&scale)[kRows][2]) {
+  ALPHAPRUNE_DEVICE void load(float (&scale)[2]) {
     ALPHAPRUNE_UNROLL
-    for (int i = 0; i < 2 * kRows; ++i)
-      scale[i / 2][i % 2] = load_cached(next + (8 * i < last ? 8 * i : last) * stride);
+    for (int i = 0; i < 2; ++i) scale[i] = load_cached(next + (8 * i < last ? 8 * i : last) * stride);
     next += further;
   }
 };
 
+// sum += the chunk whose words are at `meta` times the activations from `x` on, rows of a tile's tokens x_stride apart.
+template <class Value, int kTiles, int kRows, class Lane>
+ALPHAPRUNE_DEVICE void multiply_chunk(float (&sum)[kRows][kTiles][4], Lane& mine, uint32_t meta, uint32_t x,
+                                      uint32_t x_stride) {
+  constexpr int kSpan = mma_span(kRows, kTiles);  // where registers are few, no activations of steps further on
+  uint4 words = mine.words(meta, 0);
+  ALPHAPRUNE_NO_UNROLL
+  for (int span = 0; span < kChunkSteps; span += kSpan) {  // cubins: trips 2: kChunkSteps / kSpan, or 1
+    ALPHAPRUNE_UNROLL
+    for (int in_span = 0; in_span < kSpan; ++in_span) {
+      const int step = span + in_span;
+      uint2 b[kTiles];
+      ALPHAPRUNE_UNROLL
+      for (int t = 0; t < kTiles; ++t) b[t] = load_shared_u64(x + 8 * t * x_stride + step * sbt::kStepCols * 2);
+      ALPHAPRUNE_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const uint4 these = words;
+        const int next = step * kRows + r + 1;
+        if (next < kChunkSteps * kRows) words = mine.words(meta + next % kRows * kMetaBytes, next / kRows);
+        uint32_t a[4];
+        mine.decode(these, a);
+        ALPHAPRUNE_UNROLL
+        for (int t = 0; t < kTiles; ++t) mma<Value>(sum[r][t], a, b[t]);
+      }
+    }
+  }
+}
+
+// Adds up what the warps of each team have in shared memory, sums[warp][row tile][token tile][i][lane], and stores the
+// outputs of `tiles` row tiles from `round_tile` on. Half a warp takes a row tile and a token at a time.
+template <class Lane, class Value, int kTiles, int kRows, bool kGrouped>
+ALPHAPRUNE_DEVICE void store_tiles(const MmaProblem& p, uint32_t sums, int round_tile, int tiles) {
+  constexpr uint32_t kSums = kRows * kTiles * 128;
+  const int in_tile = thread_index() % kTileRows, splits = p.plan.splits;
+  ALPHAPRUNE_NO_UNROLL
+  for (int item = thread_index() / 16; item < tiles * 8 * kTiles; item += p.plan.warps() * 2) {
+    const int tile = item / (8 * kTiles), token = item % (8 * kTiles), row = (round_tile + tile) * kTileRows + in_tile;
+    if (token >= p.tokens || !p.out.has(row)) continue;
+    const int i = in_tile / 8 * 2 + token % 2, holder = in_tile % 8 * 4 + token % 8 / 2;
+    uint32_t at =
+        sums + 4 * (tile / kRows * splits * kSums + ((tile % kRows * kTiles + token / 8) * 4 + i) * kWarp + holder);
+    float total = 0;
+    for (int w = 0; w < splits; ++w, at += 4 * kSums) total += load_shared_f32(at);
+    if constexpr (Lane::kBytes == 1) total *= Lane::kFactor;
+    if constexpr (Lane::kBytes == 1 && !kGrouped) {
+      const int member = p.out.member_of(row);
+      total *= p.of[member].scale[row - p.out.of[member].first];
+    }
+    store_output<Value>(p.out, token, row, total);
+  }
+}
+
+// How many of the kRows row tiles from `first` on a team has: none past the block's, nor past a member's.
+template <int kRows>
+ALPHAPRUNE_DEVICE int tiles_there(const MmaProblem& p, int first, int block_end) {
+  int end = block_end;
+  if constexpr (kRows > 1) {
+    const OutputRows& out = p.out.holder(first * kTileRows);
+    const int member_end = (out.first + out.rows + kTileRows - 1) / kTileRows;
+    end = member_end < end ? member_end : end;
+  }
+  return end - first;
+}
+
 // kTiles: of 8 tokens. kGrouped: scales change along a row.
 template <class Lane, class Value, int kTiles, int kRows, Copies kCopies, bool kGrouped>
 ALPHAPRUNE_DEVICE void multiply_tiles(const MmaProblem& p) {
-  constexpr int kBytes = Lane::kBytes;
-  constexpr bool kBulk = kCopies == Copies::bulk, kWhole = kCopies != Copies::edges;
-  constexpr uint32_t kValuesAt = kBulk ? kMaskBytes : 0;  // in a row tile's part of a stage
+  using At = MmaShared<Lane, kTiles, kRows, kCopies>;
+  constexpr bool kBulk = kCopies == Copies::bulk;
   const int lane = lane_index(), warp = warp_index(), group = lane / 4, pair = lane % 4;
-  const int splits = p.plan.splits, team = warp / splits, part = warp % splits, warps = p.plan.warps();
+  const int splits = p.plan.splits, team = warp / splits, part = warp % splits;
   const int chunks = (p.col_tiles + kChunk - 1) / kChunk;
-  const int64_t tiles = p.row_tiles;
-  const int block_tile = static_cast<int>(tiles * block_x() / p.plan.blocks);
-  const int block_end = static_cast<int>(tiles * (block_x() + 1) / p.plan.blocks);
+  const uint32_t units = p.units, blocks = p.plan.blocks;
+  const int block_tile = static_cast<int>(units * block_x() / blocks) * p.unit;
+  const int block_end = static_cast<int>(units * (block_x() + 1) / blocks) * p.unit;
 
-  const uint32_t table = shared_start() + warp * Lane::kTableBytes;
-  if constexpr (Lane::kTableBytes > 0) Lane::fill(table, lane);
-  Lane mine(lane, p.number, table);
-
-  const uint32_t slab_bytes = mma_slab_bytes(p.plan, kTiles, p.tokens), x_stride = mma_x_stride(p.plan.slab_chunks);
-  const uint32_t barriers = shared_start() + warps * Lane::kTableBytes;
-  const uint32_t all_x = barriers + mma_barrier_bytes(warps, kCopies);
-  const uint32_t rings = all_x + (p.plan.slabs > 1 ? 2 : 1) * slab_bytes;
-  const uint32_t row_bytes = kValuesAt + p.value_bytes, stage_bytes = kRows * row_bytes;
-  const uint32_t meta = rings + warp * mma_warp_bytes(kRows, kCopies, p.value_bytes);
-  const uint32_t ring = meta + kRows * kMetaBytes;
-  const uint32_t landed = barriers + (kSlabBarriers + warp * kStages) * kMbarrierBytes;  // of the stages
-  const auto slab_landed = [&](int of) { return barriers + of % 2 * kMbarrierBytes; };
-  const auto slab_left = [&](int of) { return barriers + (2 + of % 2) * kMbarrierBytes; };
-  if constexpr (kBulk) {
-    if (thread_index() < kSlabBarriers)
-      mbarrier_init(barriers + thread_index() * kMbarrierBytes, thread_index() < 2 ? 1 : warps);
-    if (lane < kStages) mbarrier_init(landed + lane * kMbarrierBytes, 1);
-    mbarrier_fence_init();
-    if constexpr (kTiles > 1) clear_activations<kTiles>(p, all_x);
-    sync_block();
-    let_next_begin();
-  }
+  const At at(p, warp);
+  if constexpr (Lane::kTableBytes > 0) Lane::fill(at.table, lane);
+  Lane mine(lane, p.number, at.table);
+  at.begin(p, lane);
   // Of the columns and tokens that this lane holds of b. Tokens that are not there, of a tile alone: the last one
   // again.
   const int token = kTiles > 1 || group < p.tokens ? group : p.tokens - 1;
-  const uint32_t x_lane = all_x + token * x_stride + pair * 8;
-  uint32_t slab_at = 0;  // where the slab lies that is multiplied
-  int number = 0;        // of the slab, over all rounds
-  bool fresh = true;     // whether the slab is on its way
-  int stage = 0;
-  uint32_t phase = 0;  // of the barriers of the stages
+  const uint32_t x_lane = at.x + token * at.x_stride + pair * 8;
+  Feed<At, Lane::kBytes, kRows, kCopies> feed(at, lane);
+  Slabs<At, kTiles, kCopies> slabs(p, at, warp, lane);
 
   ALPHAPRUNE_NO_UNROLL
   for (int round_tile = block_tile; round_tile < block_end; round_tile += p.plan.teams * kRows) {
-    const int first_tile = round_tile + team * kRows, there = block_end - first_tile, end = there > 0 ? chunks : 0;
-    Rows<kRows, kWhole> rows;
-    rows.start(p, there > 0 ? first_tile : block_tile, there, part * kChunk, splits * kChunk, lane);
-
-    // In flight: the chunk that is decoded now, kStages - 1 that are copied, and the offsets of the one after these.
-    Chunk chunk_of[kStages][kRows];
-    [[maybe_unused]] uint2 mask[kRows];
+    const int first_tile = round_tile + team * kRows, there = tiles_there<kRows>(p, first_tile, block_end);
+    const int tile = there > 0 ? first_tile : block_tile, end = there > 0 ? chunks : 0;
+    feed.start(p, tile, there, part * kChunk, splits * kChunk);
     ALPHAPRUNE_UNROLL
-    for (int i = 0; i < kStages; ++i) {
-      ALPHAPRUNE_UNROLL
-      for (int r = 0; r < kRows; ++r)
-        if (part + i * splits < end) rows.row[r].next_offsets(chunk_of[i][r]);
-    }
-    if constexpr (!kBulk) {
-      ALPHAPRUNE_UNROLL
-      for (int r = 0; r < kRows; ++r) mask[r] = part < end ? rows.row[r].next_mask() : uint2{0, 0};
-    }
+    for (int i = 0; i < kStages; ++i)
+      if (part + i * splits < end) feed.next_offsets(feed.chunk[i]);
     if constexpr (!kBulk)
-      if (fresh) stage_activations<kTiles>(p, 0, all_x + slab_at);
-    // Starts the copies of a chunk, whose stage nobody reads any more.
-    const auto copy = [&](const Chunk(&of)[kRows], int to_stage) {
-      const uint32_t to = ring + to_stage * stage_bytes;
-      if constexpr (kBulk) {
-        const uint32_t barrier = landed + to_stage * kMbarrierBytes;
-        if (lane == 0) {
-          uint32_t bytes[kRows], all = 0;
-          ALPHAPRUNE_UNROLL
-          for (int r = 0; r < kRows; ++r) {
-            bytes[r] = (of[r].last - of[r].first) * Values<kBytes>::kOffsetBytes;
-            if (kRows == 1 || r < there) all += bytes[r] + kMaskBytes;
-          }
-          mbarrier_arrive_expect(barrier, all);
-          ALPHAPRUNE_UNROLL
-          for (int r = 0; r < kRows; ++r) {
-            if (kRows > 1 && r >= there) continue;
-            copy_bulk(to + r * row_bytes, rows.row[r].mask, kMaskBytes, barrier);
-            if (bytes[r])
-              copy_bulk(to + r * row_bytes + kValuesAt,
-                        static_cast<const unsigned char*>(p.values) +
-                            static_cast<size_t>(of[r].first) * Values<kBytes>::kOffsetBytes,
-                        bytes[r], barrier);
-          }
-        }
-        ALPHAPRUNE_UNROLL
-        for (int r = 0; r < kRows; ++r) rows.row[r].skip_mask();
-      } else {
-        ALPHAPRUNE_UNROLL
-        for (int r = 0; r < kRows; ++r)
-          copy_values<kBytes>(p.values, of[r].first, of[r].last, to + r * row_bytes, lane);
-      }
-    };
+      if (part < end) feed.next_mask();
+    slabs.start();
     ALPHAPRUNE_UNROLL
     for (int i = 0; i < kStages - 1; ++i) {
-      if (part + i * splits < end) copy(chunk_of[i], (stage + i) % kStages);
+      if (part + i * splits < end) feed.copy(feed.chunk[i], (feed.stage + i) % kStages);
       if constexpr (!kBulk) copy_commit();
     }
-    if constexpr (kBulk) {
-      if (fresh) {
-        wait_for_kernels_before();  // weights were there before them, x may not have been
-        if (thread_index() == 0) stage_activations_bulk(p, 0, all_x + slab_at, slab_landed(number));
-      }
-    }
+    slabs.start_bulk();
 
     float sum[kRows][kTiles][4] = {};
-    [[maybe_unused]] Scales<kRows> scales;
-    if constexpr (kGrouped) scales.start(p, (there > 0 ? first_tile : block_tile) * 16 + group, part);
+    [[maybe_unused]] Scales scales[kRows];
+    if constexpr (kGrouped) {
+      ALPHAPRUNE_UNROLL
+      for (int r = 0; r < kRows; ++r) scales[r].start(p, (r < there ? tile + r : tile) * kTileRows + group, part);
+    }
     int chunk = part;
     ALPHAPRUNE_NO_UNROLL
     for (int slab = 0; slab < p.plan.slabs; ++slab) {
       const int first_chunk = slab * p.plan.slab_chunks, next_slab = first_chunk + p.plan.slab_chunks;
       const int slab_end = next_slab < end ? next_slab : end;
-      if (fresh) {
-        if constexpr (kBulk) {
-          // The next slab takes the place of the one before this; warps bring them by turns.
-          if (slab + 1 < p.plan.slabs && warp == (number + 1) % warps) {
-            if (slab) mbarrier_wait(slab_left(number - 1), (number - 1) / 2 % 2);
-            if (lane == 0) stage_activations_bulk(p, slab + 1, all_x + (slab_bytes - slab_at), slab_landed(number + 1));
-          }
-          mbarrier_wait(slab_landed(number), number / 2 % 2);
-        } else {
-          if (chunk < slab_end) {
-            copy_wait<kStages - 2>();
-          } else {
-            copy_wait<0>();
-          }
-          sync_block();  // all of the slab has landed, and nobody reads the one before
-          if (slab + 1 < p.plan.slabs) {
-            stage_activations<kTiles>(p, slab + 1, all_x + (slab_bytes - slab_at));
-            copy_commit();
-          }
-        }
-      }
-      uint32_t x = x_lane + slab_at + (chunk - first_chunk) * kChunkBytes;
+      slabs.arrive(slab, chunk < slab_end);
+      uint32_t x = x_lane + slabs.slab_at + (chunk - first_chunk) * kChunkBytes;
       ALPHAPRUNE_NO_UNROLL
       for (; chunk < slab_end; chunk += splits) {  // cubins: main: those around it run once per slab and round
-        const uint32_t here = ring + stage * stage_bytes;
-        if constexpr (kBulk) mbarrier_wait(landed + stage * kMbarrierBytes, phase);
-        ALPHAPRUNE_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-          if constexpr (kBulk)
-            mask[r] = kRows == 1 || r < there ? load_shared_u64(here + r * row_bytes + lane * 8) : uint2{0, 0};
-          store_meta<kBytes>(mask[r], (chunk_of[0][r].middle - chunk_of[0][r].first) * Values<kBytes>::kOffsetBytes,
-                             here + r * row_bytes + kValuesAt, meta + r * kMetaBytes, lane);
-          if constexpr (!kBulk)
-            if (chunk + splits < end) mask[r] = rows.row[r].next_mask();
-        }
-        if constexpr (!kBulk) copy_wait<kStages - 2>();
-        sync_warp();  // every lane's copies have landed, the words are there, and nobody reads the stage before this
-                      // one
-
-        if (chunk + (kStages - 1) * splits < end) copy(chunk_of[kStages - 1], stage == 0 ? kStages - 1 : stage - 1);
-        if constexpr (!kBulk) copy_commit();
-        ALPHAPRUNE_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-          ALPHAPRUNE_UNROLL
-          for (int i = 0; i + 1 < kStages; ++i) chunk_of[i][r] = chunk_of[i + 1][r];
-          if (chunk + kStages * splits < end) rows.row[r].next_offsets(chunk_of[kStages - 1][r]);
-        }
-
+        feed.arrive(chunk + splits < end);
+        feed.bring(chunk + (kStages - 1) * splits < end, chunk + kStages * splits < end);
         [[maybe_unused]] float scale[kRows][2], part_sum[kRows][kTiles][4] = {};
-        if constexpr (kGrouped) scales.load(scale);
-        // Where registers are few, no activations of steps further on.
-        constexpr int kSpan = mma_span(kRows, kTiles);
-        uint4 words = mine.words(meta, 0);
-        ALPHAPRUNE_NO_UNROLL
-        for (int span = 0; span < kChunkSteps; span += kSpan) {  // cubins: trips 2: kChunkSteps / kSpan, or 1
+        if constexpr (kGrouped) {
           ALPHAPRUNE_UNROLL
-          for (int in_span = 0; in_span < kSpan; ++in_span) {
-            const int step = span + in_span;
-            uint2 b[kTiles];
-            ALPHAPRUNE_UNROLL
-            for (int t = 0; t < kTiles; ++t) b[t] = load_shared_u64(x + 8 * t * x_stride + step * sbt::kStepCols * 2);
-            ALPHAPRUNE_UNROLL
-            for (int r = 0; r < kRows; ++r) {
-              const uint4 these = words;
-              const int next = step * kRows + r + 1;
-              if (next < kChunkSteps * kRows) words = mine.words(meta + next % kRows * kMetaBytes, next / kRows);
-              uint32_t a[4];
-              mine.decode(these, a);
-              ALPHAPRUNE_UNROLL
-              for (int t = 0; t < kTiles; ++t) mma<Value>(kGrouped ? part_sum[r][t] : sum[r][t], a, b[t]);
-            }
-          }
+          for (int r = 0; r < kRows; ++r) scales[r].load(scale[r]);
         }
+        multiply_chunk<Value>(kGrouped ? part_sum : sum, mine, at.meta, x, at.x_stride);
         sync_warp();  // nobody reads the words of this chunk any more
         if constexpr (kGrouped) {
           ALPHAPRUNE_UNROLL
@@ -389,19 +527,11 @@ ALPHAPRUNE_DEVICE void multiply_tiles(const MmaProblem& p) {
           for (int i = 0; i < 4; ++i) sum[r][t][i] += scale[r][i / 2] * part_sum[r][t][i];
         }
         x += splits * kChunkBytes;
-        if (++stage == kStages) {
-          stage = 0;
-          phase ^= 1;
-        }
+        feed.leave();
       }
-      if (p.plan.slabs > 1) {
-        if constexpr (kBulk) sync_warp();  // no lane is so far behind that a barrier has gone round meanwhile
-        if (kBulk && lane == 0) mbarrier_arrive(slab_left(number));
-        ++number;
-        slab_at = slab_bytes - slab_at;
-      }
+      slabs.leave();
     }
-    fresh = p.plan.slabs > 1;
+    slabs.fresh = p.plan.slabs > 1;
 
     // The rings become sums[warp][row tile][token tile][i][lane].
     if constexpr (kBulk) {
@@ -415,24 +545,10 @@ ALPHAPRUNE_DEVICE void multiply_tiles(const MmaProblem& p) {
     for (int r = 0; r < kRows; ++r) ALPHAPRUNE_UNROLL
     for (int t = 0; t < kTiles; ++t) ALPHAPRUNE_UNROLL
     for (int i = 0; i < 4; ++i)
-      store_shared_f32(rings + 4 * (warp * kSums + ((r * kTiles + t) * 4 + i) * kWarp + lane), sum[r][t][i]);
+      store_shared_f32(at.rings + 4 * (warp * kSums + ((r * kTiles + t) * 4 + i) * kWarp + lane), sum[r][t][i]);
     sync_block();
-    // Half a warp takes a row tile and a token at a time.
-    const int all = p.plan.teams * kRows, round_tiles = block_end - round_tile < all ? block_end - round_tile : all;
-    const int in_tile = thread_index() % 16;
-    ALPHAPRUNE_NO_UNROLL
-    for (int item = thread_index() / 16; item < round_tiles * 8 * kTiles; item += warps * 2) {
-      const int tile = item / (8 * kTiles), token = item % (8 * kTiles), row = (round_tile + tile) * 16 + in_tile;
-      if (token >= p.tokens || !p.out.has(row)) continue;
-      const int i = in_tile / 8 * 2 + token % 2, holder = in_tile % 8 * 4 + token % 8 / 2;
-      uint32_t at =
-          rings + 4 * (tile / kRows * splits * kSums + ((tile % kRows * kTiles + token / 8) * 4 + i) * kWarp + holder);
-      float total = 0;
-      for (int w = 0; w < splits; ++w, at += 4 * kSums) total += load_shared_f32(at);
-      if constexpr (kBytes == 1) total *= Lane::kFactor;
-      if constexpr (kBytes == 1 && !kGrouped) total *= p.scale[row];
-      store_output<Value>(p.out, token, row, total);
-    }
+    const int all = p.plan.teams * kRows, left = block_end - round_tile;
+    store_tiles<Lane, Value, kTiles, kRows, kGrouped>(p, at.rings, round_tile, left < all ? left : all);
     if constexpr (kBulk) fence_for_copies();
     sync_block();  // the sums are read: the rings may be filled again
   }

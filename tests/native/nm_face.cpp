@@ -4,19 +4,27 @@
 
 using namespace alphaprune;
 
-// What went wrong, or an empty text. counts: rows, cols, compute capability, multiprocessors, bytes of shared memory,
-// an NmShare, tokens, dtype, bias's dtype.
+// What went wrong, or an empty text. weight: the panels of each member. counts: members, rows of each of three, cols,
+// compute capability, multiprocessors, bytes of shared memory, an NmShare, tokens, dtype, bias's dtype. bias: of all
+// members, one after the other; y is, too.
 extern "C" const char* nm_mma_sp_emulated(const void* const* weight, const int64_t* counts, const void* x,
                                           const void* bias, const void* residual, void* y, int order) {
   cuda::order() = static_cast<emulator::Order>(order);
-  const cuda::NmView view{weight[0], counts[0], counts[1]};
   const auto count = [&](int i) { return static_cast<int>(counts[i]); };
-  const cuda::Device device{count(2), count(3), count(4)};
-  const cuda::Call call{x,         {{y, view.rows, bias, static_cast<Dtype>(count(9))}},
-                        1,         residual,
-                        counts[7], static_cast<Dtype>(count(8)),
-                        nullptr};
-  const cuda::NmShare share{count(5), count(6)};
+  const cuda::Device device{count(5), count(6), count(7)};
+  const cuda::NmShare share{count(8), count(9)};
+  const int64_t tokens = counts[10];
+  const auto dtype = static_cast<Dtype>(count(11)), bias_dtype = static_cast<Dtype>(count(12));
+  cuda::NmView view{{}, counts[4]};
+  cuda::Call call{x, {}, count(0), residual, tokens, dtype, nullptr};
+  int64_t rows = 0;
+  for (int i = 0; i < call.members; ++i) {
+    const int64_t size = bias_dtype == Dtype::float32 ? 4 : 2;
+    view.panels[i] = weight[i];
+    call.out[i] = {static_cast<uint16_t*>(y) + tokens * rows, counts[1 + i],
+                   bias ? static_cast<const char*>(bias) + rows * size : nullptr, bias_dtype};
+    rows += counts[1 + i];
+  }
   // What runs on sm_90a, however few rows there are.
   const bool sm90 = device.capability == 90 && view.cols % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
   const int status = sm90 ? cuda::nm_mma_sp_sm90(view, share, device, call) : cuda::nm_mma_sp(view, device, call);
