@@ -274,12 +274,12 @@ def rows(source: Path, arch: str, pattern: str = "", options: tuple[str, ...] = 
         }
 
 
-Wavefronts = Callable[[str, float, int], dict[str, float]]
+Wavefronts = Callable[[str, float, int, int], dict[str, float]]
 
 
 def emulated_by(program: wavefronts.Emulated) -> Wavefronts:
-    """Wavefronts per UNIT weights by kernel, density and tokens; each launch is emulated once."""
-    return functools.cache(lambda kernel, density, tokens: program.per_unit(density, tokens, kernel=kernel))
+    """Wavefronts per UNIT weights by kernel, density, tokens and row tiles of a warp; each launch is emulated once."""
+    return functools.cache(lambda kernel, density, tokens, rows: program.per_unit(density, tokens, 4096, kernel, rows))
 
 
 def with_wavefronts(found: Iterable[dict[str, object]], emulated: Wavefronts) -> Iterator[dict]:
@@ -288,7 +288,8 @@ def with_wavefronts(found: Iterable[dict[str, object]], emulated: Wavefronts) ->
     for one in found:
         kernel = str(one["kernel"]).partition("<")[0]
         known = kernel in wavefronts.KERNELS
-        half, third = (emulated(kernel, density, one["m"]) if known else {} for density in wavefronts.DENSITIES)
+        rows = int([a for a in arguments_of(str(one["kernel"])) if a.isdigit()][1]) if kernel == "sbt_mma" else 0
+        half, third = (emulated(kernel, density, one["m"], rows) if known else {} for density in wavefronts.DENSITIES)
         at_half = {"wavefronts": half.get("all"), "wavefronts_paired": half.get("paired")}
         yield one | at_half | {"wavefronts_30": third.get("all")}
 

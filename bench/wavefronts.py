@@ -98,21 +98,25 @@ class Emulated:
             raise ValueError(f"the emulated kernels do not compile:\n{done.stderr.strip()}")
 
     def trace(
-        self, cols: int, density: float, tokens: int, seed: int = 0, kernel: str = "sbt_mma"
+        self, cols: int, density: float, tokens: int, seed: int = 0, kernel: str = "sbt_mma", row_tiles: int = 0
     ) -> tuple[int, list[Access]]:
-        """Rows of the only block, and what its warps touch."""
+        """Rows of the only block, and what its warps touch. row_tiles: of a warp of sbt_mma, see csrc/cuda/launch.h."""
         if not self.program.exists():
             self._build()
-        command = [str(self.program), str(cols), str(density), str(tokens), str(seed), KERNELS[kernel]]
+        command = [str(self.program), str(cols), str(density), str(tokens), str(seed), KERNELS[kernel], str(row_tiles)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"the emulated launch failed: {done.stderr.strip() or done.returncode}")
         head, *lines = done.stdout.splitlines()
         return int(head.removeprefix("rows ")), list(read(lines))
 
-    def per_unit(self, density: float, tokens: int = 8, cols: int = 4096, kernel: str = "sbt_mma") -> dict[str, float]:
+    def per_unit(
+        self, density: float, tokens: int = 8, cols: int = 4096, kernel: str = "sbt_mma", row_tiles: int = 0
+    ) -> dict[str, float]:
         """Wavefronts of the main loop per UNIT weights by kind: what a launch twice as long touches more."""
-        (rows, short), (again, long) = (self.trace(k, density, tokens, kernel=kernel) for k in (cols, 2 * cols))
+        (rows, short), (again, long) = (
+            self.trace(k, density, tokens, kernel=kernel, row_tiles=row_tiles) for k in (cols, 2 * cols)
+        )
         assert rows == again
         more = total(long)
         more.subtract(total(short))
