@@ -229,8 +229,8 @@ struct Feed {
               stride);
     there = row_tiles;
     apart = p.col_tiles;
-    // Where one lane copies, the others have none: else the compiler keeps it, and what it counts by, in uniform
-    // registers, which took a dozen instructions more to get around.
+    // Where one lane copies, the others have none: else the compiler keeps it, and the loop's counters with it, in
+    // uniform registers, which the loop pays for with more instructions.
     values = !kBulk || lane == 0 ? of.values : nullptr;
   }
   ALPHAPRUNE_DEVICE void next_offsets(Chunk (&to)[kRows]) {
