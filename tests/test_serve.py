@@ -340,8 +340,6 @@ def test_memory_is_told(server: Served) -> None:
 
 
 def test_a_device_that_is_not_here_is_one_sentence(packed: Path, run) -> None:
-    for device, words in (("tpu", "wanted cpu, cuda or cuda:N"), ("cuda:x", "wanted cpu"), ("cuda", "no NVIDIA GPU")):
-        if device == "cuda" and torch.cuda.is_available():
-            continue
+    for device in ("tpu", "cuda:x", "cuda:99"):
         status, _, err = run("serve", packed, "--device", device)
-        assert status == 2 and words in err and len(err.strip().splitlines()) == 1
+        assert status == 2 and f"--device {device}: " in err and len(err.strip().splitlines()) == 1
