@@ -128,10 +128,25 @@ PLANTED = {
     ),
     "another row tile's values": ("sbt_mma.cuh", "offsets_of(to[r], r * apart", "offsets_of(to[r], 0 * apart", WRONG),
     "another row tile's words": ("sbt_mma.cuh", "row.mask_of(r * apart", "row.mask_of(0 * apart", WRONG),
-    "a row tile past a weight's last": ("sbt_mma.cuh", "member_end < end ? member_end : end", "end", WRONG + "|races"),
+    "a row tile past a weight's last": (
+        "sbt_mma.cuh",
+        "member_end < end ? member_end : end",
+        "member_end < 0 ? 0 : end",
+        WRONG + "|signal",
+    ),
     "row tiles of two weights at a time": ("launch_mma.cuh", "call.members > 1 ? kRows : 1", "1", WRONG + "|signal"),
-    "a row tile counted to the weight before": ("output.cuh", "(row >= of[1].first)", "(row > of[1].first)", WRONG),
-    "a row that a weight does not have": ("output.cuh", "row - to.first < to.rows", "row - to.first <= to.rows", WRONG),
+    "a row tile counted to the weight before": (
+        "output.cuh",
+        "(row >= of[1].first)",
+        "(row > of[1].first)",
+        WRONG + "|signal",
+    ),
+    "a row that a weight does not have": (
+        "output.cuh",
+        "row - to.first < to.rows",
+        "row - to.first <= to.rows",
+        WRONG + "|signal",
+    ),
     "the row tile of another weight": (
         "sbt_mma.cuh",
         "tile -= p.out.of[member].first / kTileRows;",
