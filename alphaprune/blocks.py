@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from alphaprune.kernels import group as op
 from alphaprune.kernels import neighbours
+from alphaprune.kernels.attention import HeadNorm
 from alphaprune.kernels.spmm import Prepared
 from alphaprune.layer import SparseLinear
 
@@ -75,13 +76,13 @@ class Block:
     """The parts of one decoder block.
 
     qkv: q, k and v, normed. head_norm: of q and k side by side, in place on [batch, tokens, heads, dim], or None.
-    head_norms: the same of each, [M, heads, dim] → [M, heads, dim]. inside: what `down` takes, of gate and up. window:
-    how many positions back it sees, itself included; None for all.
+    head_norms: the same of each as its weight [dim] and epsilon. inside: what `down` takes, of gate and up. window: how
+    many positions back it sees, itself included; None for all.
     """
 
     qkv: Projections
     head_norm: Callable[[Tensor], None] | None
-    head_norms: tuple[Norm, Norm] | None
+    head_norms: tuple[HeadNorm, HeadNorm] | None
     out: Added
     inside: Projections
     down: Added
@@ -110,7 +111,7 @@ def build(layer: nn.Module, config: Any, head_dim: int, direct: bool = True, ran
     return Block(
         qkv=Projections(layer.input_layernorm, *_qkv(attention, config, head_dim, direct)),
         head_norm=_head_norm(attention, config.num_key_value_heads // ranks, head_dim) if normed else None,
-        head_norms=(norm(attention.q_norm), norm(attention.k_norm)) if normed else None,
+        head_norms=_head_norms(attention) if normed else None,
         out=Added(attention.o_proj, direct),
         inside=Projections(layer.post_attention_layernorm, *_gate_up(mlp, config, direct), act),
         down=Added(mlp.down_proj, direct),
@@ -174,6 +175,11 @@ def _head_norm(attention: nn.Module, keys: int, head_dim: int) -> Callable[[Tens
         torch.mul(functional.rms_norm(turned, (head_dim,), None, epsilon), tables[count], out=turned)
 
     return run
+
+
+def _head_norms(attention: nn.Module) -> tuple[HeadNorm, HeadNorm]:
+    q, k = attention.q_norm, attention.k_norm
+    return (q.weight, q.variance_epsilon), (k.weight, k.variance_epsilon)
 
 
 def _window(config: Any, attention: nn.Module) -> int | None:

@@ -243,9 +243,9 @@ class Decoder:
             found[window] = (*(part.unbind(0) for part in seen.unbind(1)), mask, plain and end > 1)
         return found
 
-    def logits(self, h: Tensor) -> Tensor:
-        """Logits [M, vocabulary] of hidden states [M, hidden] behind the last block."""
-        return self._head(self._norm(h))
+    def logits(self, h: Tensor, delta: Tensor | None = None) -> Tensor:
+        """Logits [M, vocabulary] of hidden states [M, hidden] behind the last block; h takes `delta` in place."""
+        return self._head(self._norm(h, delta))
 
 
 def visible(first: int, start: int, end: int, window: int | None, device: torch.device) -> Tensor:

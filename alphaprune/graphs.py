@@ -130,7 +130,9 @@ class Steps:
         for slot in slots:
             self.ragged.held[slot] += 1
 
-    def _chooser(self, kind: Kind) -> Choose:
+    def _chooser(self, kind: Kind) -> Choose | None:
+        if kind == GREEDY:
+            return None
         choose = self.sampler.choose
         return lambda *given: choose(*given, kind)
 

@@ -10,7 +10,6 @@ Everything a step reads lies at addresses that stay: lengths, tokens and pages o
 and a step gets numbers of slots. So one CUDA graph serves whatever sequences are in the batch.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
@@ -20,8 +19,9 @@ from torch.nn import functional
 
 from alphaprune import decoder as decoders
 from alphaprune import memory
+from alphaprune.blocks import Block
 from alphaprune.decoder import Decoder
-from alphaprune.kernels import neighbours
+from alphaprune.kernels import attention, neighbours
 
 PAGE = 32  # positions
 Choose = Callable[[Tensor, Tensor, Tensor], Tensor]  # logits [M, vocabulary], slots, positions → tokens [M]
@@ -72,6 +72,7 @@ class Ragged:
             self.tokens = torch.zeros(slots + 1, dtype=torch.int64, device=decoder.device)
             self.lengths = torch.zeros_like(self.tokens)
             cos, sin = decoder.rotations(0, capacity, capacity)
+            self.counters = attention.counters(self.cache)
             self.cos, self.sin = cos[:, 0, 0].contiguous(), sin[:, 0, 1].contiguous()  # [capacity, dim / 2]
 
     def open(self) -> int:
@@ -135,9 +136,10 @@ class Ragged:
                     f"that are free; make the batch with more"
                 )
         tokens, positions, slots = (self._upload(numbers) for numbers in _flat(parts, spans))
-        h = self._blocks(tokens, positions, self._rows(slots, positions), _Prompts(self, spans))
-        ends = list(accumulate(end - start for _, start, end in spans))
-        logits = self.decoder.logits(h[self._upload([end - 1 for end in ends])])
+        h = functional.embedding(tokens, self.decoder.embedding)
+        h, delta = self._blocks(h, _Prompts(self, spans, positions, slots))
+        ends = self._upload([end - 1 for end in accumulate(end - start for _, start, end in spans)])
+        logits = self.decoder.logits(h[ends], None if delta is None else delta[ends])
         self.lengths.index_copy_(
             0, self._upload([slot for slot, _, _ in spans]), self._upload([end for _, _, end in spans])
         )
@@ -146,47 +148,28 @@ class Ragged:
         return logits
 
     def step(
-        self, slots: Tensor, reach: int, choose: Choose, lengths: Sequence[int] | None = None
+        self, slots: Tensor, reach: int, choose: Choose | None = None, lengths: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
         """One token more for the sequences in `slots` [M] int64: new tokens [M] int64, and logits [M, vocabulary].
 
         Nothing in it depends on data but through tensors that stay where they are, so a CUDA graph can hold it. reach:
-        no sequence has more positions afterwards. Whoever calls it keeps `held`, and reserves. lengths: the positions
-        of each afterwards, where they may decide how the work is done, which a graph could not repeat.
+        no sequence has more positions afterwards. choose: None for the likeliest. Whoever calls it keeps `held`, and
+        reserves, and lets no other step of this batch run at the same time. lengths: the positions of each afterwards,
+        where they may decide how the work is done, which a graph could not repeat.
         """
-        positions = self.lengths[slots]
-        table = self.table[slots, : -(-reach // self.page)]
-        rows = table.gather(1, positions[:, None] // self.page)[:, 0] * self.page + positions % self.page
-        keys = neighbours.Keys(table, positions + 1, self.page, reach, lengths)
-        attention = functools.partial(_attend, keys)
-        logits = self.decoder.logits(self._blocks(self.tokens[slots], positions, rows, attention))
-        new = choose(logits, slots, positions)
-        self.tokens.index_copy_(0, slots, new)
-        self.lengths.index_copy_(0, slots, positions + 1)
-        self.lengths[self.nobody :].zero_()
-        return new, logits
+        h, positions = neighbours.begin(self.tokens, self.lengths, slots, self.decoder.embedding)
+        keys = attention.Keys(slots, positions, self.table, self.page, reach, self.cos, self.sin, lengths)
+        logits = self.decoder.logits(*self._blocks(h, _New(keys, self.counters)))
+        chosen = None if choose is None else choose(logits, slots, positions)
+        return neighbours.end(logits, chosen, slots, positions, self.tokens, self.lengths), logits
 
-    def _blocks(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        rows: Tensor,
-        attention: "Callable[[Tensor, Tensor, int | None], Tensor]",
-    ) -> Tensor:
-        """Hidden states [M, hidden] of tokens [M] at positions [M], whose keys and values go to rows [M]."""
+    def _blocks(self, h: Tensor, attend: "_New | _Prompts") -> tuple[Tensor, Tensor | None]:
+        """Hidden states [M, hidden] after all blocks, and what is yet to be added to them; h may be changed."""
         d, delta = self.decoder, None
-        cos, sin = self.cos[positions], self.sin[positions]  # [M, dim / 2]
-        h = functional.embedding(tokens, d.embedding)
         for block, cache in zip(d.blocks, self.cache.unbind(0), strict=True):
             q, k, v = block.qkv(h, delta)
-            if block.head_norms is not None:
-                q, k = (
-                    norm(part.view(len(part), -1, d.head_dim)).flatten(1)
-                    for norm, part in zip(block.head_norms, (q, k), strict=True)
-                )
-            q = neighbours.rotate_store(q, k, v, cos, sin, rows, cache)
-            delta = block.mlp(h, block.out(attention(q, cache, block.window), h))
-        return h if delta is None else h.add_(delta)
+            delta = block.mlp(h, block.out(attend(block, q, k, v, cache), h))
+        return h, delta
 
     def _rows(self, slots: Tensor, positions: Tensor) -> Tensor:
         return self.table[slots, positions // self.page] * self.page + positions % self.page
@@ -195,23 +178,40 @@ class Ragged:
         return memory.upload(torch.tensor(numbers, dtype=torch.int64), self.decoder.device)
 
 
-def _attend(keys: neighbours.Keys, q: Tensor, cache: Tensor, window: int | None) -> Tensor:
-    return neighbours.attend(q, cache, keys, window)
+class _New:
+    """Attention of a step: the new token of each sequence over all its keys."""
+
+    def __init__(self, keys: attention.Keys, counters: Tensor | None) -> None:
+        self.keys, self.counters = keys, counters
+
+    def __call__(self, block: Block, q: Tensor, k: Tensor, v: Tensor, cache: Tensor) -> Tensor:
+        """[M, heads · dim]; the new keys and values go to the cache."""
+        return attention.attend_new(q, k, v, cache, self.keys, self.counters, block.window, block.head_norms)
 
 
 class _Prompts:
-    """Attention of a prefill: each sequence for itself, its new queries over all its keys."""
+    """Attention of a prefill: each sequence for itself, its new queries over all its keys.
 
-    def __init__(self, ragged: Ragged, spans: Sequence[tuple[int, int, int]]) -> None:
+    positions, slots: of all new tokens, one sequence after the other.
+    """
+
+    def __init__(self, ragged: Ragged, spans: Sequence[tuple[int, int, int]], positions: Tensor, slots: Tensor) -> None:
         self.spans, self._masks = spans, {}
+        self.turns = ragged.cos[positions], ragged.sin[positions]  # [M, dim / 2]
+        self.place = ragged._rows(slots, positions)
         every = [ragged._upload(range(end)) for _, _, end in spans]
         self.rows = [
             ragged._rows(torch.full_like(positions, slot), positions)
             for (slot, _, _), positions in zip(spans, every, strict=True)
         ]
 
-    def __call__(self, q: Tensor, cache: Tensor, window: int | None) -> Tensor:
-        """[M, heads · dim] of queries [M, heads, dim]."""
+    def __call__(self, block: Block, q: Tensor, k: Tensor, v: Tensor, cache: Tensor) -> Tensor:
+        """[M, heads · dim]; the new keys and values go to the cache."""
+        q, k = neighbours.norm_heads(q, k, block.head_norms)
+        return self._attend(neighbours.rotate_store(q, k, v, *self.turns, self.place, cache), cache, block.window)
+
+    def _attend(self, q: Tensor, cache: Tensor, window: int | None) -> Tensor:
+        """[M, heads · dim] of rotated queries [M, heads, dim]."""
         found, begin = [], 0
         for place, ((_, start, end), rows) in enumerate(zip(self.spans, self.rows, strict=True)):
             queries = q[begin : begin + end - start].transpose(0, 1)[None]  # [1, heads, count, dim]

@@ -1,11 +1,10 @@
-"""What stands between the products of a decoder block: one Triton kernel each on a GPU, plain torch elsewhere.
+"""What stands between the products of a step: one Triton kernel each on a GPU, plain torch elsewhere.
 
 Their cost is launches and passes over memory, not arithmetic: on a GPU a step of a 7B model has some 30 products per
 millisecond, and four more launches beside each of them would take as long as the products.
 """
 
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -77,79 +76,43 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
-PADDING = 2  # sequences go together while padding to the longest costs no more than this factor
+def norm_heads(q: Tensor, k: Tensor, norms: tuple[tuple[Tensor, float], tuple[Tensor, float]] | None) -> list[Tensor]:
+    """q and k [M, heads · dim] after the RMSNorm, (weight [dim], epsilon), of each head of both; None: as they are."""
+    if norms is None:
+        return [q, k]
+    return [
+        add_norm(part.view(len(part), -1, len(weight)), None, weight, epsilon).flatten(1)
+        for part, (weight, epsilon) in zip((q, k), norms, strict=True)
+    ]
 
 
-class Keys:
-    """Where the keys and values of sequences lie, for steps of one query each.
+def begin(tokens: Tensor, lengths: Tensor, slots: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+    """Embedded last tokens [M, hidden] of the sequences in `slots` [M], and their positions int64 [M].
 
-    table: [M, pages of a sequence] int64, the page that holds its positions from i · page on. lengths: [M] int64, keys
-    of each sequence, from 1 to `reach`. known: the lengths, where the host knows them and may let them decide: then a
-    long sequence does not make short ones pay.
+    tokens, lengths: int64 [all slots], the last token of each, and the positions before it. embedding: [vocabulary,
+    hidden].
     """
+    if fused(embedding):
+        from alphaprune.kernels import triton_neighbours
 
-    def __init__(
-        self, table: Tensor, lengths: Tensor, page: int, reach: int, known: Sequence[int] | None = None
-    ) -> None:
-        self.table, self.lengths, self.page, self.reach = table, lengths, page, reach
-        self._rows: dict[int | None, tuple[Tensor, Tensor]] = {}
-        self.groups: list[tuple[Tensor, Keys]] = []
-        found = [] if known is None else together(known)
-        if len(found) > 1:
-            for places in found:
-                index = torch.tensor(places, device=table.device)
-                most = max(known[place] for place in places)
-                part = table[index, : -(-most // page)]
-                self.groups.append((index, Keys(part, lengths[index], page, most)))
-
-    def rows(self, window: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Rows of the cache [M · span] that the sequences read, and the mask [M, 1, 1, span], 0 or −inf."""
-        if window not in self._rows:
-            first = 0 if window is None else (self.lengths - window).clamp_min(0)[:, None]
-            span = self.reach if window is None else min(self.reach, window)
-            position = first + torch.arange(span, device=self.table.device)  # [M, span]
-            outside = position >= self.lengths[:, None]
-            # Past the end a sequence reads its own first key: another's could hold NaN, which a mask does not stop.
-            position = torch.where(outside, first, position)
-            rows = self.table.gather(1, position // self.page) * self.page + position % self.page
-            mask = torch.zeros(outside.shape, dtype=dtype, device=rows.device).masked_fill(outside, -torch.inf)
-            self._rows[window] = rows.flatten(), mask[:, None, None]
-        return self._rows[window]
+        return triton_neighbours.begin(tokens, lengths, slots, embedding)
+    return functional.embedding(tokens[slots], embedding), lengths[slots]
 
 
-def together(lengths: Sequence[int]) -> list[list[int]]:
-    """Places of sequences that share one padded product, the longest first."""
-    found: list[list[int]] = []
-    longest = total = 0
-    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-        if found and longest * (len(found[-1]) + 1) <= PADDING * (total + lengths[place]):
-            found[-1].append(place)
-            total += lengths[place]
-        else:
-            found.append([place])
-            longest = total = lengths[place]
-    return found
+def end(
+    logits: Tensor, chosen: Tensor | None, slots: Tensor, positions: Tensor, tokens: Tensor, lengths: Tensor
+) -> Tensor:
+    """New tokens int64 [M], `chosen` or else the likeliest by logits [M, vocabulary], for the tables of the slots.
 
-
-def attend(q: Tensor, cache: Tensor, keys: Keys, window: int | None = None) -> Tensor:
-    """Attention [M, heads · dim] of one query per sequence, q [M, heads, dim], over its keys and values in pages.
-
-    cache: [2, pages · page, key heads, dim]. window: only the last so many keys.
-    Softmax of q·k / √dim (Vaswani et al., 2017); queries share keys as heads / key heads (Ainslie et al., 2023).
+    As torch.argmax: the first of equal ones, and NaN before all. tokens, lengths: as begin has them; each length is
+    one more than the position, but the last slot's, which is nobody's, is 0.
     """
-    if fused(q):
-        from alphaprune.kernels import triton_attention
+    if fused(logits):
+        from alphaprune.kernels import triton_neighbours
 
-        return triton_attention.attend(q, cache, keys.table, keys.lengths, keys.page, keys.reach, window)
-    sequences, heads, dim = q.shape
-    if keys.groups:
-        out = q.new_empty(sequences, heads * dim)
-        for index, part in keys.groups:
-            out[index] = attend(q[index], cache, part, window)
-        return out
-    rows, mask = keys.rows(window, q.dtype)
-    k, v = (
-        part.index_select(0, rows).view(sequences, -1, cache.shape[2], dim).transpose(1, 2) for part in cache.unbind(0)
-    )
-    grouped = q.view(sequences, cache.shape[2], -1, dim)  # queries that share a key head are rows of one product
-    return functional.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(sequences, heads * dim)
+        return triton_neighbours.end(logits, chosen, slots, positions, tokens, lengths)
+    new = logits.argmax(-1) if chosen is None else chosen
+    tokens.index_copy_(0, slots, new)
+    lengths.index_copy_(0, slots, positions + 1)
+    lengths[-1:].zero_()
+    return new

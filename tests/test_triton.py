@@ -29,7 +29,7 @@ if os.environ.get("ALPHAPRUNE_REQUIRE_EXT") != "1":
 runs = (lambda test: test) if INTERPRETED else pytest.mark.gpu
 apart = pytest.mark.skipif(INTERPRETED, reason="needs Triton without its interpreter")
 
-DECODE = str(Path(__file__).with_name("test_triton_decode.py"))
+DECODE = [str(Path(__file__).with_name(f"test_triton_{name}.py")) for name in ("decode", "step")]
 NAMES = tuple(portable.FILES)
 NOT_EMPTY = (1, 2, 3, 8, 16, 33)  # numbers of tokens
 
@@ -293,7 +293,19 @@ def test_in_the_interpreter() -> None:
     versions = [tuple(map(int, version(package).split(".")[:2])) for package in ("triton", "numpy")]
     if versions[0] < (3, 7) and versions[1] >= (2, 4):
         pytest.skip("the interpreter of Triton before 3.7 fails with numpy 2.4 and later")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", "-m", "not gpu", __file__, DECODE]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-rs",
+        "-m",
+        "not gpu",
+        __file__,
+        *DECODE,
+    ]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stdout + done.stderr

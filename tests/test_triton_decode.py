@@ -5,13 +5,14 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_triton import INTERPRETED, POINTERS, apart, device, runs  # noqa: F401
 from torch import Tensor
 
-from alphaprune.kernels import neighbours
+from alphaprune.kernels import attention, neighbours
 
+MEMORY = ("LDG", "LDS", "LDL", "ST", "ATOM", "RED", "UBLK", "UTMA")  # opcodes that touch memory begin so
 # Triton's interpreter does not round to bfloat16.
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
 ROUNDING = {torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # a unit in the last place
@@ -91,140 +92,91 @@ def test_rotation_into_pages(dtype: torch.dtype, device: str) -> None:  # noqa: 
         close(wanted, truth, 4)
 
 
-def attention(q: Tensor, cache: Tensor, table: Tensor, lengths: list[int], page: int, window: int | None) -> Tensor:
-    """In float64, one sequence after the other."""
-    found = []
-    for query, pages, length in zip(q.double(), table, lengths, strict=True):
-        first = 0 if window is None else max(0, length - window)
-        rows = torch.tensor([int(pages[n // page]) * page + n % page for n in range(first, length)])
-        keys, values = (part[rows].double().repeat_interleave(len(query) // part.shape[1], 1) for part in cache)
-        scores = torch.einsum("hd,nhd->hn", query, keys) / query.shape[-1] ** 0.5
-        found.append(torch.einsum("hn,nhd->hd", scores.softmax(-1), values).flatten())
-    return torch.stack(found)
+@runs
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_begin_and_end_of_a_step(dtype: torch.dtype, device: str) -> None:  # noqa: F811
+    """The same rows, tokens and lengths as without Triton; nobody's row may be there several times."""
+    for slots, hidden, vocabulary in (([0], 5, 3), ([3, 1, 5, 5], 1030, 70), ([5, 5, 0], 64, 20_000)):
+        embedding, logits = random(vocabulary, hidden, dtype=dtype), random(len(slots), vocabulary, dtype=dtype)
+        logits[0, [1, 2]] = logits[0].max() + 1  # of equal ones the first
+        tokens = torch.randint(vocabulary, (6,), generator=torch.Generator().manual_seed(hidden))
+        tables = [tokens, torch.tensor([7, 2, 0, 40, 1, 0])]
+        for chosen in (None, torch.arange(len(slots)) % vocabulary):
+            found = []
+            for where, file in ((device, module("triton_neighbours")), ("cpu", neighbours)):
+                mine = [table.clone().to(where) for table in tables]
+                rows = torch.tensor(slots, device=where)
+                h, positions = file.begin(*mine, rows, embedding.to(where))
+                given = None if chosen is None else chosen.to(where)
+                new = file.end(logits.to(where), given, rows, positions, *mine)
+                mine[0][-1] = 0  # that of the last or the first of nobody's rows
+                found.append([part.cpu() for part in (h, positions, new, *mine)])
+            assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+            assert found[0][4][-1] == 0 and found[0][4][slots[0]] == tables[1][slots[0]] + 1
 
 
 @runs
-def test_attention_over_pages(device: str) -> None:  # noqa: F811
-    @settings(max_examples=12 if INTERPRETED else 150, deadline=None)
-    @given(
-        lengths=st.lists(st.integers(1, 300), min_size=1, max_size=4),
-        heads=st.sampled_from(((1, 1), (2, 2), (4, 2), (6, 1), (8, 2))),
-        dim=st.sampled_from((16, 24, 64)),
-        page=st.sampled_from((1, 16, 32)),
-        window=st.sampled_from((None, None, 1, 7, 130)),
-        dtype=st.sampled_from(DTYPES),
-        seed=st.integers(0, 100),
-    )
-    def products(lengths, heads, dim, page, window, dtype, seed) -> None:
-        check_attention(device, lengths, heads, dim, page, window, dtype, seed)
-
-    products()
-
-
-def check_attention(where: str, lengths, heads, dim, page, window, dtype, seed) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    longest = -(-max(lengths) // page)
-    pages = len(lengths) * longest
-    table = torch.randperm(pages, generator=generator).view(len(lengths), longest)
-    cache = torch.full((2, pages * page, heads[1], dim), float("nan"), dtype=dtype)  # what nobody wrote
-    for row, length in zip(table, lengths, strict=True):
-        for n in range(length):
-            cache[:, int(row[n // page]) * page + n % page] = torch.randn(2, heads[1], dim, generator=generator).to(
-                dtype
-            )
-    q = torch.randn(len(lengths), heads[0], dim, generator=generator).to(dtype)
-    truth = attention(q, cache, table, lengths, page, window)
-    reach = max(lengths) + seed % 50
-    table = torch.nn.functional.pad(table, (0, -(-reach // page) - longest), value=pages - 1)
-    given = [part.to(where) for part in (q, cache, table, torch.tensor(lengths))]
-    found = module("triton_attention").attend(*given, page, reach, window)
-    close(found, truth, 8)
-    for known in (None, lengths):
-        keys = neighbours.Keys(table, torch.tensor(lengths), page, reach, known)
-        close(neighbours.attend(q, cache, keys, window), truth, 8)
-
-
-@runs
-def test_faults_in_attention_are_seen(device: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    """A wrong length, page or scale fails the comparison."""
-    case = ([90, 200], (4, 2), 16, 16, None, torch.float32, 3)
-    check_attention(device, *case)
-    triton_attention = module("triton_attention")
-    original = triton_attention.attend
-
-    def shifted(change):
-        def call(q, cache, table, lengths, page, reach, window):
-            return original(*change(q, cache, table, lengths), page, reach, window)
-
-        return call
-
-    for change in (
-        lambda q, c, t, n: (q, c, t, n - 1),
-        lambda q, c, t, n: (q, c, t.flip(0), n),
-        lambda q, c, t, n: (q * 1.01, c, t, n),
-        lambda q, c, t, n: (q, c.flip(0), t, n),
-    ):
-        monkeypatch.setattr(triton_attention, "attend", shifted(change))
-        with pytest.raises(AssertionError, match="times what is allowed"):
-            check_attention(device, *case)
+def test_the_likeliest_token_is_that_of_argmax(device: str) -> None:  # noqa: F811
+    inf, nan = float("inf"), float("nan")
+    rows = ([0.0, -0.0, -1], [-0.0, 0.0, -1], [-3, -2.5, -2.5], [1, inf, inf], [inf, nan, nan], [-inf, -inf, -inf])
+    rows = torch.tensor([*rows, [-nan, 1, inf], [-1e-40, -1e-45, -2]])
+    slots = torch.arange(len(rows), device=device)
+    tables = [torch.zeros(len(rows) + 1, dtype=torch.int64, device=device) for _ in range(2)]
+    found = module("triton_neighbours").end(rows.to(device), None, slots, tables[1][:-1].clone(), *tables)
+    assert found.tolist() == rows.argmax(-1).tolist() == [0, 0, 1, 1, 1, 0, 0, 1]
 
 
 @apart
 @given(lengths=st.lists(st.integers(1, 1000), min_size=1, max_size=40))
 def test_sequences_go_together_while_padding_is_cheap(lengths: list[int]) -> None:
-    found = neighbours.together(lengths)
+    found = attention.together(lengths)
     assert sorted(place for group in found for place in group) == list(range(len(lengths)))
     for group in found:
-        assert lengths[group[0]] * len(group) <= neighbours.PADDING * sum(lengths[place] for place in group)
+        assert lengths[group[0]] * len(group) <= attention.PADDING * sum(lengths[place] for place in group)
     for group, after in itertools.pairwise(found):
         joined = [*group, after[0]]
-        assert lengths[group[0]] * len(joined) > neighbours.PADDING * sum(lengths[place] for place in joined)
+        assert lengths[group[0]] * len(joined) > attention.PADDING * sum(lengths[place] for place in joined)
 
 
-@apart
-def test_ranges_cover_all_keys() -> None:
-    triton_attention = module("triton_attention")
-    for programs, keys, multiprocessors in ((32, 4096, 132), (8, 100, 132), (1, 1, 108), (2048, 8192, 132), (4, 65, 8)):
-        count, span = triton_attention.ranges(programs, keys, multiprocessors)
-        assert span % triton_attention.KEYS == 0 and (count - 1) * span < keys <= count * span and 1 <= count <= 64
-
-
-KERNELS = ("norm", "swiglu", "rotate", "range 1", "range 4", "join")
+# name, options: how many loads stand before the wait for the kernels before: of weights alone
+KERNELS = {"norm": 2, "swiglu": 0, "rotate": 0, "begin": 0, "end": 0, "end likeliest": 0}
+KERNELS |= {"step 1": 0, "step 4": 0, "step 8": 0, "step 1 ranges": 0, "step 4 ranges": 0, "step 4 ranges norms": 4}
 
 
 def compiled(name: str, arch: int, dtype: torch.dtype):
-    """The machine code for a model with heads of 128, compiled without a GPU."""
+    """The machine code for a model with heads of 128, compiled without a GPU; early where that can be."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kind, _, shared = name.partition(" ")
-    file = module("triton_attention" if kind in ("range", "join") else "triton_neighbours")
-    kernel = getattr(file, f"{kind}_kernel")
-    pointer = POINTERS[dtype]
-    types = dict.fromkeys(("h", "delta", "weight", "x", "gate", "up", "y", "q", "k", "v", "cos", "sin"), pointer)
-    types |= dict.fromkeys(("cache", "turned", "out"), pointer) | {"order": "*i64", "place": "*i64", "table": "*i64"}
-    types |= {"lengths": "*i64", "parts": "*fp32", "logs": "*fp32", "epsilon": "fp32", "scale": "fp32"}
-    types |= {"value_offset": "i64"}
-    constants = {"BLOCK": 4096 if kind == "norm" else 1024, "HEADS": 32, "HALF": 64, "DIM": 128, "N": file.KEYS if
-                 kind in ("range", "join") else 0, "RANGES": 16}  # fmt: skip
-    if kind == "range":
-        constants |= {"SHARED": int(shared), "GROUP": file.group(int(shared))}
-    if kind == "norm":
+    kind, *options = name.split()
+    file = module("triton_attention" if kind == "step" else "triton_neighbours")
+    kernel, pointer, warps = getattr(file, f"{kind}_kernel"), POINTERS[dtype], 8 if kind == "norm" else 4
+    types = dict.fromkeys(("h", "delta", "weight", "x", "gate", "up", "y", "q", "k", "v", "q_norm", "k_norm"), pointer)
+    types |= dict.fromkeys(("cos", "sin", "cache", "turned", "out", "embedding", "logits"), pointer)
+    types |= dict.fromkeys(("order", "place", "table", "lengths", "tokens", "slots", "positions", "new"), "*i64")
+    types |= dict.fromkeys(("parts", "logs"), "*fp32") | {"counters": "*i32"}
+    types |= dict.fromkeys(("epsilon", "q_epsilon", "k_epsilon", "scale"), "fp32") | {"value_offset": "i64"}
+    constants = {"BLOCK": 4096 if kind == "norm" else 1024, "HEADS": 32, "HALF": 64, "EARLY": arch >= 90}
+    constants |= {"LIKELIEST": "likeliest" in options}
+    if kind == "step":
+        constants |= file.constants(int(options[0]), 128, 32)
+        constants |= {} if "norms" in options else dict.fromkeys(("q_norm", "k_norm"))
+        constants |= {} if "ranges" in options else dict.fromkeys(("parts", "logs", "counters"))
+    if kind == "norm" and not options:
         constants["order"] = None
     names = [parameter.name for parameter in kernel.params]
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     fixed = {(names.index(n),): value for n, value in constants.items() if n in names}
-    aligned = [i for i, n in enumerate(names) if signature[n].startswith("*") or n in ("cols", "dim", "half")]
+    even = ("cols", "dim", "half", "q_row", "k_row", "v_row", "value_offset", "vocabulary")
+    aligned = [i for i, n in enumerate(names) if signature[n].startswith("*") or n in even]
     source = ASTSource(kernel, signature, fixed, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 8 if kind == "norm" else 4})
+    settings = {"num_warps": warps} | ({"launch_pdl": True} if arch >= 90 else {})
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=settings)
 
 
-@apart
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("name", KERNELS)
-def test_machine_code(name: str, arch: int, tmp_path) -> None:
-    """It compiles without a GPU, spills nothing, and fits the shared memory of every GPU from an A100 on."""
+def opcodes(code, folder) -> list[str]:
+    """The instructions of a kernel in their order, with nothing left out."""
     import sys
     from pathlib import Path
 
@@ -233,17 +185,30 @@ def test_machine_code(name: str, arch: int, tmp_path) -> None:
     sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
     import sass
 
-    for dtype in (torch.bfloat16, torch.float32) if (name, arch) == ("range 4", 80) else (torch.bfloat16,):
-        code, cubin = compiled(name, arch, dtype), tmp_path / "kernel.cubin"
-        assert code.metadata.shared <= 99 << 10
-        cubin.write_bytes(code.asm["cubin"])
-        nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-        (function,) = sass.disassemble(cubin, str(nvdisasm)).values()
-        opcodes = [instruction.opcode for instruction in function.body(None)]
-        assert not [opcode for opcode in opcodes if opcode.startswith(("LDL", "STL"))], "spills"
-        assert any("HMMA" in opcode for opcode in opcodes) == (
-            name in ("range 4", "range 16") and dtype != torch.float32
-        )
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(code.asm["cubin"])
+    nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    (function,) = sass.disassemble(cubin, str(nvdisasm)).values()
+    return [instruction.opcode for instruction in function.body(None)]
+
+
+@apart
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", KERNELS)
+def test_machine_code(name: str, arch: int, tmp_path) -> None:
+    """It compiles without a GPU, spills nothing, fits four times, and waits before all but the loads of weights."""
+    for dtype in (torch.bfloat16, torch.float32) if (name, arch) == ("step 4 ranges", 80) else (torch.bfloat16,):
+        code = compiled(name, arch, dtype)
+        found = opcodes(code, tmp_path)
+        assert not [opcode for opcode in found if opcode.startswith(("LDL", "STL"))], "spills"
+        products = name.startswith(("step 4", "step 8")) and dtype != torch.float32
+        assert any("HMMA" in opcode for opcode in found) == products
+        waits = [place for place, opcode in enumerate(found) if opcode.startswith("ACQBULK")]
+        assert len(waits) == (arch >= 90) == ("PREEXIT" in found)
+        if arch >= 90:
+            before = [opcode for opcode in found[: waits[0]] if opcode.startswith(MEMORY)]
+            assert len(before) <= KERNELS[name] and all(opcode.startswith("LDG") for opcode in before), before
+            assert not [opcode for opcode in found[: waits[0]] if opcode.startswith(("BRA", "EXIT", "RET"))]
 
 
 @runs
