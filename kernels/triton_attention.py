@@ -63,19 +63,18 @@ def add_ranges(
     """
     ROWS: tl.constexpr = triton.next_power_of_2(SHARED)
     query, lane = tl.arange(0, ROWS), tl.arange(0, DIM)
-    every = tl.arange(0, MOST)
-    known = (query < SHARED)[:, None] & (every < used)[None, :]
-    found = tl.load(logs + query[:, None] * ranges + every, mask=known, other=float("-inf"), cache_modifier=".cg")
+    begin = tl.minimum(query, SHARED - 1)[:, None] * ranges
+    every = tl.arange(0, MOST)[None, :]
+    found = tl.load(logs + begin + every, mask=every < used, other=float("-inf"), cache_modifier=".cg")  # [ROWS, MOST]
     most = tl.max(found, 1)
     total = tl.sum(tl.exp(found - most[:, None]), 1)
     sums = tl.full((ROWS, DIM), 0, tl.float32)
     for start in range(0, used, CHUNK):
-        part = start + tl.arange(0, CHUNK)
-        row = query[:, None] * ranges + part  # [ROWS, CHUNK]
-        there = (query < SHARED)[:, None] & (part < used)[None, :]
+        part = start + tl.arange(0, CHUNK)[None, :]
+        row, there = begin + part, part < used
         weight = tl.exp(tl.load(logs + row, mask=there, other=float("-inf"), cache_modifier=".cg") - most[:, None])
         place, inside = parts + row[:, :, None] * HEAD + lane, there[:, :, None] & (lane < HEAD)
-        share = tl.load(place, mask=inside, other=0, cache_modifier=".cg")
+        share = tl.load(place, mask=inside, other=0, cache_modifier=".cg")  # [ROWS, CHUNK, DIM]
         sums += tl.sum(share * weight[:, :, None], 1)
     asked = (query < SHARED)[:, None] & (lane < HEAD)[None, :]
     tl.store(out + query[:, None] * HEAD + lane, (sums / total[:, None]).to(out.dtype.element_ty), mask=asked)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_triton import INTERPRETED, POINTERS, apart, device, runs  # noqa: F401
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from alphaprune.kernels import attention, neighbours
 
@@ -112,7 +113,8 @@ def test_begin_and_end_of_a_step(dtype: torch.dtype, device: str) -> None:  # no
                 mine[0][-1] = 0  # that of the last or the first of nobody's rows
                 found.append([part.cpu() for part in (h, positions, new, *mine)])
             assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
-            assert found[0][4][-1] == 0 and found[0][4][slots[0]] == tables[1][slots[0]] + 1
+            mine = [slot for slot in slots if slot != 5]
+            assert found[0][4][-1] == 0 and torch.equal(found[0][4][mine], tables[1][mine] + 1)
 
 
 @runs
@@ -222,3 +224,51 @@ def test_a_ragged_batch_through_all_of_them(device: str, monkeypatch: pytest.Mon
     expected = [theirs(model, one[None], 5)[0].tolist() for one in given]
     monkeypatch.setattr(neighbours, "fused", lambda x: True)
     assert decode(model.to(device), given, 5) == expected
+
+
+class Launches(TorchDispatchMode):
+    """Names of what a GPU would be asked to do: operations of torch that compute, and kernels of Triton."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        owner = type(module("triton_neighbours").norm_kernel)
+        original = owner.run
+
+        def run(kernel, *given, **named):
+            self.names.append(kernel.fn.__name__)
+            with _disable_current_modes():
+                return original(kernel, *given, **named)
+
+        monkeypatch.setattr(owner, "run", run)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        if not func.is_view and not name.startswith(("new_empty", "empty", "detach", "_unsafe_view")):
+            self.names.append("product" if name in ("mm", "addmm", "linear") else name)
+        return func(*args, **(kwargs or {}))
+
+
+@runs
+def test_launches_of_a_step(device: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """One at the beginning, one for what stands between two products of a block, two and the last product at the end.
+
+    Of a dense model: what packed weights take into their launches is in test_cuda_delta.py and test_decoder_gpu.py.
+    """
+    from test_decoder import build
+
+    from alphaprune.decoder import Decoder
+    from alphaprune.ragged import Ragged
+
+    monkeypatch.setattr(neighbours, "fused", lambda x: True)
+    decoder = Decoder(build("qwen3, window and biases").to(device))
+    ragged = Ragged(decoder, 3, 70)
+    slots = torch.tensor([2, 0, 3], device=device)
+    attention_part = ["norm_kernel", *["product"] * 3, "step_kernel", "product"]
+    block = [*attention_part, "norm_kernel", *["product"] * 2, "swiglu_kernel", "product"]
+    with torch.inference_mode(), Launches(monkeypatch) as found:
+        ragged.step(slots, 40)
+    assert found.names == ["begin_kernel", *block * len(decoder.blocks), "norm_kernel", "product", "end_kernel"]
+    with torch.inference_mode(), Launches(monkeypatch) as found:
+        ragged.step(slots, 40, lambda logits, slots, positions: logits.argmin(-1))
+    assert found.names[-2:] == ["argmin", "end_kernel"]

@@ -115,13 +115,14 @@ def check(case: Case, where: str, file: ModuleType | None = None, seeds: tuple[i
     given = [part.to(where) for part in (case.q, case.k, case.v)]
     norms = case.norms and tuple((weight.to(where), epsilon) for weight, epsilon in case.norms)
     counters, results = file.counters(given[0]), []
+    alone = [row for row, at in enumerate(place.tolist()) if place.tolist().count(at) == 1]  # and not nobody's
     for seed in seeds:
         cache = case.cache.clone().to(where)
         with shuffled(seed):
             found = file.attend_new(*given, cache, case.keys(where=where), case.window, norms, counters)
         close(found, wanted, 8)
         mine, expected = cache.cpu(), case.cache.clone()
-        close(mine[:, place].flatten(-2), new.flatten(-2).double(), 2)
+        close(mine[:, place[alone]].flatten(-2), new[:, alone].flatten(-2).double(), 2)
         assert torch.equal(mine[1, place[0]], new[1, 0]), "a value is stored as it is"
         if case.norms is None and case.q.dtype != torch.float32:
             assert torch.equal(mine[0, place[0]], new[0, 0]), "a turned key is the one that torch makes"
@@ -168,15 +169,14 @@ CASES = (  # lengths, heads, dim, page, window, normed, seed
 
 @runs
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_several_ranges_in_any_order(case: tuple, device: str) -> None:  # noqa: F811
+def test_several_ranges_in_any_order(case: tuple, device: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     """With more ranges than one, and a sequence beside that has one key."""
     made_of, seeds = made(*case[:-1], torch.float32, case[-1]), tuple(range(6))
     check(made_of, device, seeds=seeds)
-    whole = made_of._replace(reach=KEYS)  # a range holds everything, whatever it is recorded for
-    check(whole, device, seeds=seeds[:1])
+    monkeypatch.setattr(module("triton_attention"), "programs", lambda x: 1)  # one range, which counts nothing
+    check(made_of, device, seeds=seeds[:1])
 
 
-KEYS = 64
 PLANTED = {
     "the new key is taken twice": ("    if part == 0:\n", "    if part <= 1:\n"),
     "the new key is read from the cache": (
@@ -189,7 +189,7 @@ PLANTED = {
     ),
     "a counter is not reset": ("        tl.store(counter, 0)", "        tl.store(counter, 0 * all_of_them + 1)"),
     "the last but one adds": ("== all_of_them - 1", "== all_of_them - 2"),
-    "one range is not added": ("(every < used)", "(every < used - 1)"),
+    "one range is not added": ("mask=every < used,", "mask=every < used - 1,"),
     "a part of a range is not added": ("there[:, :, None] & (lane < HEAD)", "there[:, :, None] & (lane < HEAD - 1)"),
     "the window is one short": ("position + 1 - window", "position + 2 - window"),
     "keys before the window are seen": ("(key >= first) & (key < end)", "key < end"),
