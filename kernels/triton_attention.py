@@ -23,13 +23,21 @@ ADDED = 8192  # numbers of ranges that the last program holds at a time
 
 
 @triton.jit
+def two(x, lane, twin, there):
+    """float32 numbers at x: those of a head in their order, and for each of them its twin in a turn."""
+    return (
+        tl.load(x + lane, mask=there, other=0).to(tl.float32),
+        tl.load(x + twin, mask=there, other=0).to(tl.float32),
+    )
+
+
+@triton.jit
 def turned(
     x, lane, twin, there, sign, c, s, weight, twin_weight, epsilon,
     HEAD: tl.constexpr, TYPE: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
     """Heads [rows, DIM] at the addresses x [rows, 1]: normalised or not, and rotated, rounded as in neighbours.py."""
-    value = tl.load(x + lane, mask=there, other=0).to(tl.float32)
-    other = tl.load(x + twin, mask=there, other=0).to(tl.float32)
+    value, other = two(x, lane, twin, there)
     if NORMED:
         norm = tl.rsqrt(tl.sum(value * value, 1) / HEAD + epsilon)[:, None]
         value = ((value * norm).to(TYPE).to(tl.float32) * weight).to(TYPE).to(tl.float32)
@@ -151,6 +159,37 @@ def see_old(
     return most, total, sums
 
 
+@triton.jit
+def hand_in(
+    out, parts, logs, counters, pair, part, used, ranges, most, total, sums, group, lane, asked,
+    SHARED: tl.constexpr, HEAD: tl.constexpr, DIM: tl.constexpr, TYPE: tl.constexpr, MOST: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """What a range found to out, if it is alone, or else to where the last one adds them."""
+    query = pair.to(tl.int64) * SHARED
+    out += query * HEAD
+    share = sums / total[:, None]
+    if used == 1:
+        tl.store(out + group[:, None] * HEAD + lane, share.to(TYPE), mask=asked)
+    elif counters is not None:
+        parts += query * ranges * HEAD
+        logs += query * ranges
+        at = group * ranges + part
+        tl.store(parts + at[:, None] * HEAD + lane, share, mask=asked)
+        tl.store(logs + at, most + tl.log(total), mask=group < SHARED)
+        if is_last(counters + pair, used):
+            add_ranges(parts, logs, out, used, ranges, SHARED, HEAD, DIM, MOST, CHUNK)
+
+
+@triton.jit
+def cut(position, window, ranges, N: tl.constexpr):
+    """The first key in the cache that is seen, where ranges begin, keys of one, and how many have keys or are first."""
+    first = tl.where(window > 0, tl.maximum(position + 1 - window, 0), 0)
+    begin = first - first % N
+    span = tl.maximum(tl.cdiv(tl.cdiv(position - begin, ranges), N), 1) * N
+    return first, begin, span, tl.maximum(tl.cdiv(position - begin, span), 1)
+
+
 @triton.jit(do_not_specialize=["pages", "window", "ranges"])
 def step_kernel(
     q, k, v, q_norm, k_norm, cos, sin, slots, positions, table, cache, out, parts, logs, counters,
@@ -176,27 +215,20 @@ def step_kernel(
     let_next_begin(EARLY)
     q_weight, q_twin, k_weight, k_twin = 1.0, 1.0, 1.0, 1.0
     if NORMED:  # weights: no kernel of a step writes them
-        q_weight = tl.load(q_norm + lane, mask=there, other=0).to(tl.float32)
-        q_twin = tl.load(q_norm + twin, mask=there, other=0).to(tl.float32)
-        k_weight = tl.load(k_norm + lane, mask=there, other=0).to(tl.float32)
-        k_twin = tl.load(k_norm + twin, mask=there, other=0).to(tl.float32)
+        q_weight, q_twin = two(q_norm, lane, twin, there)
+        k_weight, k_twin = two(k_norm, lane, twin, there)
     wait_for_kernels_before(EARLY)
     pages_at = table + tl.load(slots + sequence) * pages
     position = tl.load(positions + sequence).to(tl.int32)
-    first = tl.where(window > 0, tl.maximum(position + 1 - window, 0), 0)
-    begin = first - first % N
-    span = tl.maximum(tl.cdiv(tl.cdiv(position - begin, ranges), N), 1) * N
-    used = tl.maximum(tl.cdiv(position - begin, span), 1)  # ranges with keys, of which the new one is in the first
+    first, begin, span, used = cut(position, window, ranges, N)
     if part >= used:
         return
     angle = position * HALF + tl.where(near, lane, lane - HALF)
     c = tl.load(cos + angle, mask=there, other=0).to(tl.float32)
     s = tl.load(sin + angle, mask=there, other=0).to(tl.float32)
-    asked = (group < SHARED)[:, None] & there
-    begun = q + sequence * q_row + (head * SHARED + group[:, None]) * HEAD
-    queries = turned(
-        begun, lane, twin, asked, sign, c, s, q_weight, q_twin, q_epsilon, HEAD, TYPE, NORMED
-    )  # [GROUP, DIM]
+    asked = (group < SHARED)[:, None] & there  # [GROUP, DIM]
+    q += sequence * q_row + (head * SHARED + group[:, None]) * HEAD
+    queries = turned(q, lane, twin, asked, sign, c, s, q_weight, q_twin, q_epsilon, HEAD, TYPE, NORMED)
     heads, row = cache + head * HEAD, key_heads * HEAD
     most = tl.full((GROUP,), float("-inf"), tl.float32)
     total = tl.full((GROUP,), 0, tl.float32)
@@ -214,18 +246,10 @@ def step_kernel(
         *(queries, heads, row, pages_at, first, begin, tl.minimum(begin + span, position), most, total, sums),
         *(value_offset, scale, lane, there, GROUP, PAGE, N),
     )
-    query = pair.to(tl.int64) * SHARED
-    share = sums / total[:, None]
-    if used == 1:
-        tl.store(out + (query + group[:, None]) * HEAD + lane, share.to(TYPE), mask=asked)
-    elif counters is not None:
-        at = (query + group) * ranges + part
-        tl.store(parts + at[:, None] * HEAD + lane, share, mask=asked)
-        tl.store(logs + at, most + tl.log(total), mask=group < SHARED)
-        if is_last(counters + pair, used):
-            parts += query * ranges * HEAD
-            logs += query * ranges
-            add_ranges(parts, logs, out + query * HEAD, used, ranges, SHARED, HEAD, DIM, MOST, CHUNK)
+    hand_in(
+        *(out, parts, logs, counters, pair, part, used, ranges, most, total, sums, group, lane, asked),
+        *(SHARED, HEAD, DIM, TYPE, MOST, CHUNK),
+    )
 
 
 @functools.cache

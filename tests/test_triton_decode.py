@@ -2,6 +2,10 @@
 
 import importlib
 import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,32 +181,35 @@ def compiled(name: str, arch: int, dtype: torch.dtype):
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=settings)
 
 
-def opcodes(code, folder) -> list[str]:
-    """The instructions of a kernel in their order, with nothing left out."""
-    import sys
-    from pathlib import Path
-
+def opcodes(code, folder: Path) -> tuple[list[str], int]:
+    """The instructions of a kernel in their order, with nothing left out, and the registers of a thread."""
     import triton
 
     sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
     import sass
 
-    cubin = folder / "kernel.cubin"
+    cubin, tools = folder / "kernel.cubin", Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     cubin.write_bytes(code.asm["cubin"])
-    nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    (function,) = sass.disassemble(cubin, str(nvdisasm)).values()
-    return [instruction.opcode for instruction in function.body(None)]
+    (function,) = sass.disassemble(cubin, str(tools / "nvdisasm")).values()
+    usage = subprocess.run(
+        [tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    return [instruction.opcode for instruction in function.body(None)], int(re.search(r"REG:(\d+)", usage)[1])
 
 
 @apart
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("name", KERNELS)
 def test_machine_code(name: str, arch: int, tmp_path) -> None:
-    """It compiles without a GPU, spills nothing, fits four times, and waits before all but the loads of weights."""
+    """It compiles without a GPU, spills nothing, fits as often as it should, and loads only weights before it waits."""
     for dtype in (torch.bfloat16, torch.float32) if (name, arch) == ("step 4 ranges", 80) else (torch.bfloat16,):
         code = compiled(name, arch, dtype)
-        found = opcodes(code, tmp_path)
+        found, registers = opcodes(code, tmp_path)
         assert not [opcode for opcode in found if opcode.startswith(("LDL", "STL"))], "spills"
+        if name.startswith("step") and dtype == torch.bfloat16:  # as many as PROGRAMS_PER_SM says, on an A100, too
+            file = module("triton_attention")
+            assert file.PROGRAMS_PER_SM * registers * 32 * file.WARPS <= 65536
+            assert file.PROGRAMS_PER_SM * (code.metadata.shared + 1024) <= 164 << 10
         products = name.startswith(("step 4", "step 8")) and dtype != torch.float32
         assert any("HMMA" in opcode for opcode in found) == products
         waits = [place for place, opcode in enumerate(found) if opcode.startswith("ACQBULK")]
@@ -211,6 +218,19 @@ def test_machine_code(name: str, arch: int, tmp_path) -> None:
             before = [opcode for opcode in found[: waits[0]] if opcode.startswith(MEMORY)]
             assert len(before) <= KERNELS[name] and all(opcode.startswith("LDG") for opcode in before), before
             assert not [opcode for opcode in found[: waits[0]] if opcode.startswith(("BRA", "EXIT", "RET"))]
+
+
+@apart
+@pytest.mark.parametrize("name", ["step 1 ranges", "step 4 ranges"])
+def test_what_others_wrote_is_read_behind_the_count(name: str) -> None:
+    """All threads have stored before one counts, and all wait for its answer; then nothing comes from the L1 cache."""
+    code = compiled(name, 90, torch.bfloat16).asm["ptx"]
+    found = re.findall(r"\b(?:bar\.sync|atom\.global\S*|red\.global\S*|ld\.global\S*|st\.global\S*)", code)
+    (count,) = [place for place, one in enumerate(found) if one.startswith(("atom", "red"))]
+    assert found[count].startswith("atom.global.gpu.acq_rel.add")
+    assert found[count - 1] == found[count + 1] == "bar.sync" and found[count - 2].startswith("st.global")
+    loads = [one for one in found[count:] if one.startswith("ld")]
+    assert loads and all(one.startswith("ld.global.cg") for one in loads)
 
 
 @runs

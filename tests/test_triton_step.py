@@ -194,7 +194,7 @@ PLANTED = {
     "the window is one short": ("position + 1 - window", "position + 2 - window"),
     "keys before the window are seen": ("(key >= first) & (key < end)", "key < end"),
     "the sign of a turn": ("tl.where(near, -1.0, 1.0)", "tl.where(near, 1.0, -1.0)"),
-    "the weight of the other half": ("tl.load(k_norm + twin", "tl.load(k_norm + lane"),
+    "the weight of the other half": ("two(k_norm, lane, twin, there)", "two(k_norm, lane, lane, there)"),
     "the epsilon of the queries": ("c, s, k_weight, k_twin, k_epsilon", "c, s, k_weight, k_twin, q_epsilon"),
     "the value is not stored": ("    tl.store(target + value_offset + lane, value, mask=there)\n", ""),
     "the page of another sequence": ("tl.load(slots + sequence) * pages", "sequence * pages"),
