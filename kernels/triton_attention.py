@@ -292,6 +292,12 @@ def constants(shared: int, dim: int, page: int) -> dict[str, int]:
     return fixed | {"MOST": MOST_RANGES, "CHUNK": chunk}
 
 
+def settings(dtype: torch.dtype, dim: int) -> dict[str, int]:
+    """How step_kernel is compiled: with so few registers that PROGRAMS_PER_SM fit, where that spills none."""
+    small = dtype.itemsize == 2 and dim <= 128
+    return {"num_warps": WARPS} | ({"maxnreg": 65536 // (PROGRAMS_PER_SM * WARPS * 32)} if small else {})
+
+
 def attend_new(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, keys, window: int | None, norms, counters) -> Tensor:
     """As attention.attend_new, with `counters` of this stream."""
     key_heads, dim = cache.shape[2:]
@@ -312,7 +318,7 @@ def attend_new(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, keys, window: int
             *(cache.stride(0), dim**-0.5, q_epsilon, k_epsilon, q.stride(0), k.stride(0), v.stride(0)),
             *(keys.table.shape[1], window or 0, key_heads, count),
             **constants(shared, dim, keys.page),
+            **settings(q.dtype, dim),
             **triton_early.options(q),
-            num_warps=WARPS,
         )
     return out

@@ -157,7 +157,7 @@ def compiled(name: str, arch: int, dtype: torch.dtype):
 
     kind, *options = name.split()
     file = module("triton_attention" if kind == "step" else "triton_neighbours")
-    kernel, pointer, warps = getattr(file, f"{kind}_kernel"), POINTERS[dtype], 8 if kind == "norm" else 4
+    kernel, pointer = getattr(file, f"{kind}_kernel"), POINTERS[dtype]
     types = dict.fromkeys(("h", "delta", "weight", "x", "gate", "up", "y", "q", "k", "v", "q_norm", "k_norm"), pointer)
     types |= dict.fromkeys(("cos", "sin", "cache", "turned", "out", "embedding", "logits"), pointer)
     types |= dict.fromkeys(("order", "place", "table", "lengths", "tokens", "slots", "positions", "new"), "*i64")
@@ -177,7 +177,8 @@ def compiled(name: str, arch: int, dtype: torch.dtype):
     even = ("cols", "dim", "half", "q_row", "k_row", "v_row", "value_offset", "vocabulary")
     aligned = [i for i, n in enumerate(names) if signature[n].startswith("*") or n in even]
     source = ASTSource(kernel, signature, fixed, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    settings = {"num_warps": warps} | ({"launch_pdl": True} if arch >= 90 else {})
+    settings = file.settings(dtype, 128) if kind == "step" else {"num_warps": 8 if kind == "norm" else 4}
+    settings |= {"launch_pdl": True} if arch >= 90 else {}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=settings)
 
 
