@@ -293,19 +293,8 @@ def test_in_the_interpreter() -> None:
     versions = [tuple(map(int, version(package).split(".")[:2])) for package in ("triton", "numpy")]
     if versions[0] < (3, 7) and versions[1] >= (2, 4):
         pytest.skip("the interpreter of Triton before 3.7 fails with numpy 2.4 and later")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-rs",
-        "-m",
-        "not gpu",
-        __file__,
-        *DECODE,
-    ]
+    options = ["-q", "-p", "no:cacheprovider", "-rs", "-m", "not gpu"]
+    command = [sys.executable, "-m", "pytest", *options, __file__, *DECODE]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stdout + done.stderr
