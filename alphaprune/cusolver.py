@@ -18,7 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from alphaprune import hardware, tridiagonal
+from alphaprune import hardware, memory, tridiagonal
+from alphaprune.tridiagonal import Unusable
 
 # "batched": cusolverDnXsyevBatched. "looped": cusolverDnXsyevd for one matrix after another. "torch": torch.linalg.
 # "tridiagonal": no library at all, see there.
@@ -67,10 +68,6 @@ STATUS = {
 }
 
 log = logging.getLogger("alphaprune")
-
-
-class Unusable(RuntimeError):
-    """cuSOLVER, or one call of it, cannot be had; the text says why."""
 
 
 class Library:
@@ -181,7 +178,7 @@ def eigvalsh(gram: Tensor, route: Route | None = None, solver: Solver | None = N
         if taken == "tridiagonal":
             return tridiagonal.eigvalsh(gram)
         values, info = (solver or _solver(gram.device)).eigenvalues(gram, taken)
-    except (Unusable, tridiagonal.Unusable, torch.OutOfMemoryError) as reason:
+    except (Unusable, torch.OutOfMemoryError) as reason:
         if route:
             raise
         _log_once(f"eigenvalues by torch.linalg, because {reason}")
@@ -251,16 +248,10 @@ def _solver(device: torch.device) -> Solver:
         with torch.cuda.device(device):
             _solvers[device] = Solver(
                 library,
-                lambda: free_bytes(device),
+                lambda: memory.free(device) or 0,
                 lambda: torch.cuda.current_stream(device).cuda_stream,
             )
     return _solvers[device]
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes that torch can give out: what the driver has and what torch keeps unused."""
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def paths(maps: str = "/proc/self/maps", cuda: str | None = torch.version.cuda) -> Iterator[str]:

@@ -138,7 +138,7 @@ def _batches(
     shapes: list[tuple[int, int]], need: Need, device: torch.device, solver: str
 ) -> Iterator[tuple[Solver, list[int]]]:
     """The places of matrices [N, K] that are solved together, those of one shape side by side, and by what."""
-    free = cusolver.free_bytes(device) if device.type == "cuda" else None
+    free = memory.free(device) if device.type == "cuda" else None
     alike: dict[tuple[Solver, int], list[int]] = {}
     for place in sorted(range(len(shapes)), key=lambda place: shapes[place]):
         key = choose(need, shapes[place], device, solver), min(shapes[place])

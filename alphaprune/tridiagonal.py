@@ -19,6 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from alphaprune import memory
 from alphaprune.files import first_line
 from alphaprune.gram import full_float32
 
@@ -32,18 +33,26 @@ log = logging.getLogger("alphaprune")
 
 
 class Unusable(RuntimeError):
-    """The reduction cannot run on these matrices; the text says why."""
+    """A way to the eigenvalues, or one call of it, cannot be had; the text says why."""
 
 
 def eigvalsh(gram: Tensor) -> Tensor:
     """Eigenvalues [b, n], ascending, of symmetric gram [b, n, n], float32 or float64, by its lower triangles, which are
     not changed.
 
-    Unusable where Triton cannot run, or for matrices larger than LARGEST. Entries that are not finite give NaN.
+    Unusable where Triton cannot run, or for matrices larger than LARGEST. Of a matrix with entries that are not finite
+    all eigenvalues are NaN.
     """
     if reason := missing(gram):
         raise Unusable(reason)
-    return solve(gram) if gram.numel() else gram.new_zeros(gram.shape[:2])
+    if not gram.numel():
+        return gram.new_zeros(gram.shape[:2])
+    try:
+        return solve(gram)
+    except Exception as error:  # of Triton, its compiler, and the C compiler and assembler that it calls
+        if memory.device_fault(error):
+            raise
+        raise Unusable(f"Triton cannot make or launch the kernels: {first_line(error)}") from error
 
 
 def solve(gram: Tensor, panel: int = PANEL, tile: int = TILE) -> Tensor:
@@ -72,7 +81,7 @@ def missing(gram: Tensor) -> str | None:
 
 def reduce(matrices: Tensor, panel: int = PANEL, tile: int = TILE) -> tuple[Tensor, Tensor]:
     """The main diagonal [b, n] and the one beside it [b, n], the last of which is 0, of matrices that have the
-    eigenvalues of symmetric `matrices` [b, n, n], which are overwritten."""
+    eigenvalues of symmetric `matrices` [b, n, n], contiguous, which are overwritten."""
     from alphaprune.tridiagonal_triton import Panel
 
     n = matrices.shape[-1]
@@ -103,7 +112,8 @@ class Recorder:
 
     def __call__(self, matrices: Tensor) -> tuple[Tensor, Tensor]:
         """See `reduce`. Where no graph can be made, for want of memory most likely, there is none from then on."""
-        alike = matrices.device, matrices.dtype, matrices.shape
+        stream = torch.cuda.current_stream(matrices.device) if matrices.is_cuda else None
+        alike = matrices.device, matrices.dtype, matrices.shape, stream  # those of two streams would meet in one graph
         with self._lock:
             if alike != self._alike:
                 self._alike, self._count, self._recorded = alike, 0, None

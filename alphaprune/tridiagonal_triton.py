@@ -95,7 +95,7 @@ def multiply_kernel(
     PANEL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """A v of the newest row of V, by the lower tiles of A: parts[b, c, r] is what tile (r, c) adds to row r, from above
-    the diagonal as well. Programs that are left: dots[b, 0, k] = V_k·v… of rows k before it, of W and then of V."""
+    the diagonal as well. Programs that are left: dots[b, 0, k] = W_k·v and dots[b, 1, k] = V_k·v of rows k before."""
     batch = tl.program_id(2).to(tl.int64)
     begin = tl.multiple_of(begin, PANEL)
     rows = n - begin
@@ -143,8 +143,8 @@ def multiply_kernel(
 def bisect_kernel(
     main, squares, low, high, found, n, padded, steps, BLOCK: tl.constexpr, UNROLLED: tl.constexpr
 ):  # fmt: skip
-    """Eigenvalue k of each T: of halves of an interval that of the side where k are smaller. squares[i]: that of the
-    entry beside main[i − 1] and main[i]."""
+    """Eigenvalue k of each T, the middle of the interval that is left: below a number lie as many eigenvalues as
+    pivots of T less that number are negative. squares[i]: of the entry between main[i − 1] and main[i]."""
     batch = tl.program_id(1).to(tl.int64)
     which = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     main += batch * padded
@@ -216,8 +216,7 @@ def bisect(main: Tensor, beside: Tensor, steps: int) -> Tensor:
     of which is 0: `steps` halvings, in float64, of an interval with all of them. In the dtype of `main`."""
     batch, n = main.shape
     d, e = main.double(), beside.double()
-    e[:, -1] = 0
-    before = e.roll(1, 1)
+    before = e.roll(1, 1)  # of the first row that 0
     reach = e.abs() + before.abs()
     low, high = (d - reach).amin(1), (d + reach).amax(1)
     room = 1e-14 * torch.maximum(low.abs(), high.abs()) + SMALLEST_PIVOT.value

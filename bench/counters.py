@@ -12,6 +12,7 @@ the row, in words.
 
 import argparse
 import csv
+import itertools
 import json
 import re
 import sys
@@ -61,6 +62,10 @@ def launches(lines: list[str]) -> Iterator[dict[str, float | str]]:
         raise ValueError("this is no page of launches; make it by: ncu -i FILE.ncu-rep --csv --page raw")
     names, units, *every = found
     for values in every:
+        if len(values) != len(names):
+            raise ValueError(
+                f"a launch has {len(values)} cells, and there are {len(names)} columns: the page is cut off"
+            )
         cells = zip(names, values, units, strict=True)
         yield {name: number(value, unit) for name, value, unit in cells}
 
@@ -81,15 +86,14 @@ def row(launch: dict[str, float | str]) -> dict[str, object]:
         "gpu": launch.get("device__attribute_display_name"),
         "capability": str(launch.get("CC")),
         "launched": str(launch["Kernel Name"]),
-        "grid": _sizes(launch["Grid Size"]),
-        "block": _sizes(launch["Block Size"]),
+        "grid": _sizes(launch.get("Grid Size", "")),
+        "block": _sizes(launch.get("Block Size", "")),
     }
     found |= {name: _counted(launch.get(column)) for name, column in COUNTED.items()}
     found |= {name: _share(launch.get(column)) for name, column in SHARES.items()}
-    cycles, active = launch.get(COUNTED["cycles"]), launch.get("sm__cycles_active.avg")
-    found["busy"] = active / cycles if cycles and active else None
-    conflicts, wavefronts = launch.get("l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum"), launch.get(SHARED)
-    found["conflicts"] = None if conflicts is None or not wavefronts else conflicts / wavefronts
+    found["busy"] = _ratio(launch.get("sm__cycles_active.avg"), launch.get(COUNTED["cycles"]))
+    conflicts = launch.get("l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum")
+    found["conflicts"] = _ratio(conflicts, launch.get(SHARED))
     found["pipes"] = {name: _share(launch.get(column)) for name, column in PIPES.items()}
     found["stalls"] = stalls(launch)
     return found
@@ -97,7 +101,8 @@ def row(launch: dict[str, float | str]) -> dict[str, object]:
 
 def stalls(launch: dict[str, float | str]) -> dict[str, float]:
     """What warps wait for, as shares of their time, from LEAST_STALL on, the largest first."""
-    every = {match[1]: launch[name] for name in launch if (match := STALL.fullmatch(name))}
+    named = {match[1]: value for name, value in launch.items() if (match := STALL.fullmatch(name))}
+    every = {name: value for name, value in named.items() if isinstance(value, float)}
     total = sum(every.values())
     shares = {name: value / total for name, value in every.items() if value >= LEAST_STALL * total > 0}
     return {name: round(share, 4) for name, share in sorted(shares.items(), key=lambda item: -item[1])}
@@ -105,6 +110,10 @@ def stalls(launch: dict[str, float | str]) -> dict[str, float]:
 
 def _counted(value: "float | str | None") -> float | None:
     return value if isinstance(value, float) else None
+
+
+def _ratio(part: "float | str | None", whole: "float | str | None") -> float | None:
+    return part / whole if isinstance(part, float) and isinstance(whole, float) and whole else None
 
 
 def _share(percent: "float | str | None") -> float | None:
@@ -120,13 +129,16 @@ def line(row: dict) -> str:
     pipes = ", ".join(f"{name} {100 * share:.0f}" for name, share in row["pipes"].items() if share and share >= 0.1)
     waits = ", ".join(f"{name} {100 * share:.0f}" for name, share in list(row["stalls"].items())[:4])
     what = row.get("case") or row["launched"]
-    return f"{what:28}  {1e6 * row['seconds']:8.2f} us  busy {100 * row['busy']:3.0f} %  pipes {pipes}  stalls {waits}"
+    took = "?" if row["seconds"] is None else f"{1e6 * row['seconds']:.2f}"
+    busy = "?" if row["busy"] is None else f"{100 * row['busy']:.0f}"
+    return f"{what:28}  {took:>8} us  busy {busy:>3} %  pipes {pipes}  stalls {waits}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", help="ncu --csv --page raw; - for standard input")
-    parser.add_argument("--case", default="", help="kernel:tokens:sparsity of each launch, with commas, as in pipes.py")
+    cases = {"type": gpu_cases.launches_from, "default": ()}
+    parser.add_argument("--case", **cases, help="kernel:tokens:sparsity of each launch, with commas, as in pipes.py")
     parser.add_argument("--shape", type=gpu_cases.shapes_from, default=((28672, 4096),))
     parser.add_argument("--changed", help="what is done because of these rows")
     parser.add_argument("--json", action="store_true", help="one JSON object per row instead of the table")
@@ -135,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         text = sys.stdin.read() if options.file == "-" else Path(options.file).read_text()
         found = [row(launch) for launch in launches(text.splitlines())]
-        cases = [(shape, case) for shape in options.shape for case in options.case.split(",") if case]
+        cases = list(itertools.product(options.shape, options.case))
         if cases and len(cases) != len(found):
             raise ValueError(f"--case names {len(cases)} launches, and {options.file} has {len(found)}")
     except (OSError, ValueError) as fault:
@@ -143,9 +155,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     for place, made in enumerate(found):
         if cases:
-            shape, case = cases[place]
-            kernel, tokens, kept = case.split(":", 2)
-            made |= {"case": case, "shape": list(shape), "kernel": kernel, "tokens": int(tokens), "sparsity": kept}
+            shape, (kernel, tokens, kept) = cases[place]
+            case = f"{kernel}:{tokens}:{kept}"
+            made |= {"case": case, "shape": list(shape), "kernel": kernel, "tokens": tokens, "sparsity": kept}
         if options.changed:
             made["changed"] = options.changed
         print(json.dumps(made, allow_nan=False) if options.json else line(made), flush=True)

@@ -106,6 +106,17 @@ def kept_from(text: str) -> tuple[Kept, ...]:
     return found
 
 
+def launches_from(text: str) -> tuple[tuple[str, int, str], ...]:
+    """`sbt_mma:1:0.5,nm_mma_sp:16:2:4` as (kernel, tokens, what `kept_from` takes). ValueError for anything else."""
+    found = []
+    for part in text.split(","):
+        kernel, tokens, kept = [*part.split(":", 2), "", ""][:3]
+        if not (kernel and tokens.isdecimal() and int(tokens)) or len(kept_from(kept or "none")) != 1:
+            raise ValueError(f"case {part}: wanted kernel:tokens:sparsity, such as sbt_mma:1:0.5 or nm_mma_sp:16:2:4")
+        found.append((kernel, int(tokens), kept))
+    return tuple(found)
+
+
 def values_from(text: str) -> tuple[str, ...]:
     """`float,int8` as ways to store what is kept. ValueError for anything else."""
     found = tuple(text.split(","))

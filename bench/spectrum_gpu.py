@@ -26,7 +26,7 @@ import torch
 from rows import append, command
 from torch import Tensor
 
-from alphaprune import cusolver, spectrum, tridiagonal
+from alphaprune import cusolver, memory, spectrum, tridiagonal
 from alphaprune.weight_stats import WeightStats
 
 BATCHES = {128: 64, 256: 64, 512: 32, 1024: 16, 2048: 8, 4096: 7}  # a block of LLaMA has seven matrices
@@ -72,7 +72,7 @@ def side_by_side(gram: Tensor) -> Tensor:
         side.wait_stream(main)
         with torch.cuda.stream(side):
             solver = cusolver.Solver(
-                cusolver._library(), lambda: cusolver.free_bytes(device) // len(gram), lambda: side.cuda_stream
+                cusolver._library(), lambda: memory.free(device) // len(gram), lambda: side.cuda_stream
             )
             return solver.eigenvalues(matrix[None], "looped")[0]
 
@@ -263,6 +263,13 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, torch.device]:
     parser.add_argument("--json", action="store_true", help="one JSON object per row instead of the table")
     parser.add_argument("--out", help="append the rows to this file, one JSON object each")
     options = parser.parse_args(arguments)
+    for name, known in (("dtypes", DTYPES), ("ways", WAYS)):
+        if unknown := set(getattr(options, name)) - set(known):
+            parser.error(f"--{name}: {', '.join(sorted(unknown))} is none of {', '.join(known)}")
+    for name in ("sizes", "batch", "rounds"):
+        found = getattr(options, name)
+        if any(one < 1 for one in (found if isinstance(found, tuple) else [1 if found is None else found])):
+            parser.error(f"--{name} {found}: wanted whole numbers from 1")
     try:
         return options, spectrum.check("auto", options.device)
     except ValueError as fault:

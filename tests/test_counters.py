@@ -34,7 +34,8 @@ def test_profiling_needs_a_gpu(monkeypatch, capsys) -> None:
     pipes = loaded("pipes", monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pipes.main([]) == 2
-    assert capsys.readouterr().err == "pipes.py: torch sees no CUDA device to profile\n"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pipes.py: --device cuda: PyTorch")
 
 
 def test_a_row_is_in_seconds_bytes_and_shares(monkeypatch, capsys, tmp_path: Path) -> None:
@@ -70,3 +71,29 @@ def test_what_is_no_page_is_refused_in_one_sentence(monkeypatch, capsys, tmp_pat
     assert counters.main([str(page), "--case", "sbt_mma:1:0.5"]) == 2
     assert f"--case names 1 launches, and {page} has 2" in capsys.readouterr().err
     assert counters.main([str(tmp_path / "none")]) == 2
+    page.write_text(PAGE.rsplit(",", 3)[0])
+    assert counters.main([str(page)]) == 2
+    assert "a launch has 17 cells of 20 columns: the page is cut off" in capsys.readouterr().err
+
+
+def test_counters_that_a_device_does_not_have(monkeypatch, capsys, tmp_path: Path) -> None:
+    counters, page = loaded("counters", monkeypatch), tmp_path / "raw.csv"
+    head, first, _ = PAGE.rsplit("\n", 2)[0].rpartition("\n")[0], *PAGE.splitlines()[-2:]
+    cells = first.split('","')
+    assert len(cells) == 20
+    page.write_text("\n".join([head.rpartition("\n")[0], '","'.join([*cells[:6], *["n/a"] * 13, 'n/a"'])]))
+    assert counters.main([str(page), "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["stalls"] == {} and {row[name] for name in ("seconds", "busy", "conflicts", "l2_hits")} == {None}
+    assert counters.main([str(page)]) == 0
+    assert "? us  busy   ? %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["pipes", "counters"])
+@pytest.mark.parametrize(
+    "case", ["", "sbt_mma", "sbt_mma:1", "sbt_mma:x:0.5", "sbt_mma:0:0.5", "sbt_mma:1:2", ":1:0.5"]
+)
+def test_cases_that_are_none(monkeypatch, capsys, script: str, case: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        loaded(script, monkeypatch).main([*(["page"] if script == "counters" else []), "--case", case])
+    assert stopped.value.code == 2 and "--case" in capsys.readouterr().err.splitlines()[-1]

@@ -116,3 +116,20 @@ def test_without_a_gpu_it_says_so(bench, capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
         bench.main([])
     assert stopped.value.code == 2 and "--device cuda: PyTorch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("--dtypes", "float16"), "--dtypes: float16 is none of float32, float64"),
+        (("--ways", "looped,magic"), "--ways: magic is none of tridiagonal, "),
+        (("--sizes", "0"), "--sizes (0,): wanted whole numbers from 1"),
+        (("--batch", "3,-1"), "--batch (3, -1): wanted whole numbers from 1"),
+        (("--rounds", "0"), "--rounds 0: wanted whole numbers from 1"),
+        (("--device", "abacus"), "--device abacus: wanted"),
+    ],
+)
+def test_bad_options_are_one_sentence(bench, capsys, given: tuple[str, ...], words: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["--device", "cpu", *given])
+    assert stopped.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]

@@ -87,10 +87,10 @@ def test_special_matrices(device: str, dtype: torch.dtype) -> None:
     ]
     for matrix in special:
         assert_solved(matrix[None], dtype, device, 4, 8)
-    bad = symmetric(2, n).to(device, dtype)
-    bad[1, 3, 2] = float("nan")
+    bad = symmetric(4, n).to(device, dtype)
+    bad[1, 3, 2], bad[2, 3, 2], bad[3, 4, 4] = float("nan"), float("inf"), -float("inf")
     found = tridiagonal.solve(bad, 4, 8).cpu()
-    assert bool(found[0].isfinite().all()) and bool(found[1].isnan().all())
+    assert bool(found[0].isfinite().all()) and bool(found[1:].isnan().all())
 
 
 @pytest.mark.gpu
@@ -161,6 +161,17 @@ def test_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tridiagonal.missing(gram) == "the reduction by Triton takes matrices of up to 4 rows, and these have 5"
     monkeypatch.setattr(tridiagonal, "LARGEST", 5)
     assert tridiagonal.missing(gram) is None
+
+    def no_compiler(gram: Tensor) -> Tensor:
+        raise error
+
+    monkeypatch.setattr(tridiagonal, "solve", no_compiler)
+    error: Exception = FileNotFoundError("no gcc")
+    with pytest.raises(tridiagonal.Unusable, match=r"Triton cannot make or launch the kernels: no gcc"):
+        tridiagonal.eigvalsh(gram)
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        tridiagonal.eigvalsh(gram)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert tridiagonal.missing(gram) == "Triton is not installed"
 
