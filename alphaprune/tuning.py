@@ -211,7 +211,7 @@ def user_folder() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{folder}: cannot be made: {error.strerror or error}; or give -o FILE") from error
+        raise ValueError(f"{folder}: cannot be made: {error.strerror or error}; give -o FILE") from error
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{folder}: is not writable; give -o FILE")
     return folder

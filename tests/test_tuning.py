@@ -113,7 +113,7 @@ def test_a_place_that_takes_no_table_is_told_before_anything_is_measured(run, mo
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     status, _, err = run("bench", "--tune", "--quick")
-    assert status == 2 and "tables: cannot be made: Not a directory; or give -o FILE" in err and err.count("\n") == 1
+    assert status == 2 and "tables: cannot be made: Not a directory; give -o FILE" in err and err.count("\n") == 1
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("os.access", lambda *_: False)
     status, _, err = run("bench", "--tune", "--quick")
