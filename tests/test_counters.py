@@ -73,7 +73,7 @@ def test_what_is_no_page_is_refused_in_one_sentence(monkeypatch, capsys, tmp_pat
     assert counters.main([str(tmp_path / "none")]) == 2
     page.write_text(PAGE.rsplit(",", 3)[0])
     assert counters.main([str(page)]) == 2
-    assert "a launch has 17 cells of 20 columns: the page is cut off" in capsys.readouterr().err
+    assert "a launch has 17 cells, and there are 20 columns: the page is cut off" in capsys.readouterr().err
 
 
 def test_counters_that_a_device_does_not_have(monkeypatch, capsys, tmp_path: Path) -> None:
