@@ -4,6 +4,7 @@ import functools
 import itertools
 import logging
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -204,13 +205,24 @@ def _curve(kernel: str, problem: Problem, times: dict[int, list[float]]) -> Curv
     return Curve(kernel, *names, problem.shape, problem.sparsity, tuple(times), tuple(medians))
 
 
-def write(made: Table, output: "str | Path | None") -> Path:
-    """Writes a table to a file, or where this user's programs find it from now on; returns where."""
-    path = Path(output) if output else table.cache_folder() / table.file_name(made.machine, made.threads)
+def user_folder() -> Path:
+    """Where this user's programs find tables, made if it is not there; ValueError if nothing can be written to it."""
+    folder = table.cache_folder()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{path.parent}: cannot be made: {error.strerror or error}") from error
+        raise ValueError(f"{folder}: cannot be made: {error.strerror or error}; give -o FILE") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder}: is not writable; give -o FILE")
+    return folder
+
+
+def write(made: Table, output: "str | Path | None") -> Path:
+    """Writes a table to a file, or where this user's programs find it from now on; returns where.
+
+    ValueError if the disk is full or the place not writable; a table that was there stays as it was.
+    """
+    path = Path(output) if output else user_folder() / table.file_name(made.machine, made.threads)
     made.save(path)
     table.forget()
     return path

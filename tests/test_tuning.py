@@ -1,5 +1,6 @@
 """Measuring a time table on a tiny grid, and the commands that ask one. No test asserts a time."""
 
+import errno
 import json
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,6 +106,32 @@ def test_bench_tune_writes_a_table(native_only, capsys, monkeypatch, tmp_path) -
     assert json.loads(capsys.readouterr().out)["path"] == str(tmp_path / "t.json")
     with pytest.raises(ValueError, match="has no times of float32 weights"):
         tuning.break_evens({"layer": (64, 64)}, "float32", str(tmp_path / "t.json"), 1)
+
+
+def test_a_place_that_takes_no_table_is_told_before_anything_is_measured(run, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(tuning, "tune", lambda *_: pytest.fail("measured before it was refused"))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    status, _, err = run("bench", "--tune", "--quick")
+    assert status == 2 and "tables: cannot be made: Not a directory; give -o FILE" in err and err.count("\n") == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("os.access", lambda *_: False)
+    status, _, err = run("bench", "--tune", "--quick")
+    assert status == 2 and "tables: is not writable; give -o FILE" in err and err.count("\n") == 1
+
+
+def test_a_full_disk_leaves_the_table_that_was_there(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = tuning.write(made(curve("a", 0, [1] * 4)), None)
+    before = path.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(ValueError, match=r"json: not written: the disk is full; free some space and repeat"):
+        tuning.write(made(curve("a", 0, [2] * 4)), None)
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(("given", "wanted"), [(None, 4), (1, 1), (25, 2), (1000, 4)])

@@ -116,6 +116,8 @@ def _tune(problem: str | None, quick: bool, minutes: float | None, output: str |
         raise ValueError(f"{problem}: --tune measures a table for all models; name neither MODEL nor --shape")
     if output:
         check_file(output)
+    else:
+        tuning.user_folder()  # what cannot be written is told before minutes of measuring
     clock = timing.clock(device)
     made = tuning.tune(tuning.grid_for(clock.device, quick), bar, clock, minutes and 60 * minutes)
     path, rows, off = tuning.write(made, output), tuning.rows(made), predicted.verdict(made)
