@@ -99,8 +99,8 @@ def supports(shape: tuple[int, int], tokens: int, weight: torch.dtype, x: torch.
 def skips_zeros(isa: str, weight: torch.dtype, x: torch.dtype, density: float | None) -> bool:
     """Whether `isa` multiplies non-zeros alone, whose time follows the density for any number of tokens.
 
-    On a Zen 4 pairs of bfloat16 were 1.2 times as fast as dense at 2048 tokens and 50 %, 1.7 times at 70 %; floats one
-    by one as fast as the expanded product at 50 %, 1.5 times at 70 %.
+    On a Zen 4 pairs of bfloat16 were 1.1 times as fast as dense at 1024 tokens and 50 %, 1.5 times at 70 %
+    (bench/results/linear.jsonl); single floats gain from about 60 % on.
     """
     if density is None or isa not in SKIP:
         return False
