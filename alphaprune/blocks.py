@@ -57,8 +57,8 @@ class Added:
     """A product that the residual stream takes: in place and in the same launch where a kernel does."""
 
     def __init__(self, module: nn.Module, direct: bool) -> None:
-        self.product, plain = linear(module, direct), type(module) is SparseLinear and not hooked(module)
-        self.packed = Packed([module.prepared()], [module.bias]) if plain and direct else None
+        self.product = linear(module, direct)
+        self.packed = Packed([module.prepared()], [module.bias]) if direct and _plain(module) else None
         self.fused = self.packed is not None and self.packed.weights[0].device.type == "cuda"
 
     def __call__(self, x: Tensor, h: Tensor) -> Tensor | None:
@@ -129,14 +129,14 @@ def linear(module: nn.Module, direct: bool = True) -> Linear:
     """The shortest call with the result of the module's; anything but a plain linear layer is called as it is."""
     if type(module) is nn.Linear and not hooked(module):
         return partial(functional.linear, weight=module.weight, bias=module.bias)
-    if direct and type(module) is SparseLinear and not hooked(module):
+    if direct and _plain(module):
         return partial(module.prepared().run, bias=module.bias)
     return module
 
 
 def _group(modules: Sequence[nn.Module], direct: bool) -> tuple[Group, Packed | None]:
     """Several layers of one x: one call of the kernel if all are packed."""
-    if direct and all(type(module) is SparseLinear and not hooked(module) for module in modules):
+    if direct and all(map(_plain, modules)):
         packed = Packed([module.prepared() for module in modules], [module.bias for module in modules])
         return lambda x: op.spmm_group(x, *packed), packed
     calls = [linear(module, direct) for module in modules]
@@ -186,6 +186,11 @@ def _window(config: Any, attention: nn.Module) -> int | None:
     if config.model_type in ("mistral", "phi3"):
         return config.sliding_window
     return getattr(attention, "sliding_window", None)
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether a module is a packed layer and no more, whose kernel may be called directly."""
+    return type(module) is SparseLinear and not hooked(module)
 
 
 def hooked(module: nn.Module) -> bool:

@@ -10,11 +10,11 @@ SIZES = {
 }
 
 
-TOGETHER = {"delta_spmv": delta_layout.nbytes}  # whose groups have a layout of their own
+TOGETHER = ("delta_spmv",)  # whose groups have a layout of their own
 
 
 def nbytes(kernel: str, *weights: Packed) -> int:
     """Bytes that a kernel keeps once it was bound to a weight, or to some that share x; 0 for those that read SBT."""
     if len(weights) > 1 and kernel in TOGETHER:
-        return TOGETHER[kernel](*weights)
+        return SIZES[kernel](*weights)
     return sum(SIZES[kernel](packed) for packed in weights) if kernel in SIZES else 0

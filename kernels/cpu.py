@@ -26,12 +26,8 @@ MOST_TOKENS = {
     "neon": 32,
     "scalar": 4,
 }
-SKIP = {
-    "avx512bf16": 0.55,
-    "avx512": 0.4,
-    "avx512vnni": 0.4,
-    "avx512bw": 0.4,
-}  # densities up to which zeros are skipped
+# Densities up to which zeros are skipped.
+SKIP = {"avx512bf16": 0.55, "avx512": 0.4, "avx512vnni": 0.4, "avx512bw": 0.4}
 
 
 def missing(isa: str) -> str | None:

@@ -79,10 +79,9 @@ def _find(x: Tensor, prepared: Sequence[Prepared], swiglu: bool) -> Together | N
 
 
 def _bind(tokens: int, x_dtype: torch.dtype, prepared: Sequence[Prepared], swiglu: bool) -> Together | None:
-    kernels = {p.choice(tokens, x_dtype)[0].name: p.choice(tokens, x_dtype)[0] for p in prepared}
-    if len(kernels) > 1:
+    kernel, *others = [p.choice(tokens, x_dtype)[0] for p in prepared]
+    if any(other.name != kernel.name for other in others):
         return None
-    (kernel,) = kernels.values()
     weights = [p.packed for p in prepared]
     if kernel.name in cpu.ISAS:
         return None if swiglu else Together(cpu.bind_group(kernel.name, weights))
