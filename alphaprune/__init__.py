@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # the names below, for those who read types
     from alphaprune.hf import load as load
     from alphaprune.layer import SparseLinear as SparseLinear
     from alphaprune.layer import sparsify as sparsify
+    from alphaprune.pages import huge_pages as huge_pages
     from alphaprune.plan_file import Plan as Plan
     from alphaprune.planning import plan as plan
     from alphaprune.pruning import prune as prune
@@ -43,6 +44,7 @@ _PUBLIC = {
     "SparseLinear": "layer",
     "save": "checkpoint",
     "load": "hf",
+    "huge_pages": "pages",
     "AlphaPruneConfig": "hf",
     "TextGeneration": "textgen",
 }

@@ -274,6 +274,8 @@ def _serve_command(sub) -> None:
     serve.add_argument("--block-size", type=int, default=32, metavar="TOKENS", help="of one block")
     serve.add_argument("--drain", type=float, default=30, metavar="SECONDS", help="after SIGTERM, for running answers")
     serve.add_argument("--threads", type=int, help="of the kernels (default: torch's)")
+    shared = "on the CPU, weights stay in their file's pages, which servers share, and decode slower"
+    serve.add_argument("--mapped", action="store_true", help=shared)
     serve.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     serve.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
 

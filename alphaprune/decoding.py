@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alphaprune import formats, generate, stepping, timing
+from alphaprune import formats, generate, pages, stepping, timing
 from alphaprune import model as models
 from alphaprune.decoder import Decoder
 from alphaprune.layer import SparseLinear
@@ -110,7 +110,7 @@ def random_model(
                 if len(shape) > 1:
                     value.normal_(0, DEVIATION, generator=generator)
                 setattr(module, key, nn.Parameter(value.to(device), requires_grad=False))
-    return model.to(device)
+    return pages.huge_pages(model.to(device))
 
 
 def _weight(

@@ -16,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from alphaprune import bitmask, devices, families, formats, hf_parallel, memory, shapes
+from alphaprune import bitmask, devices, families, formats, hf_parallel, memory, pages, shapes
 from alphaprune.experts import FUSED, separate
 from alphaprune.files import first_line
 from alphaprune.formats import quantize
@@ -322,12 +322,18 @@ def check_config(config: Any) -> None:
 
 
 def load(
-    path: "str | Path", dtype: "torch.dtype | str" = "auto", device: str = "cpu", tokens: int | None = 1
+    path: "str | Path",
+    dtype: "torch.dtype | str" = "auto",
+    device: str = "cpu",
+    tokens: int | None = 1,
+    mapped: bool = False,
 ) -> "PreTrainedModel":
     """The model of a directory (ours or any of transformers) or hub id, ready to run: this is `from_pretrained`.
 
     dtype: "auto" keeps that of the file. tokens: rows of x to be fast at; where this machine has a time table, packed
-    layers that are faster dense are expanded; None keeps all packed, as from_pretrained does.
+    layers that are faster dense are expanded; None keeps all packed, as from_pretrained does. mapped: leaves weights on
+    the CPU in the pages of their file, which processes share and which are read when they are first used; otherwise
+    they move as `huge_pages` says, and decode faster.
     Raises ValueError in one sentence if the files are unreadable, there is no such device, or too little memory on it.
     """
     from transformers.utils import logging
@@ -357,7 +363,8 @@ def load(
         if bar:
             logging.enable_progress_bar()
     check_loaded(folder, model, found)
-    return expand_losers(memory.moved(model, device, str(folder)).eval(), tokens)
+    made = expand_losers(memory.moved(model, device, str(folder)).eval(), tokens)
+    return made if mapped else pages.huge_pages(made)
 
 
 def check_loaded(folder: Path, model: "PreTrainedModel", found: dict[str, Any]) -> None:

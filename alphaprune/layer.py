@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from alphaprune import formats
+from alphaprune import formats, pages
 from alphaprune.formats import Packed, quantize
 from alphaprune.kernels import base
 from alphaprune.kernels import spmm as op
@@ -313,4 +313,4 @@ def sparsify(
             put(model, names[layer], sparse)
         elif mask is not None:
             layer.weight.data = layer.weight.data.masked_fill(~mask, 0)
-    return expand_losers(model, tokens)
+    return pages.huge_pages(expand_losers(model, tokens), SparseLinear)

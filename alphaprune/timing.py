@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from alphaprune import devices, formats
+from alphaprune import devices, formats, pages
 from alphaprune.formats import native, quantize
 from alphaprune.kernels import spmm, table
 from alphaprune.mask import keep_mask
@@ -209,7 +209,7 @@ def read_bandwidth(total_bytes: int = PROBE_BYTES, repeats: int = 3) -> float:
         left, right = torch.ones(total_bytes // 8), torch.ones(total_bytes // 8)
         return total_bytes / min(seconds_of(torch.dot, left, right) for _ in range(3 * repeats))
     blocks = _blocks(total_bytes)
-    quarters = {pages: block[: block.nbytes // 256 * 64] for pages, block in blocks.items()}
+    quarters = {kind: block[: block.nbytes // 256 * 64] for kind, block in blocks.items()}
     tried = itertools.product(native.load().read_loops(), blocks, STREAMS)
     ranked = sorted(tried, key=lambda way: _read_seconds(quarters, *way))
     best = min(_read_seconds(blocks, *way) for _ in range(repeats) for way in ranked[:FINALISTS])
@@ -229,47 +229,31 @@ def read_loops(total_bytes: int = PROBE_BYTES, repeats: int = 3) -> Iterator[dic
     blocks = _blocks(total_bytes)
     tried = list(itertools.product(module.read_loops(), blocks, STREAMS))
     seconds = [[_read_seconds(blocks, *way) for way in tried] for _ in range(repeats)]
-    for (loop, pages, streams), taken in zip(tried, map(min, zip(*seconds, strict=True)), strict=True):
+    for (loop, kind, streams), taken in zip(tried, map(min, zip(*seconds, strict=True)), strict=True):
         yield {
             "loop": loop,
-            "pages": pages,
+            "pages": kind,
             "streams": streams,
-            "huge_bytes": _on_huge_pages(blocks[pages].data_ptr()),
-            "nbytes": blocks[pages].nbytes,
-            "bytes_per_second": blocks[pages].nbytes / taken,
+            "huge_bytes": pages.on_huge_pages(blocks[kind].data_ptr()),
+            "nbytes": blocks[kind].nbytes,
+            "bytes_per_second": blocks[kind].nbytes / taken,
         }
 
 
-def _read_seconds(blocks: dict[str, Tensor], loop: str, pages: str, streams: int) -> float:
-    block = blocks[pages]
+def _read_seconds(blocks: dict[str, Tensor], loop: str, kind: str, streams: int) -> float:
+    block = blocks[kind]
     return seconds_of(native.load().read_loop, loop, block.data_ptr(), block.nbytes, streams)
 
 
 def _blocks(nbytes: int) -> dict[str, Tensor]:
     """Anonymous memory as bytes on normal and, as far as the system gives them, huge pages; each page touched."""
     blocks, nbytes = {}, max(1, nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    for pages, advice in (("normal", "MADV_NOHUGEPAGE"), ("huge", "MADV_HUGEPAGE")):
+    for kind, advice in (("normal", "MADV_NOHUGEPAGE"), ("huge", "MADV_HUGEPAGE")):
         block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(AttributeError, OSError):  # a system without transparent huge pages
             block.madvise(getattr(mmap, advice))
-        blocks[pages] = torch.frombuffer(block, dtype=torch.uint8).fill_(1)  # keeps the mapping alive
+        blocks[kind] = torch.frombuffer(block, dtype=torch.uint8).fill_(1)  # keeps the mapping alive
     return blocks
-
-
-def _on_huge_pages(address: int) -> int:
-    """Bytes of the mapping at `address` that lie on huge pages, as Linux counts them; 0 where it does not say."""
-    inside = False
-    try:
-        with open("/proc/self/smaps") as lines:
-            for line in lines:
-                if (bounds := line.split(" ", 1)[0]).count("-") == 1 and not bounds.endswith(":"):
-                    first, last = (int(bound, 16) for bound in bounds.split("-"))
-                    inside = first <= address < last
-                elif inside and line.startswith("AnonHugePages:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0
 
 
 def time_linear(
@@ -327,8 +311,7 @@ def time_linear(
 
 
 def _dense(weight: Tensor, x: Tensor, total_bytes: int) -> list[Call]:
-    count = copy_count(weight.nbytes, total_bytes)
-    return [functools.partial(functional.linear, x, weight.clone()) for _ in range(count)]
+    return [functools.partial(functional.linear, x, copy) for copy in dense_copies(weight, total_bytes)]
 
 
 def random_packed(
@@ -364,7 +347,15 @@ def copy_count(nbytes: int, total: int) -> int:
     return min(max(2, -(-total // nbytes)), MOST_COPIES)
 
 
+def dense_copies(weight: Tensor, total: int) -> list[Tensor]:
+    """As many copies of a dense weight in distinct memory as fill `total` bytes, placed as `alphaprune.load` does."""
+    return pages.placed([weight] * copy_count(weight.nbytes, total))
+
+
 def copies(packed: formats.Packed, total: int) -> Iterator[formats.Packed]:
-    """As many copies in distinct memory as fill `total` bytes."""
-    for _ in range(copy_count(packed.nbytes, total)):
-        yield packed.map(Tensor.clone)
+    """As many copies of a packed weight; see dense_copies."""
+    count, together = copy_count(packed.nbytes, total), max(1, pages.TOGETHER // packed.nbytes)
+    own = list(packed.tensors.values())
+    for done in range(0, count, together):
+        made = pages.placed(own * min(together, count - done))
+        yield from (packed.of(made[first : first + len(own)]) for first in range(0, len(made), len(own)))

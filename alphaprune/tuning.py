@@ -144,7 +144,7 @@ def _measure(grid: Grid, problem: Problem, clock: Clock) -> dict[str, dict[int, 
     pattern = REGULAR if problem.regular else timing.UNSTRUCTURED
     weight, packed = timing.random_packed(problem.shape, problem.sparsity, problem.x, problem.values, pattern, where)
     sparse = list(timing.copies(packed, rotated))
-    dense = [weight.clone() for _ in range(timing.copy_count(weight.nbytes, rotated))]
+    dense = timing.dense_copies(weight, rotated)
     ways = {table.DENSE: [lambda x, w=w: functional.linear(x, w) for w in dense]}
     for name in contenders(problem.shape, problem.values, problem.x, where.type):
         fits = known[name].fits

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alphaprune import hf, shapes
+from alphaprune import hf, pages, shapes
 from alphaprune.formats import PACKED_SUFFIXES, Packed, native, sbt, slices
 from alphaprune.kernels import group, spmm
 from alphaprune.kernels.base import log
@@ -214,6 +214,7 @@ class Parts:
             weights = [weights[0] if len(weights) == 1 else torch.cat(weights)]  # one product, as in a dense model
         elif len(weights) > 1 and all(isinstance(one, Packed) for one in weights) and slices.unlike(weights) is None:
             weights = [slices.stack(weights)]
+        weights = [_placed(weight) for weight in weights]
         self.sizes = [weight.shape[0] for weight in weights]
         self.rows = sum(self.sizes)
         self.weights = [weight if isinstance(weight, Tensor) else spmm.prepare(weight, name) for weight in weights]
@@ -230,6 +231,15 @@ class Parts:
         else:
             found = [_product(weight, x, part) for weight, part in zip(self.weights, biases, strict=True)]
         return torch.cat(found, -1)
+
+
+def _placed(weight: "Packed | Tensor") -> "Packed | Tensor":
+    """The same on huge pages, if it lies on the CPU."""
+    if weight.device.type != "cpu":
+        return weight
+    if isinstance(weight, Tensor):
+        return pages.placed([weight])[0]
+    return weight.of(pages.placed(list(weight.tensors.values())))
 
 
 def _product(weight: "spmm.Prepared | Tensor", x: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 """A packed weight, and what a format must be able to do with one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,8 +59,11 @@ class Packed:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Packed":
         """The same packed weight with every tensor replaced by `change(tensor)`."""
-        scale = None if self.scale is None else change(self.scale)
-        return Packed(change(self.weight), change(self.mask), change(self.offsets), self.shape, scale)
+        return self.of([change(tensor) for tensor in self.tensors.values()])
+
+    def of(self, tensors: Sequence[Tensor]) -> "Packed":
+        """The same packed weight made of others, which come in the order of `tensors`."""
+        return Packed(*tensors[:3], self.shape, *tensors[3:])
 
     def to(self, device: torch.device | str) -> "Packed":
         """The same packed weight on another device."""
