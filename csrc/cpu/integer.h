@@ -25,14 +25,21 @@ inline __m512 quarter(__m512i weights, int which) {
 // among 128 columns of a token: an error of at most 0.504 units each, and exact sums. An integer is 256 * high + low,
 // bytes that multiply weights as they come out of the expansion: two instructions of 64 products, where weights widened
 // to 16 bits cost three shuffles on top. Sums of 128 products stay below 128 * 127 * 32768 < 2^30.
+// vpdpbusd wants one side unsigned. The low bytes are; for the high ones, a few tokens add 128 to the weights, zeros
+// among them, and begin with -128 * sum(high bytes), which is of x alone; many tokens carry + 128 themselves and take
+// 128 * sum(weights), a third product that all of them share, off again. Both in each lane, where sums are exact.
 constexpr int64_t kGroupCols = sbt::kScaleCols;
 constexpr uint32_t kLeastLargest = 0x0d800000;  // 2^-100: below it the unit or its inverse leaves the normal floats
 
-// Rounds the columns of a group from `first` on. Returns the unit; if a number is not finite or all are too small, NaN,
-// and the bytes are those of zeros. `kFlip` is 0x80 for the high byte + 128.
+struct RoundedGroup {
+  float unit;          // NaN where a number is not finite or all are too small; the bytes are then those of zeros
+  int32_t offsets[4];  // -128 * sum(high bytes), of each four columns of 16: of a lane of the product
+};
+
+// Rounds the columns of a group from `first` on. `kFlip` is 0x80 for the high byte + 128.
 template <uint8_t kFlip>
-inline float round_group(const void* from, Dtype dtype, int64_t first, int64_t cols, int64_t padded, uint8_t* high,
-                         uint8_t* low) {
+inline RoundedGroup round_group(const void* from, Dtype dtype, int64_t first, int64_t cols, int64_t padded,
+                                uint8_t* high, uint8_t* low) {
   constexpr int64_t kVectors = kGroupCols / 16;
   __m512 v[kVectors];
   __m512i bits = _mm512_setzero_si512();
@@ -45,14 +52,20 @@ inline float round_group(const void* from, Dtype dtype, int64_t first, int64_t c
   const bool usable = largest == 0 || (largest >= kLeastLargest && largest < 0x7f800000);
   const float inverse = usable && largest ? 32767.0f / bits_to_float(largest) : 0.0f;
   const __m128i flip = _mm_set1_epi8(static_cast<char>(kFlip));
+  __m512i highs = _mm512_setzero_si512();
   for (int64_t i = 0; i < kVectors && first + i * 16 < padded; ++i) {
     __m512i q = _mm512_setzero_si512();
     if (usable) q = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], _mm512_set1_ps(inverse)));
-    const __m128i h = _mm_xor_si128(_mm512_cvtepi32_epi8(_mm512_srai_epi32(q, 8)), flip);
-    _mm_store_si128(reinterpret_cast<__m128i*>(high + i * 16), h);
+    const __m512i h = _mm512_srai_epi32(q, 8);
+    highs = _mm512_add_epi32(highs, h);
+    _mm_store_si128(reinterpret_cast<__m128i*>(high + i * 16), _mm_xor_si128(_mm512_cvtepi32_epi8(h), flip));
     _mm_store_si128(reinterpret_cast<__m128i*>(low + i * 16), _mm512_cvtepi32_epi8(q));
   }
-  return usable ? bits_to_float(largest) / 32767.0f : bits_to_float(0x7fc00000);
+  RoundedGroup made = {usable ? bits_to_float(largest) / 32767.0f : bits_to_float(0x7fc00000), {}};
+  alignas(64) int32_t lanes[16];
+  _mm512_store_si512(lanes, highs);
+  for (int i = 0; i < 16; ++i) made.offsets[i / 4] -= 128 * lanes[i];
+  return made;
 }
 
 inline bool is_nan(float v) { return v != v; }
@@ -100,14 +113,14 @@ void exact_integers(const Product& p, int64_t begin, int64_t end, int64_t token)
 }
 
 // Rounded activations, [group of 128 columns][token][high bytes + 128, low bytes]: what a panel meets lies together.
-// After them [group][token] units, and per token whether it must be computed exactly.
+// After them [group][token] units, per token whether it must be computed exactly, and [group][token] four offsets.
 struct Rounded {
   static constexpr int64_t kTokenBytes = 2 * kGroupCols;
 
   Rounded(const sbt::View& weight, int64_t tokens)
       : tokens(tokens), padded(weight.padded_cols()), groups(ceil_div(padded, kGroupCols)) {}
 
-  int64_t bytes() const { return groups * tokens * kTokenBytes + ceil_div((groups + 1) * tokens * 4, 64) * 64; }
+  int64_t bytes() const { return groups * tokens * kTokenBytes + ceil_div((5 * groups + 1) * tokens * 4, 64) * 64; }
   const uint8_t* high(const void* base, int64_t group, int64_t token) const {
     return static_cast<const uint8_t*>(base) + (group * tokens + token) * kTokenBytes;
   }
@@ -115,6 +128,9 @@ struct Rounded {
     return reinterpret_cast<const float*>(high(base, groups, 0)) + group * tokens + token;
   }
   bool exact(const void* base, int64_t token) const { return *units(base, groups, token) != 0; }
+  const float* offsets(const void* base, int64_t group, int64_t token) const {
+    return units(base, groups + 1, 0) + (group * tokens + token) * 4;
+  }
 
   void prepare(const Activations& x, int64_t cols, int64_t token, void* base) const {
     const char* from = static_cast<const char*>(x.data) + token * x.stride * size_of(x.dtype);
@@ -122,7 +138,10 @@ struct Rounded {
     for (int64_t g = 0; g < groups; ++g) {
       auto* high_bytes = const_cast<uint8_t*>(high(base, g, token));
       auto* unit = const_cast<float*>(units(base, g, token));
-      *unit = round_group<0x80>(from, x.dtype, g * kGroupCols, cols, padded, high_bytes, high_bytes + kGroupCols);
+      const RoundedGroup made =
+          round_group<0x80>(from, x.dtype, g * kGroupCols, cols, padded, high_bytes, high_bytes + kGroupCols);
+      std::memcpy(const_cast<float*>(offsets(base, g, token)), made.offsets, sizeof made.offsets);
+      *unit = made.unit;
       if (!is_nan(*unit)) continue;
       *unit = 0;
       exact = 1;
@@ -134,8 +153,7 @@ struct Rounded {
 };
 
 // int8 weights and rounded activations, a group of 128 columns at a time. A vector of weights is 4 rows x 16 columns,
-// so an accumulator has 4 lanes per row, and all 16 rows are 4 accumulators. vpdpbusd wants one side unsigned: the high
-// bytes carry + 128, and 128 * sum(weights), a third product that all tokens share, is taken off again.
+// so an accumulator has 4 lanes per row, and all 16 rows are 4 accumulators.
 template <class Expanded>
 struct Integer {
   static constexpr int kVectors = 4;
@@ -154,16 +172,16 @@ struct Integer {
 
   template <int T>
   struct Accumulators {
-    __m512i high[kVectors][T], low[kVectors][T], offset[kVectors];
+    __m512i high[kVectors][T], low[kVectors][T];
   };
 
-  static __m512i offset(__m512i sum, __m512i w) {
-    return _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(static_cast<char>(128)), w);
-  }
+  static __m512i offset(__m512i sum, __m512i w) { return _mm512_dpbusd_epi32(sum, flip(), w); }
+  static __m512i flip() { return _mm512_set1_epi8(static_cast<char>(0x80)); }
 
   // One macro tile; `x` points to the tokens' high bytes of its columns.
   template <int T, class Weights>
   static inline void tile(Weights& weights, const uint8_t* x, Accumulators<T>& sum) {
+    constexpr bool kSigned = !std::is_same_v<Weights, Stored>;  // of a few tokens, whose high bytes are taken signed
     for (int64_t half = 0; half < 2; ++half, x += 2 * sbt::kStepCols) {
 #pragma GCC unroll 2
       for (int s = 0; s < 2; ++s) {
@@ -172,15 +190,17 @@ struct Integer {
         for (int t = 0; t < T; ++t) {
           const uint8_t* at = x + t * Rounded::kTokenBytes + s * sbt::kStepCols;
           h[t] = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(at)));
+          if (kSigned) h[t] = _mm512_xor_si512(h[t], flip());
           l[t] = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(at + kGroupCols)));
         }
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
           const __m512i w = weights.next(s * kVectors + v);
-          if constexpr (!std::is_same_v<Weights, Stored>) sum.offset[v] = offset(sum.offset[v], w);
+          const __m512i above = kSigned ? _mm512_xor_si512(w, flip()) : w;
 #pragma GCC unroll 4
           for (int t = 0; t < T; ++t) {
-            sum.high[v][t] = _mm512_dpbusd_epi32(sum.high[v][t], h[t], w);
+            sum.high[v][t] = kSigned ? _mm512_dpbusd_epi32(sum.high[v][t], above, h[t])
+                                     : _mm512_dpbusd_epi32(sum.high[v][t], h[t], w);
             sum.low[v][t] = _mm512_dpbusd_epi32(sum.low[v][t], l[t], w);
           }
         }
@@ -230,15 +250,17 @@ struct Integer {
         Accumulators<T> sum;
         clear(sum);
 #pragma GCC unroll 4
-        for (auto& v : sum.offset) v = _mm512_setzero_si512();
+        for (int t = 0; t < T; ++t) {
+          __m128i offsets;
+          std::memcpy(&offsets, rounded.offsets(p.x, c / 2, t), sizeof offsets);
+          const __m512i first = _mm512_broadcast_i32x4(offsets);
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) sum.high[v][t] = first;
+        }
         for (int64_t i = c; i < tiles && i < c + 2; ++i) {
           weights.start(row_tile * tiles + i);
           tile<T>(weights, rounded.high(p.x, c / 2, 0) + (i - c) * sbt::kTileCols, sum);
         }
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v)
-#pragma GCC unroll 4
-          for (auto& high : sum.high[v]) high = _mm512_sub_epi32(high, sum.offset[v]);
         const __m512 scales = p.weight.grouped() ? row_scales(p.weight, row_tile, c) : _mm512_setzero_ps();
         fold<T>(sum, rounded.units(p.x, c / 2, 0), p.weight.grouped() ? &scales : nullptr, sums);
       }

@@ -17,7 +17,7 @@ class Expansion {
  public:
   static constexpr int kFew = 2;
 
-  explicit Expansion(const sbt::View& weight) : weight_(&weight) {}
+  explicit Expansion(const sbt::View& weight) : weight_(&weight), lines_(density_of(weight) < kFewLines ? 1 : 2) {}
 
   void start(int64_t tile, int64_t tiles, uint16_t* panel) {
     tile_ = tile;
@@ -30,11 +30,12 @@ class Expansion {
     if (left_ % (sbt::kWords / kFew) == 0) {
       value_ = tile_values<typename Math::Value>(*weight_, tile_);
       mask_ = weight_->mask + tile_ * sbt::kWords;
-      prefetch(mask_);
-      prefetch(mask_ + 16);
       ++tile_;
+      const auto bytes = (tile_values<typename Math::Value>(*weight_, tile_) - value_) * sizeof(typename Math::Value);
+      ahead_.start(mask_, value_, static_cast<int64_t>(bytes), lines_ * sbt::kWords / kFew);
     }
-    prefetch(value_);
+    ahead_.more();
+    if (lines_ == 2) ahead_.more();
     Math::two(value_, mask_, to_);
     mask_ += kFew;
     to_ += kFew * 32;
@@ -50,6 +51,8 @@ class Expansion {
   const uint32_t* mask_ = nullptr;
   uint16_t* to_ = nullptr;
   int64_t tile_ = 0, left_ = 0;
+  int64_t lines_;  // asked for at every few words
+  Far ahead_;
 };
 
 // `Math` as Panel has it, with 8 vectors of weights per step of 16 columns, each two rows; but

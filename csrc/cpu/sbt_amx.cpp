@@ -337,7 +337,7 @@ struct IntegerTiles {
         float unit = 0;
         if (first + t < last) {
           const char* from = static_cast<const char*>(x.data) + (first + t) * x.stride * size_of(x.dtype);
-          unit = round_group<0>(from, x.dtype, col, weight.cols, padded, bytes[0][t], bytes[1][t]);
+          unit = round_group<0>(from, x.dtype, col, weight.cols, padded, bytes[0][t], bytes[1][t]).unit;
         }
         if (is_nan(unit)) exact[t] = 1;
         units[g * kTokens + t] = is_nan(unit) ? 0 : unit;
@@ -469,7 +469,7 @@ void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
   const Layout layout(p.weight);
   for (int64_t t = 0; t < p.tokens; ++t)
     if (layout.units(layout.block(p.x, t))[layout.groups * kTokens + t % kTokens] != 0)
-      exact_integers<ExpandedBytes>(p, begin, end, t);
+      exact_integers<NearBytes>(p, begin, end, t);
 }
 
 void expand(const sbt::View& weight, int64_t begin, int64_t end, Dtype out_dtype, void* out) {

@@ -76,6 +76,7 @@ struct SplitBfloat16 {
   };
   static constexpr int64_t kLanes = 16, kVectors = 8, kStep = 16, kPanelTiles = 4, kGroup = 4, kBlock = 4;
   static constexpr int words(int tokens) { return tokens <= 2 ? 8 : 4; }
+  static constexpr bool kFar = false;
 
   static Vector load(const float* p) { return _mm512_load_ps(p); }
   static void store(float* p, Vector v) { _mm512_store_ps(p, v); }
@@ -156,9 +157,9 @@ void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
     if (p.tokens == 4) return fused_pairs<SplitBfloat16, 4>(p, begin, end, scratch);
     return Panel<SplitBfloat16>::product(p, begin, end, scratch);
   }
-  if (rounds(p.given, p.weight)) return Integer<ExpandedBytes>::product(p, begin, end, scratch);
+  if (rounds(p.given, p.weight)) return Integer<NearBytes>::product(p, begin, end, scratch);
   if (p.tokens > 1) return Panel<Float32>::product(p, begin, end, scratch);
-  if (p.weight.dtype == Dtype::int8) return exact_integers<ExpandedBytes>(p, begin, end, 0);
+  if (p.weight.dtype == Dtype::int8) return exact_integers<NearBytes>(p, begin, end, 0);
   if (p.weight.dtype == Dtype::float32) return fused_float32<Float32Value, uint32_t>(p, begin, end);
   fused_float32<Float16, uint16_t>(p, begin, end);
 }

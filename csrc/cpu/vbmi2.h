@@ -1,7 +1,7 @@
 // Expansion of mask words on AVX-512 with VBMI2.
 #pragma once
 
-#include "avx512.h"
+#include "ahead.h"
 
 namespace alphaprune {
 namespace {
@@ -42,6 +42,7 @@ inline __m512i expand8(const uint8_t*& value, const uint32_t* words) {
 }
 
 // The int8 weights of a macro tile, 64 at a time: what integer.h wants of an expansion.
+template <class Asks>
 class ExpandedBytes {
  public:
   struct Notes {};
@@ -50,11 +51,10 @@ class ExpandedBytes {
   void start(int64_t tile) {
     value_ = tile_values<uint8_t>(weight_, tile);
     mask_ = weight_.mask + tile * sbt::kWords;
-    prefetch(mask_);
-    prefetch(mask_ + 16);
+    asks_.start(mask_, value_, tile_values<uint8_t>(weight_, tile + 1) - value_);
   }
   __m512i next(int vector) {
-    if (vector % 2 == 0) prefetch(value_);
+    asks_.word(2 * vector, value_);
     const __m512i w = expand8(value_, mask_);
     mask_ += 2;
     return w;
@@ -64,13 +64,17 @@ class ExpandedBytes {
   const sbt::View& weight_;
   const uint8_t* value_ = nullptr;
   const uint32_t* mask_ = nullptr;
+  Asks asks_;
 };
+
+using NearBytes = ExpandedBytes<AsksNear<>>;
 
 // A few tokens of bfloat16 weights straight from the expanded registers, without a panel; the sums are those of the
 // panel, bit for bit. Besides what Panel asks of it, `Math` has dense(word), the 32 weights of a word as multiply takes
-// them, and words(T), a divisor of 8: so many words times T tokens have their sums in registers. Where they are fewer
+// them, kFar, whether to ask far ahead, and words(T), a divisor of 8: so many words times T tokens have their sums in
+// registers. Where they are fewer
 // than 8, the rows of a tile take turns along K, and the later turns find the values in L2.
-template <class Math, int T, int Words>
+template <class Math, class Asks, int T, int Words>
 inline void fused_turn(const Product& p, int64_t row_tile, int first, float* sums) {
   const int64_t tiles = p.weight.col_tiles();
   const auto* x = static_cast<const typename Math::Element*>(p.x);
@@ -80,8 +84,9 @@ inline void fused_turn(const Product& p, int64_t row_tile, int first, float* sum
   const uint32_t* mask = p.weight.mask + row_tile * tiles * sbt::kWords;
   for (int64_t c = 0; c < tiles; ++c, mask += sbt::kWords) {
     const uint16_t* value = tile_values<uint16_t>(p.weight, row_tile * tiles + c);
-    prefetch(mask);
-    prefetch(mask + 16);
+    Asks asks;
+    if (first == 0 || Asks::kAgain)
+      asks.start(mask, value, (tile_values<uint16_t>(p.weight, row_tile * tiles + c + 1) - value) * 2);
 #pragma GCC unroll 4
     for (int s = 0; s < 4; ++s) {
       const auto skip = [&](int from, int to) {
@@ -92,7 +97,7 @@ inline void fused_turn(const Product& p, int64_t row_tile, int first, float* sum
       if (Words < 8) skip(0, first);
 #pragma GCC unroll 8
       for (int q = 0; q < Words; ++q) {
-        if (Words < 8 || q % 2 == 0) prefetch(value);
+        if (first == 0 || Asks::kAgain) asks.word(q, value);
         const auto w = Math::dense(expand16(value, mask[s * 8 + first + q]));
         for (int t = 0; t < T; ++t) sum[q][t] = Math::multiply(w, a[t], sum[q][t]);
       }
@@ -103,14 +108,28 @@ inline void fused_turn(const Product& p, int64_t row_tile, int first, float* sum
     for (int q = 0; q < Words; ++q) _mm512_store_ps(sums + t * 128 + (first + q) * 16, sum[q][t]);
 }
 
-template <class Math, int T>
-void fused_pairs(const Product& p, int64_t begin, int64_t end, void* scratch) {
+template <class Math, class Asks, int T>
+void fused_rows(const Product& p, int64_t begin, int64_t end, void* scratch) {
   constexpr int kWords = Math::words(T);
   auto* sums = static_cast<float*>(scratch);
   for (int64_t row_tile = begin; row_tile < end; ++row_tile) {
 #pragma GCC unroll 4
-    for (int first = 0; first < 8; first += kWords) fused_turn<Math, T, kWords>(p, row_tile, first, sums);
+    for (int first = 0; first < 8; first += kWords) fused_turn<Math, Asks, T, kWords>(p, row_tile, first, sums);
     for (int t = 0; t < T; ++t) Math::finish(p, row_tile, t, sums + t * 128);
+  }
+}
+
+template <class Math, int T>
+void fused_pairs(const Product& p, int64_t begin, int64_t end, void* scratch) {
+  constexpr int kWords = Math::words(T), kOfTile = kWords * 4;
+  using Near = AsksNear<(kWords < 8)>;
+  if constexpr (!Math::kFar) {
+    fused_rows<Math, Near, T>(p, begin, end, scratch);
+  } else {
+    const double density = density_of(p.weight);
+    if (T > 2 && density < kHardlyWaits) return fused_rows<Math, Near, T>(p, begin, end, scratch);
+    if (density < kFewLines) return fused_rows<Math, AsksFar<16, kOfTile>, T>(p, begin, end, scratch);
+    fused_rows < Math, AsksFar<kWords<8 ? 16 : 24, kOfTile>, T>(p, begin, end, scratch);
   }
 }
 

@@ -258,6 +258,7 @@ inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int predicate) {
 }
 
 inline __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
+inline __m512i _mm512_xor_si512(__m512i a, __m512i b) { return a ^ b; }
 inline __m512i _mm512_or_si512(__m512i a, __m512i b) { return a | b; }
 inline __m512i _mm512_add_epi32(__m512i a, __m512i b) {
   return twin::each<uint32_t>(a, b, [](uint32_t x, uint32_t y) { return x + y; });
