@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from alphaprune import blocks, shapes
+from alphaprune import blocks, pages, shapes
 from alphaprune.blocks import Block
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
@@ -62,7 +62,7 @@ class State:
 
     def __init__(self, decoder: "Decoder", batch: int, capacity: int) -> None:
         shape = (len(decoder.blocks), 2, batch, decoder.key_heads, capacity, decoder.head_dim)
-        self.cache = torch.empty(shape, dtype=decoder.dtype, device=decoder.device)
+        self.cache = pages.empty(shape, decoder.dtype, decoder.device)
         self.batch, self.capacity, self.length = batch, capacity, 0
         self.cos, self.sin = decoder.rotations(0, min(capacity, decoder.table_end), decoder.table_end)
         self.one = _Heads(decoder, batch, 1)

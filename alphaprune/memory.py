@@ -1,6 +1,7 @@
 """The memory of a device: what is free, what is taken, and one sentence when it does not suffice."""
 
 import contextlib
+import ctypes
 import re
 import resource
 import sys
@@ -40,6 +41,21 @@ def allocated(device: torch.device | str) -> int:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
+def anonymous() -> int:
+    """Bytes of this process in memory that are of no file; 0 where the system does not say."""
+    try:
+        with open("/proc/self/status") as file:
+            return 1024 * int(next(line for line in file if line.startswith("RssAnon:")).split()[1])
+    except (OSError, StopIteration):
+        return 0
+
+
+def trim() -> None:
+    """Gives the system back what the C library keeps of freed memory, where that is glibc."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def peak(device: torch.device | str) -> int:
     """The most bytes that were ever taken: of a GPU by torch, its unused part included, otherwise by this process."""
     device = torch.device(device)
@@ -53,6 +69,12 @@ def check(needs: Mapping[str, int], device: torch.device | str, remedy: str) -> 
     available = free(device)
     if available is not None and sum(needs.values()) > available:
         raise ValueError(f"{_wanted(needs, device)}, {size(available)} are free; {remedy}")
+
+
+def release(device: torch.device) -> None:
+    """Gives back to a GPU what torch keeps of it unused, for allocations of other sizes."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:

@@ -5,6 +5,7 @@ Linux backs anonymous memory by pages of 2 MB where it is asked to; those of a m
 where there is no room, nothing changes.
 """
 
+import math
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,9 +36,7 @@ def huge_pages(model: Module, kind: type[nn.Module] = nn.Module) -> Module:
     if not offered():
         return model
     waiting = [entry for module in model.modules() if isinstance(module, kind) for entry in _weights(module)]
-    total = sum({entry.place: entry.tensor.nbytes for entry in waiting}.values())
-    free = memory.free("cpu")
-    if total < HUGE or (free is not None and SPARE * total > free):
+    if not _fit(sum({entry.place: entry.tensor.nbytes for entry in waiting}.values())):
         return model
     waiting.reverse()
     moved: dict[tuple, Tensor] = {}  # by the place that it had: what was tied stays so
@@ -49,7 +48,18 @@ def huge_pages(model: Module, kind: type[nn.Module] = nn.Module) -> Module:
         moved |= dict(zip(new, placed(list(new.values())), strict=True))
         for entry in batch:
             entry.put(moved[entry.place])
+        del batch, new, entry
+        memory.trim()  # of what they were, which makes room for the next
     return model
+
+
+def _fit(total: int) -> bool:
+    """Whether weights of so many bytes are worth moving, and there is memory for it.
+
+    What this process has in memory of its own is free again as they move; what it has mapped was not taken.
+    """
+    free, own = memory.free("cpu"), memory.anonymous()
+    return total >= HUGE and (free is None or SPARE * total - own + TOGETHER <= free)
 
 
 class _Weight(NamedTuple):
@@ -86,6 +96,16 @@ def placed(tensors: Sequence[Tensor]) -> list[Tensor]:
         copy = torch.frombuffer(block, dtype=tensor.dtype, count=tensor.numel(), offset=first + start)
         copies.append(copy.view(tensor.shape).copy_(tensor))
     return copies
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As torch.empty, on huge pages on a CPU that has them: for keys and values, which a step reads, too."""
+    count = math.prod(shape)
+    found = _mapping(count * dtype.itemsize) if offered() and device.type == "cpu" else None
+    if found is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    block, first = found
+    return torch.frombuffer(block, dtype=dtype, count=count, offset=first).view(shape)
 
 
 def offered() -> bool:

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from alphaprune import decoder as decoders
 from alphaprune import memory
+from alphaprune import pages as huge
 from alphaprune.blocks import Block
 from alphaprune.decoder import Decoder
 from alphaprune.kernels import attention, neighbours
@@ -67,7 +68,7 @@ class Ragged:
         memory.check(needs, decoder.device, remedy)
         with torch.inference_mode(), memory.explained(needs, decoder.device, remedy):
             shape = (len(decoder.blocks), 2, rows, decoder.key_heads, decoder.head_dim)
-            self.cache = torch.empty(shape, dtype=decoder.dtype, device=decoder.device)
+            self.cache = huge.empty(shape, decoder.dtype, decoder.device)
             self.table = torch.full((slots + 1, per), self.pages, device=decoder.device)
             self.tokens = torch.zeros(slots + 1, dtype=torch.int64, device=decoder.device)
             self.lengths = torch.zeros_like(self.tokens)

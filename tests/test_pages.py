@@ -89,6 +89,7 @@ def test_nothing_happens_without(reason: str, model: Model, monkeypatch: pytest.
         monkeypatch.setattr(pages, "SETTING", tmp_path / "enabled")
     elif reason == "little memory":
         monkeypatch.setattr(memory, "free", lambda _: 8_000_000)
+        monkeypatch.setattr(memory, "anonymous", lambda: 0)
     else:
         kind = nn.Conv2d
     assert pages.huge_pages(model, kind) is model and places_of(model) == before
@@ -146,6 +147,18 @@ def test_copies_of_other_tensors() -> None:
     for copied, tensor in zip(pages.placed(made), made, strict=True):
         assert torch.equal(copied, tensor) and copied.dtype == tensor.dtype and copied.shape == tensor.shape
         assert tensor.numel() == 0 or copied.data_ptr() != tensor.data_ptr()
+
+
+def test_memory_for_keys_and_values() -> None:
+    cpu, shape = torch.device("cpu"), (2, 3, 1 << 19)
+    made = pages.empty(shape, torch.bfloat16, cpu)
+    assert made.shape == shape and made.dtype == torch.bfloat16 and made.is_contiguous()
+    made.fill_(1)
+    assert made.sum(dtype=torch.float64) == made.numel()
+    assert WITHOUT or pages.on_huge_pages(made.data_ptr()) >= pages.HUGE
+    assert pages.empty((3, 5), torch.float32, cpu).shape == (3, 5)
+    assert pages.empty((0, 5), torch.float32, cpu).shape == (0, 5)
+    assert pages.empty(shape, torch.bfloat16, torch.device("meta")).device.type == "meta"
 
 
 def test_sparsify_moves_what_it_packs() -> None:
