@@ -20,7 +20,7 @@ import alphaprune
 from alphaprune import data
 from alphaprune.graphs import Steps
 from alphaprune.serving import engine as engine_file
-from alphaprune.serving import kv
+from alphaprune.serving import kv, ours
 from alphaprune.serving.answer import Answer
 from alphaprune.serving.engine import Engine, ReasoningText, Stream, ToolCall
 from alphaprune.serving.ours import Ours
@@ -147,6 +147,75 @@ def test_an_error_in_a_step_is_told(tokenizer, start) -> None:
     with pytest.raises(Refused, match="restart the server") as refused:
         generate(engine, [ask("hello", 4)])
     assert refused.value.status == 503
+
+
+def short_of_memory(kind: str) -> Exception:
+    if kind == "GPU":
+        return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79 GiB")
+    return RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried")
+
+
+@pytest.mark.parametrize("kind", ["GPU", "CPU"])
+def test_prompts_are_read_in_smaller_pieces_where_memory_is_short(
+    kind: str, tokenizer, start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if start.kind == "transformers":
+        pytest.skip("how transformers reads prompts is its own")
+    model = make_model(seed=4)
+    engine, asked = start(model, tokenizer), [ask(prompt, 5) for prompt in prompts(6, 256, 60)]
+    wanted = [stream.tokens for stream in generate(engine, asked)]
+    prefill, read = engine.batching.ragged.prefill, []
+
+    def limited(parts: list[tuple[int, list[int]]]) -> torch.Tensor:
+        read.append(sum(len(tokens) for _, tokens in parts))
+        if read[-1] > 50:
+            raise short_of_memory(kind)
+        return prefill(parts)
+
+    monkeypatch.setattr(engine.batching.ragged, "prefill", limited)
+    found = generate(engine, asked)
+    assert [stream.tokens for stream in found] == wanted
+    assert not any(stream.error for stream in found) and max(read) > 50
+    assert engine.alive() and engine.kv_used() == 0
+    assert engine.batching.batch_tokens == ours.BATCH_TOKENS, "the next prompt is tried as a whole again"
+
+
+@pytest.mark.parametrize("where", ["prompt", "sample", "step"])
+def test_a_request_that_there_is_no_memory_for_ends_alone(
+    where: str, tokenizer, start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if start.kind == "transformers":
+        pytest.skip("how transformers batches is its own")
+    engine = start(make_model(seed=4), tokenizer, running=3)
+    asked = [ask(prompt, 8) for prompt in prompts(5, 256, 20)]
+    wanted = [stream.tokens for stream in generate(engine, asked)]
+    batching, failed = engine.batching, []
+    owner, name = {
+        "prompt": (batching.ragged, "prefill"),
+        "sample": (batching.steps.sampler, "choose"),
+        "step": (batching, "steps"),
+    }[where]
+    call = getattr(owner, name)
+
+    class Short:
+        def __call__(self, *given: object) -> object:
+            if len(batching._active) == 3 and len(failed) < (6 if where != "step" else 1):
+                failed.append(given)
+                raise short_of_memory("GPU")
+            return call(*given)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(call, name)
+
+    monkeypatch.setattr(owner, name, Short())
+    found = generate(engine, asked)
+    ended = [stream for stream in found if stream.error]
+    assert failed and len(ended) == 1
+    assert ended[0].error.startswith("generation failed: out of memory: 2.00 GiB more could not be had; take ")
+    assert ended[0].tokens == wanted[found.index(ended[0])][: len(ended[0].tokens)]
+    assert all(stream.tokens == tokens for stream, tokens in zip(found, wanted, strict=True) if not stream.error)
+    assert engine.alive() and engine.kv_used() == 0
+    assert [stream.tokens for stream in generate(engine, asked[:2])] == wanted[:2]
 
 
 def test_a_model_that_cannot_be_served_says_so(tokenizer, start) -> None:

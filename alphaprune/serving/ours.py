@@ -2,11 +2,13 @@
 
 Prompts go through the kernels for many tokens (expansion and the library's product), a step through those for few.
 Keys and values lie in pages. A request gets pages as it grows; when there are none left, the one that came last gives
-its pages back, waits, and reads again what it had, so that its tokens stay the same.
+its pages back, waits, and reads again what it had, so that its tokens stay the same. Where memory for something else
+runs out, prompts are read in smaller pieces, and if that does not do, the request that came last ends with a sentence.
 """
 
 import contextlib
 import gc
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -24,7 +26,10 @@ from alphaprune.sampling import Kind
 from alphaprune.serving.jobs import Job
 from alphaprune.serving.kv import KV
 
+log = logging.getLogger("alphaprune")
+
 BATCH_TOKENS = 512  # of prompts between two steps: longer ones are cut, so that running streams wait less
+LEAST_TOKENS = 16  # as many at least, however little memory there is
 IDLE_SECONDS = 5
 
 
@@ -75,7 +80,7 @@ class Ours:
         self.steps = Steps(self.ragged, how, buckets, recorder)
         # On a GPU a token is read while the next one is computed; on a CPU there would be nothing to wait for.
         self.late = int(self.ragged.decoder.device.type == "cuda" or recorder is not None)
-        self.turns = 0
+        self.turns, self.batch_tokens = 0, BATCH_TOKENS
         self._inbox: deque[Progress | str] = deque()  # new requests, and the ids of cancelled ones
         self._waiting: deque[Progress] = deque()
         self._active: list[Progress] = []  # in the order in which they came
@@ -180,34 +185,60 @@ class Ours:
             self._active.append(job)
 
     def _read_prompts(self) -> bool:
-        """Reads up to BATCH_TOKENS of what requests have to read, and chooses the next token of those that are done."""
-        parts, ready, left = [], [], BATCH_TOKENS
+        """Reads a piece of what requests have to read, and chooses the next token of those that are done."""
+        pieces: list[tuple[Progress, list[int]]] = []
+        left = self.batch_tokens
         for job in self._active:
-            piece = job.source[job.read : job.read + left]
-            if piece:
-                parts.append((job.slot, piece))
+            if piece := job.source[job.read : job.read + left]:
+                pieces.append((job, piece))
                 left -= len(piece)
-                job.read += len(piece)
-                if job.read == len(job.source):
-                    ready.append((len(parts) - 1, job))
-        if not parts:
+        if not pieces:
+            self.batch_tokens = BATCH_TOKENS
             return False
-        logits = self.ragged.prefill(parts)
+        try:
+            self._read(pieces)
+        except Exception as error:
+            for job, _ in pieces:
+                self.ragged.trim(job.slot, job.read)
+            if memory.is_shortage(error) and self.batch_tokens > LEAST_TOKENS:
+                self.batch_tokens //= 2
+                log.warning("%s; prompts are read %d tokens at a time", first_line(error), self.batch_tokens)
+                memory.release(self.ragged.decoder.device)
+            else:
+                self._without(pieces[-1][0], error)
+        return True
+
+    def _read(self, pieces: list[tuple[Progress, list[int]]]) -> None:
+        logits = self.ragged.prefill([(job.slot, piece) for job, piece in pieces])
+        ready = [i for i, (job, piece) in enumerate(pieces) if job.read + len(piece) == len(job.source)]
         if ready:
-            jobs, device = [job for _, job in ready], logits.device
-            rows = memory.upload(torch.tensor([place for place, _ in ready]), device)
+            jobs, device = [pieces[i][0] for i in ready], logits.device
+            rows = memory.upload(torch.tensor(ready), device)
             slots = memory.upload(torch.tensor([job.slot for job in jobs]), device)
             kind = Kind.of(job.sampling for job in jobs)
             new = self.steps.sampler.choose(logits[rows], slots, self.ragged.lengths[slots] - 1, kind)
             self.ragged.tokens.index_copy_(0, slots, new)
             self._launch(jobs, new)
-        return True
+        for job, piece in pieces:
+            job.read += len(piece)
+
+    def _without(self, job: Progress, error: Exception) -> None:
+        """Ends a request that there is no memory for, so that the others go on. Any other error ends the engine."""
+        if not memory.is_shortage(error):
+            raise error
+        self._close(job)
+        _tell([(job, Output(list(job.new), error=memory.device_fault(error)))])
+        memory.release(self.ragged.decoder.device)
 
     def _step(self) -> bool:
         """A token for all that have read everything and may have more."""
         while jobs := [job for job in self._active if job.read == len(job.source) and job.launched < job.limit]:
             if self._make_room(jobs):
-                new, _ = self.steps([job.slot for job in jobs], Kind.of(job.sampling for job in jobs))
+                try:
+                    new, _ = self.steps([job.slot for job in jobs], Kind.of(job.sampling for job in jobs))
+                except Exception as error:
+                    self._without(jobs[-1], error)
+                    return True
                 self._launch(jobs, new)
                 return True
         return False
@@ -226,9 +257,10 @@ class Ours:
         return True
 
     def _launch(self, jobs: list[Progress], new: Tensor) -> None:
+        wait = fetch(new)
         for job in jobs:
             job.launched += 1
-        self._pending.append((jobs, fetch(new)))
+        self._pending.append((jobs, wait))
 
     def _receive_all(self, but: int) -> None:
         while len(self._pending) > but:
