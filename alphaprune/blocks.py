@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from alphaprune.kernels import dense, neighbours
 from alphaprune.kernels import group as op
-from alphaprune.kernels import neighbours
 from alphaprune.kernels.attention import HeadNorm
 from alphaprune.kernels.spmm import Prepared
 from alphaprune.layer import SparseLinear
@@ -128,7 +128,7 @@ def norm(module: nn.Module) -> Norm:
 def linear(module: nn.Module, direct: bool = True) -> Linear:
     """The shortest call with the result of the module's; anything but a plain linear layer is called as it is."""
     if type(module) is nn.Linear and not hooked(module):
-        return partial(functional.linear, weight=module.weight, bias=module.bias)
+        return dense.linear(module.weight, module.bias)
     if direct and _plain(module):
         return partial(module.prepared().run, bias=module.bias)
     return module

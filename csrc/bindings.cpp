@@ -127,6 +127,28 @@ class Group {
   std::vector<Item> items_;
 };
 
+// Dense weights [rows, cols] in one dtype, which has to be one that the ISA has such a product for.
+class Dense {
+ public:
+  Dense(int64_t rows, int64_t cols, int32_t dtype, const std::string& isa)
+      : rows_(rows), cols_(cols), dtype_(float_of(dtype)), isa_(isa_named(isa)) {
+    if (rows < 1 || cols < 1) throw std::invalid_argument("a weight has at least one row and one column");
+    if (!isa_.dense || !isa_.takes_dense(dtype_)) throw std::invalid_argument(isa + " has no dense product for it");
+  }
+
+  void multiply(Address weight, Address x, int64_t tokens, Address bias, int32_t bias_dtype, Address y) const {
+    const Activations activations{at<const void>(x), dtype_, tokens, cols_};
+    const Bias added{at<const void>(bias), float_of(bias_dtype)};
+    const py::gil_scoped_release release;
+    multiply_dense(isa_, at<const void>(weight), rows_, cols_, added, at<void>(y), activations);
+  }
+
+ private:
+  int64_t rows_, cols_;
+  Dtype dtype_;
+  const Isa& isa_;
+};
+
 py::list isa_list() {
   py::list all;
   for (const Isa* const* isa = isas(); *isa; ++isa) all.append(py::make_tuple((*isa)->name, unavailable(**isa)));
@@ -184,5 +206,8 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Group>(m, "Group")
       .def(py::init<const std::vector<const Weight*>&>(), "Weights of one instruction set and one K that share x")
       .def("multiply", &Group::multiply);
+  py::class_<Dense>(m, "Dense")
+      .def(py::init<int64_t, int64_t, int32_t, const std::string&>())
+      .def("multiply", &Dense::multiply);
   bind_bandwidth(m);
 }

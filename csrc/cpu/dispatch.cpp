@@ -183,6 +183,20 @@ class Parts {
   int64_t per_tile_;
 };
 
+// A product but for the activations as the ISA wants them.
+Product product_of(const Item& item, const Activations& x) {
+  Product p{};
+  p.weight = item.weight;
+  p.given = x;
+  p.tokens = x.tokens;
+  p.bias = item.bias.data;
+  p.bias_dtype = item.bias.dtype;
+  p.y = item.y;
+  p.y_stride = item.y_stride;
+  p.y_dtype = x.dtype;
+  return p;
+}
+
 }  // namespace
 
 const Isa* const* isas() {
@@ -289,20 +303,23 @@ void multiply(const Isa& isa, const Item* items, int64_t count, const Activation
       part -= mine;
       ++item;
     }
-    Product p{};
-    p.weight = item->weight;
-    p.given = x;
-    p.tokens = x.tokens;
-    p.bias = item->bias.data;
-    p.bias_dtype = item->bias.dtype;
-    p.y = item->y;
-    p.y_stride = item->y_stride;
-    p.y_dtype = x.dtype;
+    Product p = product_of(*item, x);
     forms.give(p);
     const Parts cut(item->weight, x.tokens);
     alignas(64) unsigned char scratch[kScratchBytes];
     isa.product(p, cut.begin(part, mine), cut.begin(part + 1, mine), scratch);
   });
+}
+
+void multiply_dense(const Isa& isa, const void* weight, int64_t rows, int64_t cols, const Bias& bias, void* y,
+                    const Activations& x) {
+  const sbt::View view{weight, nullptr, nullptr, rows, cols, x.dtype};
+  Product p = product_of({view, bias, y, rows}, x);
+  p.x = x.data;
+  p.x_stride = x.stride;
+  const int64_t tiles = view.row_tiles(), threads = threads_for(rows * cols * x.tokens);
+  const int64_t wanted = threads > 1 ? threads * kPartsPerThread : 1, parts = wanted < tiles ? wanted : tiles;
+  parallel_for(parts, threads, [&](int64_t i) { isa.dense(p, tiles * i / parts, tiles * (i + 1) / parts); });
 }
 
 void expand(const Isa& isa, const sbt::View& weight, int64_t first, int64_t last, Dtype out_dtype, void* out) {

@@ -31,6 +31,10 @@ struct Item {
 // summed in another order.
 void multiply(const Isa& isa, const Item* items, int64_t count, const Activations& x);
 
+// The same of a dense weight [rows, cols] in x's dtype, by an ISA that has such a product for it.
+void multiply_dense(const Isa& isa, const void* weight, int64_t rows, int64_t cols, const Bias& bias, void* y,
+                    const Activations& x);
+
 // Rows [first, last) of W, dense, K values per row, `first` a multiple of 16: bits as packed, or, of int8, value *
 // scale in the float that `out_dtype` names.
 void expand(const Isa& isa, const sbt::View& weight, int64_t first, int64_t last, Dtype out_dtype, void* out);

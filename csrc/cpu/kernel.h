@@ -48,6 +48,10 @@ struct Isa {
   void (*prepare)(const Activations&, const sbt::View&, int64_t first, int64_t last, void* to);
   // Tells apart the layouts that `prepare` chooses between for weights of one dtype; null where there is one.
   int (*layout)(const Activations&, const sbt::View&) = nullptr;
+  // The same product with a dense weight, [N, K] at `weight.values`, in the dtype of x, whose rows are the caller's,
+  // and without scratch; null where the library's is as fast. Takes what `takes_dense` says.
+  void (*dense)(const Product&, int64_t begin, int64_t end) = nullptr;
+  bool (*takes_dense)(Dtype) = nullptr;
 };
 
 extern const Isa kScalar;

@@ -34,6 +34,9 @@ struct Blocks {
       : tokens(tokens), width(tokens <= kLanes ? kLanes : kMostVectors * kLanes), count(ceil_div(tokens, width)) {}
   int64_t column() const { return width * static_cast<int64_t>(sizeof(uint16_t)); }
   int64_t span() const { return (kSpanCols + 1) * column(); }
+  // Where in a block column `col` of the activations stands; that of the zeros stands after the last of its span.
+  int64_t at(int64_t col) const { return (col / kSpanCols * (kSpanCols + 1) + col % kSpanCols) * column(); }
+  int64_t zeros_of(int64_t span) const { return (span * (kSpanCols + 1) + kSpanCols) * column(); }
   int64_t left(int64_t b) const { return std::min(width, tokens - b * width); }
   int64_t header() const { return 64; }
   int64_t bytes(const sbt::View& weight) const { return header() + ceil_div(weight.col_tiles(), kSpan) * span(); }
@@ -114,7 +117,7 @@ inline void prepare_tokens(const Activations& x, const sbt::View& weight, int64_
     for (int64_t col = 0; col < padded; col += 8) {
       __m128i columns[8];
       finite &= turn_eight(from, col, weight.cols - col, columns);
-      char* out = vector + (col / kSpanCols * (kSpanCols + 1) + col % kSpanCols) * blocks.column() + eight * 32;
+      char* out = vector + blocks.at(col) + eight * 32;
       for (int64_t k = 0; k < 8; ++k, out += blocks.column()) {
         const __m128i four = _mm_and_si128(columns[k], given);
         auto* at = reinterpret_cast<__m128i*>(out + upper * 8);
@@ -128,7 +131,7 @@ inline void prepare_tokens(const Activations& x, const sbt::View& weight, int64_
     }
   }
   for (int64_t span = 0; span < ceil_div(padded, kSpanCols); ++span) {
-    char* zeros = vector + (span * (kSpanCols + 1) + kSpanCols) * blocks.column();
+    char* zeros = vector + blocks.zeros_of(span);
     for (int64_t i = 0; i < 8; i += 2) {
       std::memset(zeros + (i + upper) * 8, 0, 8);
       if (alone) std::memset(zeros + (i + 1) * 8, 0, 8);
@@ -247,8 +250,7 @@ inline void meet_zeros(const sbt::View& weight, const Blocks& blocks, int64_t ro
   for (int64_t k = 0; k < weight.cols; ++k) {
     const uint32_t* words = weight.mask + (row_tile * weight.col_tiles() + k / sbt::kTileCols) * sbt::kWords;
     const int64_t col = k % sbt::kTileCols;
-    const auto* column =
-        reinterpret_cast<const uint16_t*>(x + (k / kSpanCols * (kSpanCols + 1) + k % kSpanCols) * blocks.column());
+    const auto* column = reinterpret_cast<const uint16_t*>(x + blocks.at(k));
     for (int64_t t = 0; t < tokens; ++t) {
       if ((column[place_of(t)] & 0x7f80u) != 0x7f80u) continue;
       for (int64_t r = 0; r < sbt::kTileRows; ++r)

@@ -2,6 +2,7 @@
 // are, two columns an instruction, which treats subnormal numbers as zero. So are, with many tokens of bfloat16, int8
 // weights with one scale per row, each of which is a bfloat16: widening them hides behind the arithmetic, and the
 // activations are not rounded. Everything else is computed as on AVX-512.
+#include "dense.h"
 #include "integer.h"
 #include "pairs.h"
 #include "pipeline.h"
@@ -114,6 +115,15 @@ void prepare(const Activations& x, const sbt::View& weight, int64_t first, int64
   }
 }
 
+struct DenseBfloat16 {
+  using Element = uint16_t;
+  static constexpr int64_t kStep = 32;
+  static __m512i vector(const uint16_t* p) { return _mm512_loadu_si512(p); }
+  static __m512 multiply(__m512i w, __m512i x, __m512 sum) { return PairsOfBfloat16::multiply(w, x, sum); }
+};
+
+bool takes_dense(Dtype dtype) { return dtype == Dtype::bfloat16; }
+
 int layout(const Activations& x, const sbt::View& weight) {
   if (!in_pairs(x, weight)) return kAvx512.layout(x, weight);
   return skips_zeros(x, weight) ? 2 : static_cast<int>(widened(x, weight));
@@ -121,6 +131,7 @@ int layout(const Activations& x, const sbt::View& weight) {
 
 }  // namespace
 
-const Isa kAvx512bf16 = {"avx512bf16", product, expand, prepared_bytes, prepare, layout};
+const Isa kAvx512bf16 = {"avx512bf16", product, expand, prepared_bytes, prepare, layout, dense_product<DenseBfloat16>,
+                         takes_dense};
 
 }  // namespace alphaprune

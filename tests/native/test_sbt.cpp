@@ -168,14 +168,8 @@ double ulp(double value, Dtype dtype) {
 }
 
 // Every output, or of many every `step`-th.
-void check_product(const Isa& isa, const Problem& p, bool with_bias, int64_t step = 1) {
+void check_outputs(const Isa& isa, const Problem& p, const Guarded& y, bool with_bias, int64_t step) {
   const Case& c = p.c;
-  const Guarded y(c.tokens * c.rows * size_of(c.x));
-  const Item item = p.item(y.as<void>(), with_bias);
-  multiply(isa, &item, 1, p.activations());
-#if defined(ALPHAPRUNE_EMULATE)
-  EXPECT(!emulated_tiles.configured, "%s leaves its tiles configured", isa.name);
-#endif
   for (int64_t t = 0; t < c.tokens; ++t) {
     for (int64_t n = 0; n < c.rows; ++n) {
       if ((t * c.rows + n) % step) continue;
@@ -212,6 +206,31 @@ void check_product(const Isa& isa, const Problem& p, bool with_bias, int64_t ste
              c.rows, c.cols, c.tokens, t, n, got, sum, bound);
     }
   }
+}
+
+void check_product(const Isa& isa, const Problem& p, bool with_bias, int64_t step = 1) {
+  const Guarded y(p.c.tokens * p.c.rows * size_of(p.c.x));
+  const Item item = p.item(y.as<void>(), with_bias);
+  multiply(isa, &item, 1, p.activations());
+#if defined(ALPHAPRUNE_EMULATE)
+  EXPECT(!emulated_tiles.configured, "%s leaves its tiles configured", isa.name);
+#endif
+  check_outputs(isa, p, y, with_bias, step);
+}
+
+// Dense weights: rows, columns and tokens around what is taken at once, infinities and NaN, any number of threads.
+void check_dense(const Isa& isa, uint32_t& seed) {
+  if (!isa.dense) return;
+  for (const int64_t rows : {1, 15, 16, 33, 150})
+    for (const int64_t cols : {1, 31, 32, 33, 127, 128, 129, 300, 2100})
+      for (const int64_t tokens : {1, 2, 3, 4, 5, 9}) {
+        const Problem p({rows, cols, tokens, 1, Dtype::bfloat16, Dtype::bfloat16, Dtype::float32, false, seed % 3 == 0},
+                        seed);
+        const Guarded y(tokens * rows * 2);
+        const Item item = p.item(y.as<void>(), seed++ % 2);
+        multiply_dense(isa, p.dense->as<void>(), rows, cols, item.bias, y.as<void>(), p.activations());
+        check_outputs(isa, p, y, item.bias.data, 1);
+      }
 }
 
 void check_expand(const Isa& isa, const Problem& p) {
@@ -427,6 +446,7 @@ int main(int count, char** names) {
     check_special(**isa, seed);
     check_sparse(**isa, seed);
     check_large(**isa, seed);
+    check_dense(**isa, seed);
     for (const Dtype x : kFloats)
       for (const int64_t tokens : {1, 3, 20}) check_group(**isa, x, tokens);
     check_threads_and_fork(**isa);

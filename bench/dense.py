@@ -1,0 +1,65 @@
+"""Dense layers of a few tokens in bfloat16, ours beside torch's, from memory, by turns.
+
+python bench/dense.py --out bench/results/dense.jsonl
+
+Rows, one JSON object each, seconds and bytes: machine, threads, torch; shape, tokens; seconds, torch_seconds, medians
+of calls on copies of the weight in distinct memory, placed as `alphaprune.load` does; ratio; bandwidth, of the moment.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rows import replace
+from torch.nn import functional
+
+from alphaprune import timing
+from alphaprune.kernels import dense
+
+
+def measure(shape: tuple[int, int], tokens: int, total: int, rounds: int) -> dict[str, float]:
+    """Medians of both."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(1)).bfloat16()
+    copies = timing.dense_copies(weight, total)
+    calls = {
+        "seconds": [functools.partial(dense.linear(copy, None), x) for copy in copies],
+        "torch_seconds": [functools.partial(functional.linear, x, copy) for copy in copies[1:] + copies[:1]],
+    }
+    with torch.inference_mode():
+        found = list(itertools.islice(timing.CpuClock().rounds(calls), max(rounds * len(copies), timing.LEAST_CALLS)))
+    return {name: statistics.median(one[name] for one in found) for name in calls}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="11008x4096,4096x11008,32000x4096", help="NxK[,NxK...]")
+    parser.add_argument("--tokens", default="1,2,4,8,16")
+    parser.add_argument("--gigabytes", type=float, default=1, help="of weights that the calls go round")
+    parser.add_argument("--rounds", type=int, default=5, help="times round them")
+    parser.add_argument("--out", type=Path, help="put the rows into this file, in the place of this machine's")
+    options = parser.parse_args(arguments)
+    common: dict[str, Any] = {"machine": timing.machine(), "threads": torch.get_num_threads()}
+    common |= {"torch": torch.__version__, "bandwidth": timing.read_bandwidth()}
+    made = []
+    dense.MOST_TOKENS = 1 << 20  # where it ends is what is asked
+    for shape in options.shape.split(","):
+        n, k = map(int, shape.split("x"))
+        for tokens in map(int, options.tokens.split(",")):
+            row = measure((n, k), tokens, int(options.gigabytes * (1 << 30)), options.rounds)
+            row["ratio"] = row["torch_seconds"] / row["seconds"]
+            made.append({**common, "shape": [n, k], "tokens": tokens, **row})
+            print(json.dumps(made[-1]), flush=True)
+    if options.out:
+        replace(options.out, made, "machine")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
