@@ -2,10 +2,11 @@
 
 python bench/decode.py --model llama2-7b --sparsity 0.5,0.7,0.8 --values bfloat16,int8 --out bench/results/decode.jsonl
 
-A dense and a packed model of 7e9 weights do not fit into 24 GB together. So for each sparsity and kind of values, and
-`--pairs` times, one process decodes the dense model and the next one the packed model. Every process warms up, decodes
-`--new` tokens greedily after 16 random ones, and measures the read bandwidth of the moment. Weights are random; every
-block lies in memory of its own. Rows, one JSON object each, seconds and bytes throughout:
+A dense and a packed model of 7e9 weights do not fit into 24 GB together. So `--pairs` times, one process decodes the
+dense model and the next ones the packed models, one for each sparsity and kind of values: a pair is a packed model and
+the dense one of its round. Every process warms up, decodes `--new` tokens greedily after 16 random ones, and measures
+the read bandwidth of the moment. Weights are random; every block lies in memory of its own, on huge pages where the
+system has them. Rows, one JSON object each, seconds and bytes throughout:
 
 machine, threads, torch   where it ran
 model, blocks             the shapes, and how many decoder blocks
@@ -20,12 +21,13 @@ kernel_seconds            all products of a step with weights, called alone, med
 step_over_kernels         median of step / kernels, measured by turns in this process; only with decoder alphaprune
 bandwidth                 bytes/s that this machine read at that moment (alphaprune.timing.read_bandwidth)
 
-After the pairs of a packed model follows its summary: ratio, the median over pairs of its tokens/s over those of
+At the end follows the summary of each packed model: ratio, the median over pairs of its tokens/s over those of
 transformers' dense model in the same pair; ratio_of_weights, the same over our decoder's with dense weights; ratios,
 one per pair; pairs.
 """
 
 import argparse
+import itertools
 import json
 import shlex
 import statistics
@@ -129,7 +131,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--values", default="bfloat16", help="of the packed weights: bfloat16, int8, or both by a comma"
     )
-    parser.add_argument("--pairs", type=int, default=3, help="dense and packed processes, by turns")
+    parser.add_argument("--pairs", type=int, default=3, help="rounds of a dense process and the packed ones")
     parser.add_argument("--new", type=int, default=32, help="tokens timed in each")
     parser.add_argument("--gigabytes", type=float, default=1, help="read for the bandwidth")
     gpu = parser.add_argument_group("on a GPU")
@@ -168,16 +170,18 @@ def main(arguments: list[str] | None = None) -> int:
 
     if not options.json:
         print("  ".join(f"{name:>12}" for name in COLUMNS))
-    for values in options.values.split(","):
-        for sparsity in map(float, options.sparsity.split(",")):
-            pairs = []
-            for pair in range(options.pairs):
-                dense = [row | {"pair": pair} for row in in_process(options, None, "bfloat16")]
-                packed = [row | {"pair": pair} for row in in_process(options, sparsity, values)]
-                for row in dense + packed:
-                    show(row)
-                pairs.append((dense, packed[0]))
-            show(summary(pairs))
+    asked = itertools.product(options.values.split(","), map(float, options.sparsity.split(",")))
+    pairs: dict[tuple[str, float], list] = {one: [] for one in asked}
+    for pair in range(options.pairs):
+        dense = [row | {"pair": pair} for row in in_process(options, None, "bfloat16")]
+        for row in dense:
+            show(row)
+        for (values, sparsity), found in pairs.items():
+            packed = in_process(options, sparsity, values)[0] | {"pair": pair}
+            show(packed)
+            found.append((dense, packed))
+    for found in pairs.values():
+        show(summary(found))
     return 0
 
 

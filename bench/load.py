@@ -1,20 +1,22 @@
-"""How long a packed directory takes to its first token through transformers, beside reading its files once.
+"""How long a packed directory takes to its first token, mapped and on huge pages, beside reading its files once.
 
 python bench/load.py --out bench/results/load.jsonl
 
 A random model in the shapes of --model, of so many blocks that its files have about 2 GB, is written into a
-temporary folder. Then processes by turns read the files once, or load them and compute two tokens; the modules are
-imported before the clock starts. Cold: the files are out of the page cache, warm: they are in it. Medians of --rounds.
+temporary folder. Then processes by turns read the files once, or load them and compute tokens through transformers;
+the modules are imported before the clock starts. Cold: the files are out of the page cache, warm: they are in it.
+Medians of --rounds.
 Rows, one JSON object each, seconds and bytes:
 
 machine, threads, torch, transformers   where it ran
 model, blocks, sparsity, values, bytes  what it loaded; bytes of all safetensors files
 cache                                   cold or warm
+by                                      from_pretrained, which maps the files, or load, which moves to huge pages
 read_seconds                            reading all files once, in order
-load_seconds                            from_pretrained
-first_seconds, next_seconds             the first token and the one after it, prompts of one token
+load_seconds                            the loading itself
+first_seconds, next_seconds             the first token, and the median of those after it, prompts of one token
 beyond_seconds                          load + first - read; target: < 2
-resident_loaded, resident_first         growth of the resident memory after from_pretrained and after the first token
+resident_loaded, resident_first         growth of the resident memory after loading and after the first token
 import_seconds, help_seconds            `import alphaprune` in a fresh process, and all of `alphaprune --help`
 """
 
@@ -33,7 +35,8 @@ from typing import Any
 from rows import replace
 
 CHUNK = 16 << 20  # bytes per call when a file is read
-COLUMNS = ("cache", "read s", "load s", "first s", "next s", "beyond s", "loaded MB", "first MB")
+NEXT = 9  # tokens after the first
+COLUMNS = ("cache", "by", "read s", "load s", "first s", "next s", "beyond s", "loaded MB", "first MB")
 IMPORT = "import time; start = time.perf_counter(); import alphaprune; print(time.perf_counter() - start)"
 
 
@@ -75,8 +78,8 @@ def read(folder: str) -> dict[str, float]:
     return {"read_seconds": time.perf_counter() - start}
 
 
-def load(folder: str) -> dict[str, float]:
-    """Seconds and memory of from_pretrained and of two tokens."""
+def load(folder: str, by: str) -> dict[str, float]:
+    """Seconds and memory of loading and of the first tokens."""
     import torch
     from transformers import LlamaForCausalLM
     from transformers.utils import logging
@@ -86,19 +89,19 @@ def load(folder: str) -> dict[str, float]:
     assert alphaprune.load and alphaprune.SparseLinear and LlamaForCausalLM.from_pretrained  # imports
     logging.disable_progress_bar()
     memory, clock = [resident()], [time.perf_counter()]
-    model = LlamaForCausalLM.from_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(folder) if by == "from_pretrained" else alphaprune.load(folder)
     clock.append(time.perf_counter())
     memory.append(resident())
     with torch.inference_mode():
-        for _ in range(2):
+        for _ in range(1 + NEXT):
             model(torch.tensor([[1]])).logits.argmax(-1)
             clock.append(time.perf_counter())
             memory.append(resident())
-    loaded, first, after = (end - start for start, end in itertools.pairwise(clock))
+    loaded, first, *after = (end - start for start, end in itertools.pairwise(clock))
     return {
         "load_seconds": loaded,
         "first_seconds": first,
-        "next_seconds": after,
+        "next_seconds": statistics.median(after),
         "resident_loaded": memory[1] - memory[0],
         "resident_first": memory[2] - memory[0],
     }
@@ -127,25 +130,29 @@ def start_up(rounds: int) -> dict[str, float]:
     return {"import_seconds": statistics.median(imports), "help_seconds": statistics.median(helps)}
 
 
-def measure(folder: str, cold: bool, rounds: int) -> dict[str, Any]:
-    """Medians of reading and of loading, by turns."""
-    found: dict[str, list[float]] = {}
+def measure(folder: str, cold: bool, rounds: int) -> list[dict[str, Any]]:
+    """Medians of reading and of loading both ways, by turns: a row for each way."""
+    found: dict[str, dict[str, list[float]]] = {way: {} for way in ("", "from_pretrained", "load")}
     for _ in range(rounds):
-        for task in ("read", "load"):
+        for way, values in found.items():
             if cold:
                 forget(folder)
-            for name, value in in_process(task, folder=folder).items():
-                found.setdefault(name, []).append(value)
-    row: dict[str, Any] = {name: statistics.median(values) for name, values in found.items()}
-    row["beyond_seconds"] = row["load_seconds"] + row["first_seconds"] - row["read_seconds"]
-    return {"cache": "cold" if cold else "warm", **row}
+            done = in_process("load", folder=folder, by=way) if way else in_process("read", folder=folder)
+            for name, value in done.items():
+                values.setdefault(name, []).append(value)
+    read, *loaded = ({name: statistics.median(all_) for name, all_ in values.items()} for values in found.values())
+    made = []
+    for way, row in zip(("from_pretrained", "load"), loaded, strict=True):
+        beyond = row["load_seconds"] + row["first_seconds"] - read["read_seconds"]
+        made.append({"cache": "cold" if cold else "warm", "by": way, **read, **row, "beyond_seconds": beyond})
+    return made
 
 
 def line(row: dict[str, Any]) -> str:
     seconds = [row[f"{name}_seconds"] for name in ("read", "load", "first", "next", "beyond")]
-    cells = [row["cache"], *(f"{value:.3f}" for value in seconds)]
+    cells = [row["cache"], row["by"], *(f"{value:.3f}" for value in seconds)]
     cells += [f"{row[name] / 1e6:.0f}" for name in ("resident_loaded", "resident_first")]
-    return "  ".join(f"{cell:>9}" for cell in cells)
+    return "  ".join(f"{cell:>15}" for cell in cells)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -179,11 +186,12 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.json:
             print(f"{common['machine']}; {common['bytes'] / 1e9:.2f} GB; ", end="")
             print(f"import {common['import_seconds']:.3f} s, --help {common['help_seconds']:.3f} s")
-            print("  ".join(f"{name:>9}" for name in COLUMNS))
+            print("  ".join(f"{name:>15}" for name in COLUMNS))
         made = []
         for cold in (True, False):
-            made.append(common | measure(f"{temporary}/model", cold, options.rounds))
-            print(json.dumps(made[-1]) if options.json else line(made[-1]), flush=True)
+            for row in measure(f"{temporary}/model", cold, options.rounds):
+                made.append(common | row)
+                print(json.dumps(made[-1]) if options.json else line(made[-1]), flush=True)
     if options.out:
         replace(options.out, made, "machine")
     return 0

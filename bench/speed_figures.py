@@ -173,21 +173,25 @@ def load() -> str:
     cells = [
         [
             r["cache"],
-            *(f"{r[name]:.2f}" for name in ("read_seconds", "load_seconds", "first_seconds", "next_seconds")),
+            {"from_pretrained": "mapped", "load": "on huge pages"}[r["by"]],
+            *(f"{r[name]:.2f}" for name in ("read_seconds", "load_seconds", "first_seconds")),
+            f"{r['next_seconds']:.3f}",
             f"{r['resident_loaded'] / 1e6:.0f}",
         ]
         for r in rows("load.jsonl")
     ]
     first = rows("load.jsonl")[0]
     note = (
-        f"A packed directory of {first['bytes'] / 1e9:.1f} GB, out of the file cache and in it; MB added: resident "
-        f"memory after loading, before the first token. `python bench/load.py`, {first['machine']}, "
-        f"{first['threads']} threads ([rows](RESULTS/load.jsonl))."
+        f"A packed directory of {first['bytes'] / 1e9:.1f} GB, out of the file cache and in it, mapped by "
+        f"`from_pretrained` and on huge pages by `alphaprune.load`; tokens by transformers; MB added: resident memory "
+        f"after loading, before the first token. `python bench/load.py`, {first['machine']}, {first['threads']} "
+        f"threads ([rows](RESULTS/load.jsonl))."
     )
     columns = [
         "file cache",
+        "weights",
         "reading the files, s",
-        "from_pretrained, s",
+        "loading, s",
         "first token, s",
         "next token, s",
         "MB added",

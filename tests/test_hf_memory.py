@@ -53,7 +53,8 @@ def test_the_benchmark_of_loading(tmp_path: Path) -> None:
     for _ in range(2):  # the rows of a machine are replaced, not added to
         subprocess.run([sys.executable, script, *options], cwd=tmp_path, capture_output=True, check=True)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert [row["cache"] for row in rows] == ["cold", "warm"]
+    ways = [(row["cache"], row["by"]) for row in rows]
+    assert ways == [(cache, by) for cache in ("cold", "warm") for by in ("from_pretrained", "load")]
     for row in rows:
         assert row["model"] == "tiny" and row["blocks"] == 3 and row["bytes"] > 10_000
         assert all(row[f"{name}_seconds"] > 0 for name in ("read", "load", "first", "next", "import", "help"))
