@@ -103,6 +103,22 @@ def memory_limit(root: Path = ROOT) -> int | None:
     return None
 
 
+def memory_free(root: Path = ROOT) -> int | None:
+    """Bytes that can be taken: of the machine's memory, and of what a container grants; None where nobody says.
+
+    Of a container's own, pages of files count as free, as MemAvailable has it.
+    """
+    available, limit = memory(root).get("MemAvailable"), memory_limit(root)
+    if limit is None:
+        return available
+    taken = 0
+    for name, entry in (("memory.stat", "anon"), ("memory/memory.stat", "total_rss")):
+        found = re.search(rf"^{entry} (\d+)$", _text(root / "sys/fs/cgroup" / name) or "", re.MULTILINE)
+        taken = int(found[1]) if found else taken
+    left = max(0, limit - taken)
+    return left if available is None else min(left, available)
+
+
 def openmp(root: Path = ROOT) -> list[str]:
     """The OpenMP libraries that this process has loaded: one, or their threads get in each other's way."""
     return loaded(r"/lib(g|i|)omp\d*[^/]*\.(so|dylib)", root / "proc/self/maps")

@@ -29,7 +29,7 @@ def free(device: torch.device | str) -> int | None:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return hardware.memory().get("MemAvailable")
+    return hardware.memory_free()
 
 
 def allocated(device: torch.device | str) -> int:

@@ -137,5 +137,5 @@ class _Slot:
 
 def available() -> int:
     """Bytes of memory that this process may still take: of the machine, or of its control group where that has less."""
-    found = (hardware.memory().get("MemAvailable"), hardware.memory_limit())
-    return min((bytes_ for bytes_ in found if bytes_ is not None), default=MODEST)
+    found = hardware.memory_free()
+    return MODEST if found is None else found

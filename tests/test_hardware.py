@@ -73,9 +73,23 @@ def test_other_limits(server: Path) -> None:
     assert hardware.cpu_limit(server) is None
 
 
+def test_free_memory_in_a_container(server: Path) -> None:
+    cgroup = server / "sys/fs/cgroup"
+    assert hardware.memory_free(server) == 409_600  # the machine has less than the 512,000 of the container
+    write(cgroup, {"memory.stat": "anon 200000\nfile 300000\nkernel_anon 1"})
+    assert hardware.memory_free(server) == 312_000
+    write(cgroup, {"memory.stat": "anon 600000"})
+    assert hardware.memory_free(server) == 0
+    for name in ("memory.max", "memory.stat"):
+        (cgroup / name).unlink()
+    assert hardware.memory_free(server) == 409_600
+    write(cgroup, {"memory/memory.limit_in_bytes": "300000", "memory/memory.stat": "rss 7\ntotal_rss 100000"})
+    assert hardware.memory_free(server) == 200_000
+
+
 def test_a_system_that_says_nothing(tmp_path: Path) -> None:
     found = hardware.describe(tmp_path)
-    assert not any(found.values()) and hardware.openmp(tmp_path) == []
+    assert not any(found.values()) and hardware.openmp(tmp_path) == [] and hardware.memory_free(tmp_path) is None
     rows = dict(inspection._hardware_rows(_machine(found)))
     assert rows["memory"] == "?, ? available" and rows["NUMA nodes"] == "?" and rows["threads"] == "2"
 
