@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/norm.h"
 #include "cpu/pack.h"
 
 namespace py = pybind11;
@@ -149,6 +150,15 @@ class Dense {
   const Isa& isa_;
 };
 
+void norm(Address h, Address delta, Address weight, Address out, int64_t rows, int64_t cols, int32_t dtype,
+          float epsilon) {
+  const Norm p{at<void>(h), at<const void>(delta), at<const void>(weight), at<void>(out), rows, cols, float_of(dtype),
+               epsilon};
+  if (p.dtype == Dtype::float16) throw std::invalid_argument("the norm is for bfloat16 and float32");
+  const py::gil_scoped_release release;
+  rms_norm(p);
+}
+
 py::list isa_list() {
   py::list all;
   for (const Isa* const* isa = isas(); *isa; ++isa) all.append(py::make_tuple((*isa)->name, unavailable(**isa)));
@@ -194,6 +204,7 @@ PYBIND11_MODULE(_native, m) {
     const py::gil_scoped_release release;
     unpack_mask(at<const uint32_t>(mask), rows, cols, at<uint8_t>(keep));
   });
+  m.def("rms_norm", norm);
   m.def("fault", fault, "(code, tile) of the first fault of mask and offsets");
   m.def("count_bits", [](Address words, int64_t count) {
     const py::gil_scoped_release release;

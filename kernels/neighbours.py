@@ -1,4 +1,4 @@
-"""What stands between the products of a step: one Triton kernel each on a GPU, plain torch elsewhere.
+"""What stands between the products of a step: one Triton kernel each on a GPU, plain torch elsewhere, but for the norm.
 
 Their cost is launches and passes over memory, not arithmetic: on a GPU a step of a 7B model has some 30 products per
 millisecond, and four more launches beside each of them would take as long as the products.
@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from alphaprune.formats import native
 from alphaprune.kernels import portable
+
+NATIVE = (torch.bfloat16, torch.float32)  # dtypes that csrc/cpu/norm.cpp knows
+MOST_ROWS = 16  # that it takes, in one thread
 
 
 @functools.cache
@@ -34,6 +38,11 @@ def add_norm(h: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float, or
         from alphaprune.kernels import triton_neighbours  # imports Triton
 
         return triton_neighbours.add_norm(h, delta, weight, epsilon, order)
+    if order is None and _native_norm(h, delta, weight):
+        x = torch.empty_like(h)
+        addresses = h.data_ptr(), 0 if delta is None else delta.data_ptr(), weight.data_ptr(), x.data_ptr()
+        native.load().rms_norm(*addresses, *h.shape, native.DTYPES[h.dtype], epsilon)
+        return x
     if delta is not None:
         h.add_(delta)
     if weight.dtype == torch.float32:
@@ -41,6 +50,15 @@ def add_norm(h: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float, or
     else:
         x = functional.rms_norm(h, tuple(weight.shape), None, epsilon).mul_(weight)
     return x if order is None else x.index_select(-1, order)
+
+
+def _native_norm(h: Tensor, delta: Tensor | None, weight: Tensor) -> bool:
+    """Whether the norm is one call of ours: of a few rows on a CPU, where torch's is a dozen."""
+    if h.device.type != "cpu" or h.dtype not in NATIVE or h.dim() != 2 or len(h) > MOST_ROWS or native.load() is None:
+        return False
+    alike = [h, weight] if delta is None else [h, weight, delta]
+    plain = all(one.dtype == h.dtype and one.is_contiguous() and not one.requires_grad for one in alike)
+    return plain and not torch.compiler.is_compiling() and (delta is None or delta.shape == h.shape)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -1,0 +1,23 @@
+// RMSNorm of a few rows: one call, where a library takes a dozen small ones.
+#pragma once
+
+#include "../layout.h"
+
+namespace alphaprune {
+
+// Rows of h, delta and out: [rows, cols] in `dtype`, bfloat16 or float32, as weight [cols] is; delta may be null.
+struct Norm {
+  void* h;
+  const void* delta;
+  const void* weight;
+  void* out;
+  int64_t rows, cols;
+  Dtype dtype;
+  float epsilon;
+};
+
+// h += delta, in place and rounded; out = h / sqrt(mean(h^2) + epsilon) * weight, in half precision rounded before the
+// weight, too (Zhang and Sennrich, NeurIPS 2019, as transformers rounds it).
+void rms_norm(const Norm& p);
+
+}  // namespace alphaprune

@@ -1,0 +1,86 @@
+"""The norm between two products on a CPU: torch's bits but for the order of a sum, and torch where it does not fit."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from alphaprune.formats import native
+from alphaprune.kernels import neighbours
+
+needs_native = pytest.mark.skipif(native.load() is None, reason=f"the native module is {native.status()}")
+
+
+def reference(h: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, epsilon: float) -> tuple:
+    """The stream after the sum, rounded, and in float64 what comes before the last two roundings: norm, and weight."""
+    summed = h if delta is None else h + delta
+    exact = summed.double()
+    return summed, exact * (exact.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+
+
+@needs_native
+@settings(max_examples=80, deadline=None)
+@given(
+    rows=st.integers(1, neighbours.MOST_ROWS),
+    cols=st.integers(1, 400),
+    dtype=st.sampled_from(neighbours.NATIVE),
+    added=st.booleans(),
+    size=st.sampled_from([1e-6, 1.0, 300.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape(rows: int, cols: int, dtype: torch.dtype, added: bool, size: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    h, delta = (torch.randn(rows, cols, generator=generator).mul(size).to(dtype) for _ in range(2))
+    weight, given_h = torch.randn(cols, generator=generator).to(dtype), h.clone()
+    x = neighbours.add_norm(h, delta if added else None, weight, 1e-5)
+    summed, normed = reference(given_h, delta if added else None, weight, 1e-5)
+    assert torch.equal(h, summed), "the residual stream takes the sum as torch rounds it"
+    assert x.dtype == dtype and x.data_ptr() != h.data_ptr()
+    step = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-24
+    # Two roundings of the result, and of float32 those of the sum, the root and two products.
+    bound = (2.1 * step + (cols / 16 + 8) * 2.0**-24) * (normed * weight.double()).abs() + 1e-38
+    assert ((x.double() - normed * weight.double()).abs() <= bound).all()
+
+
+@needs_native
+def test_a_row_has_the_same_bits_whatever_is_beside_it() -> None:
+    h, weight = torch.randn(9, 777).bfloat16(), torch.randn(777).bfloat16()
+    together = neighbours.add_norm(h.clone(), None, weight, 1e-6)
+    alone = [neighbours.add_norm(row[None].clone(), None, weight, 1e-6) for row in h]
+    assert torch.equal(together, torch.cat(alone))
+
+
+@needs_native
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("dtype", neighbours.NATIVE)
+def test_what_is_not_finite(value: float, dtype: torch.dtype) -> None:
+    h, weight = torch.randn(2, 64).to(dtype), torch.ones(64, dtype=dtype)
+    h[1, 5] = value
+    x = neighbours.add_norm(h.clone(), None, weight, 1e-6)
+    wanted = functional.rms_norm(h.float(), (64,), None, 1e-6)
+    assert torch.equal(x.isnan(), wanted.isnan()) and not x[0].isnan().any()
+
+
+@pytest.mark.parametrize("why", ["rows", "float16", "dtypes", "strides", "dimensions", "order", "no module"])
+def test_torch_where_it_does_not_fit(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, norm = [], functional.rms_norm
+    monkeypatch.setattr(neighbours.functional, "rms_norm", lambda *given: calls.append(1) or norm(*given))
+    h, weight, order = torch.randn(3, 64), torch.randn(64), None
+    if why == "rows":
+        h = torch.randn(neighbours.MOST_ROWS + 1, 64)
+    elif why == "float16":
+        h, weight = h.half(), weight.half()
+    elif why == "dtypes":
+        h = h.bfloat16()
+    elif why == "strides":
+        h = torch.randn(64, 3).T
+    elif why == "dimensions":
+        h = h[None]
+    elif why == "order":
+        order = torch.randperm(64)
+    else:
+        monkeypatch.setattr(neighbours.native, "load", lambda: None)
+    x = neighbours.add_norm(h.clone(), None, weight, 1e-6, order)
+    wanted = norm(h.float(), (64,), weight.float(), 1e-6)
+    assert calls and torch.allclose(x.float(), wanted if order is None else wanted[..., order], rtol=2e-2, atol=1e-2)
