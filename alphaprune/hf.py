@@ -326,14 +326,14 @@ def load(
     dtype: "torch.dtype | str" = "auto",
     device: str = "cpu",
     tokens: int | None = 1,
-    mapped: bool = False,
+    huge_pages: bool = False,
 ) -> "PreTrainedModel":
     """The model of a directory (ours or any of transformers) or hub id, ready to run: this is `from_pretrained`.
 
     dtype: "auto" keeps that of the file. tokens: rows of x to be fast at; where this machine has a time table, packed
-    layers that are faster dense are expanded; None keeps all packed, as from_pretrained does. mapped: leaves weights on
-    the CPU in the pages of their file, which processes share and which are read when they are first used; otherwise
-    they move as `huge_pages` says, and decode faster.
+    layers that are faster dense are expanded; None keeps all packed, as from_pretrained does. huge_pages: moves weights
+    on the CPU as the function of that name does; otherwise they stay in the pages of their file, which processes share
+    and which are read when they are first used.
     Raises ValueError in one sentence if the files are unreadable, there is no such device, or too little memory on it.
     """
     from transformers.utils import logging
@@ -364,7 +364,7 @@ def load(
             logging.enable_progress_bar()
     check_loaded(folder, model, found)
     made = expand_losers(memory.moved(model, device, str(folder)).eval(), tokens)
-    return made if mapped else pages.huge_pages(made)
+    return pages.huge_pages(made) if huge_pages else made
 
 
 def check_loaded(folder: Path, model: "PreTrainedModel", found: dict[str, Any]) -> None:

@@ -1,12 +1,13 @@
 """Weights on huge pages: a step of decoding reads each of them once, and a processor that looks an address up for every
 4 KB waits for that, most of all in a virtual machine.
 
-Linux backs anonymous memory by pages of 2 MB where it is asked to; those of a mapped file stay small. Elsewhere, and
-where there is no room, nothing changes.
+Linux backs anonymous memory by pages of 2 MB where it is asked to. Mapped files lie on them only where the file system
+happened to keep them in pieces as large; such weights stay. Where there are no such pages, or no room, nothing changes.
 """
 
 import math
 import mmap
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -21,7 +22,7 @@ Module = TypeVar("Module", bound=nn.Module)
 HUGE = 2 << 20  # bytes of a page
 ALIGN = 64  # bytes that tensors start on
 TOGETHER = 64 << 20  # tensors share a mapping of about so many bytes, which is free again when the last of them is
-LEAST = 1 << 15  # bytes; smaller tensors stay where they are
+ENOUGH = 0.8  # of a mapping's memory on huge pages: what lies in it stays
 SPARE = 1.1  # memory that must be free, over what is moved
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -29,13 +30,15 @@ SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def huge_pages(model: Module, kind: type[nn.Module] = nn.Module) -> Module:
     """Moves the weights of a model on the CPU to huge pages, in place; returns the model.
 
-    One that was just mapped from its file is read by it, and shares no pages with other processes from then on.
-    Parameters stay the same objects, buffers do not. kind: of the modules whose weights are moved.
+    What lies on them already stays. A model that was just mapped from its file is read by it, a second or so for each
+    GB, and shares no pages with other processes from then on. Parameters stay the same objects, buffers do not.
+    kind: of the modules whose weights are moved.
     Nothing happens where the system has no such pages, or too little memory is free for the copy.
     """
     if not offered():
         return model
     waiting = [entry for module in model.modules() if isinstance(module, kind) for entry in _weights(module)]
+    waiting = _elsewhere(waiting)
     if not _fit(sum({entry.place: entry.tensor.nbytes for entry in waiting}.values())):
         return model
     waiting.reverse()
@@ -51,6 +54,28 @@ def huge_pages(model: Module, kind: type[nn.Module] = nn.Module) -> Module:
         del batch, new, entry
         memory.trim()  # of what they were, which makes room for the next
     return model
+
+
+def _elsewhere(weights: "list[_Weight]") -> "list[_Weight]":
+    """Those that do not lie on huge pages yet: mapped files do where the file system keeps them in large pieces.
+
+    Of each mapping the largest weight is read, because only what was touched has pages.
+    """
+    known = mappings()
+    starts = [one.first for one in known]
+    inside: dict[int, list[_Weight]] = {}
+    for entry in weights:
+        inside.setdefault(bisect_right(starts, entry.tensor.data_ptr()), []).append(entry)
+    for entries in inside.values():
+        largest = max(entries, key=lambda entry: entry.tensor.nbytes).tensor
+        largest.detach().view(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
+    now = mappings()
+    starts, left = [one.first for one in now], []
+    for entry in weights:
+        place = bisect_right(starts, entry.tensor.data_ptr())
+        if not place or now[place - 1].huge < ENOUGH * now[place - 1].resident or not now[place - 1].huge:
+            left.append(entry)
+    return left
 
 
 def _fit(total: int) -> bool:
@@ -116,20 +141,36 @@ def offered() -> bool:
         return False
 
 
-def on_huge_pages(address: int) -> int:
-    """Bytes of the mapping at `address` that lie on huge pages, as Linux counts them; 0 where it does not say."""
-    inside = False
+class Mapped(NamedTuple):
+    """One mapping of this process: its addresses, the bytes of it that are in memory, and those on huge pages."""
+
+    first: int
+    last: int
+    resident: int
+    huge: int
+
+
+def mappings() -> list[Mapped]:
+    """Those of this process by rising addresses, as Linux tells them; none where it does not."""
+    found: list[list[int]] = []
     try:
         with open("/proc/self/smaps") as lines:
             for line in lines:
-                if (bounds := line.split(" ", 1)[0]).count("-") == 1 and not bounds.endswith(":"):
-                    first, last = (int(bound, 16) for bound in bounds.split("-"))
-                    inside = first <= address < last
-                elif inside and line.startswith("AnonHugePages:"):
-                    return int(line.split()[1]) * 1024
+                name, *rest = line.split(None, 2)
+                if not name.endswith(":"):
+                    found.append([*(int(bound, 16) for bound in name.split("-")), 0, 0])
+                elif name == "Rss:":
+                    found[-1][2] = int(rest[0]) * 1024
+                elif name in ("AnonHugePages:", "ShmemPmdMapped:", "FilePmdMapped:"):
+                    found[-1][3] += int(rest[0]) * 1024
     except OSError:
-        pass
-    return 0
+        return []
+    return [Mapped(*one) for one in found]
+
+
+def on_huge_pages(address: int) -> int:
+    """Bytes of the mapping at `address` that lie on huge pages; 0 where the system does not say."""
+    return next((one.huge for one in mappings() if one.first <= address < one.last), 0)
 
 
 def _mapping(nbytes: int) -> tuple[mmap.mmap, int] | None:
@@ -151,10 +192,10 @@ def _weights(module: nn.Module) -> "list[_Weight]":
 
 
 def _movable(tensor: Tensor | None) -> bool:
-    """Whether it is a plain tensor on the CPU, and worth it."""
+    """Whether it is a plain tensor on the CPU; one that stayed would keep the file mapped that it came from."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
         return False
-    return tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.nbytes >= LEAST
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.nbytes > 0
 
 
 def _place(tensor: Tensor) -> tuple:

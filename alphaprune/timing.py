@@ -348,7 +348,7 @@ def copy_count(nbytes: int, total: int) -> int:
 
 
 def dense_copies(weight: Tensor, total: int) -> list[Tensor]:
-    """As many copies of a dense weight in distinct memory as fill `total` bytes, placed as `alphaprune.load` does."""
+    """As many copies of a dense weight in distinct memory as fill `total` bytes, on huge pages, as `serve` has them."""
     return pages.placed([weight] * copy_count(weight.nbytes, total))
 
 

@@ -3,7 +3,7 @@
 python bench/dense.py --out bench/results/dense.jsonl
 
 Rows, one JSON object each, seconds and bytes: machine, threads, torch; shape, tokens; seconds, torch_seconds, medians
-of calls on copies of the weight in distinct memory, placed as `alphaprune.load` does; ratio; bandwidth, of the moment.
+of calls on copies of the weight in distinct memory on huge pages, as `serve` has them; ratio; bandwidth of the moment.
 """
 
 import argparse

@@ -11,7 +11,7 @@ Rows, one JSON object each, seconds and bytes:
 machine, threads, torch, transformers   where it ran
 model, blocks, sparsity, values, bytes  what it loaded; bytes of all safetensors files
 cache                                   cold or warm
-by                                      from_pretrained, which maps the files, or load, which moves to huge pages
+by                                      from_pretrained, which maps the files, or load with huge_pages=True
 read_seconds                            reading all files once, in order
 load_seconds                            the loading itself
 first_seconds, next_seconds             the first token, and the median of those after it, prompts of one token
@@ -89,7 +89,11 @@ def load(folder: str, by: str) -> dict[str, float]:
     assert alphaprune.load and alphaprune.SparseLinear and LlamaForCausalLM.from_pretrained  # imports
     logging.disable_progress_bar()
     memory, clock = [resident()], [time.perf_counter()]
-    model = LlamaForCausalLM.from_pretrained(folder) if by == "from_pretrained" else alphaprune.load(folder)
+    model = (
+        LlamaForCausalLM.from_pretrained(folder)
+        if by == "from_pretrained"
+        else alphaprune.load(folder, huge_pages=True)
+    )
     clock.append(time.perf_counter())
     memory.append(resident())
     with torch.inference_mode():

@@ -183,8 +183,8 @@ def load() -> str:
     first = rows("load.jsonl")[0]
     note = (
         f"A packed directory of {first['bytes'] / 1e9:.1f} GB, out of the file cache and in it, mapped by "
-        f"`from_pretrained` and on huge pages by `alphaprune.load`; tokens by transformers; MB added: resident memory "
-        f"after loading, before the first token. `python bench/load.py`, {first['machine']}, {first['threads']} "
+        f"`from_pretrained` and on huge pages by `load(huge_pages=True)`; tokens by transformers; MB added: resident "
+        f"memory after loading, before the first token. `python bench/load.py`, {first['machine']}, {first['threads']} "
         f"threads ([rows](RESULTS/load.jsonl))."
     )
     columns = [
