@@ -193,7 +193,7 @@ def _weights(module: nn.Module) -> "list[_Weight]":
 
 def _movable(tensor: Tensor | None) -> bool:
     """Whether it is a plain tensor on the CPU; one that stayed would keep the file mapped that it came from."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_quantized:
         return False
     return tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.nbytes > 0
 

@@ -57,8 +57,10 @@ def _native_norm(h: Tensor, delta: Tensor | None, weight: Tensor) -> bool:
     if h.device.type != "cpu" or h.dtype not in NATIVE or h.dim() != 2 or len(h) > MOST_ROWS or native.load() is None:
         return False
     alike = [h, weight] if delta is None else [h, weight, delta]
-    plain = all(one.dtype == h.dtype and one.is_contiguous() and not one.requires_grad for one in alike)
-    return plain and not torch.compiler.is_compiling() and (delta is None or delta.shape == h.shape)
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(one.requires_grad for one in alike)):
+        return False
+    plain = all(one.dtype == h.dtype and one.is_contiguous() for one in alike)
+    return plain and len(weight) == h.shape[1] and (delta is None or delta.shape == h.shape)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

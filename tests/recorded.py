@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
-from alphaprune.kernels import group, spmm
+from alphaprune.kernels import dense, group, neighbours, spmm
 
 # What waits for the device to know a size or a number.
 SYNCING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "item", "is_nonzero")
@@ -86,7 +86,10 @@ class Fake:
 
 
 def record_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Native products, which torch does not see, are recorded, too, with the tensors that they were given."""
+    """Native products, which torch does not see, are recorded, too, with the tensors that they were given.
+
+    What else is native on a CPU alone is left to torch, as it is on a GPU.
+    """
     run, together = spmm.Prepared.run, group.spmm_group
 
     def watched(original: Callable) -> Callable:
@@ -103,3 +106,5 @@ def record_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(spmm.Prepared, "run", watched(run))
     monkeypatch.setattr(group, "spmm_group", watched(together))
+    monkeypatch.setattr(neighbours, "NATIVE", ())
+    monkeypatch.setattr(dense, "ISAS", {})

@@ -52,6 +52,14 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it() -> None:
 
 
 @needs_native
+def test_weights_of_a_loaded_model_want_gradients_that_nobody_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours.functional, "rms_norm", None)
+    with torch.inference_mode():
+        x = neighbours.add_norm(torch.ones(1, 8), None, torch.nn.Parameter(torch.full((8,), 2.0)), 0.0)
+    assert torch.equal(x, torch.full((1, 8), 2.0))
+
+
+@needs_native
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("dtype", neighbours.NATIVE)
 def test_what_is_not_finite(value: float, dtype: torch.dtype) -> None:
@@ -62,7 +70,9 @@ def test_what_is_not_finite(value: float, dtype: torch.dtype) -> None:
     assert torch.equal(x.isnan(), wanted.isnan()) and not x[0].isnan().any()
 
 
-@pytest.mark.parametrize("why", ["rows", "float16", "dtypes", "strides", "dimensions", "order", "no module"])
+@pytest.mark.parametrize(
+    "why", ["rows", "float16", "gradients", "dtypes", "strides", "dimensions", "order", "no module"]
+)
 def test_torch_where_it_does_not_fit(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, norm = [], functional.rms_norm
     monkeypatch.setattr(neighbours.functional, "rms_norm", lambda *given: calls.append(1) or norm(*given))
@@ -77,6 +87,8 @@ def test_torch_where_it_does_not_fit(why: str, monkeypatch: pytest.MonkeyPatch) 
         h = torch.randn(64, 3).T
     elif why == "dimensions":
         h = h[None]
+    elif why == "gradients":
+        weight.requires_grad_()
     elif why == "order":
         order = torch.randperm(64)
     else:
