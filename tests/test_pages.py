@@ -178,7 +178,7 @@ def test_load_maps_weights_or_moves_them(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
     assert any(in_file(mapped)) and not any(in_file(moved))
     del mapped
-    assert ".safetensors" not in Path("/proc/self/maps").read_text(), "nothing holds the file"
+    assert str(folder) not in Path("/proc/self/maps").read_text(), "nothing holds the file"
     mapped = alphaprune.load(folder)
     moved.save_pretrained(tmp_path / "again")
     alphaprune.save(moved, tmp_path / "ours")

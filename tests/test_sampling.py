@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from recorded import Fake
+from recorded import Fake, record_products
 from test_decoder import build
 from test_graphs import ragged_prompts, start
 from transformers.generation import logits_process as theirs
@@ -101,7 +101,10 @@ def test_penalties_follow_the_tokens_of_every_row() -> None:
 @pytest.mark.parametrize("sampling", [
     Sampling(0.8, seed=3), Sampling(1.2, top_k=5, top_p=0.9, seed=2**61 + 5), Sampling(1.0, repetition=1.3, seed=1)
 ], ids=("drawn", "truncated", "weighted"))  # fmt: skip
-def test_a_seed_gives_the_same_tokens_in_every_batch_and_graph(sampling: Sampling) -> None:
+def test_a_seed_gives_the_same_tokens_in_every_batch_and_graph(
+    sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record_products(monkeypatch)
     model = build("llama")
     given = ragged_prompts(model)
 

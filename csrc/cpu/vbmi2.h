@@ -72,8 +72,8 @@ using NearBytes = ExpandedBytes<AsksNear<>>;
 // A few tokens of bfloat16 weights straight from the expanded registers, without a panel; the sums are those of the
 // panel, bit for bit. Besides what Panel asks of it, `Math` has dense(word), the 32 weights of a word as multiply takes
 // them, kFar, whether to ask far ahead, and words(T), a divisor of 8: so many words times T tokens have their sums in
-// registers. Where they are fewer
-// than 8, the rows of a tile take turns along K, and the later turns find the values in L2.
+// registers. Where they are fewer than 8, the rows of a tile take turns along K, and the later turns find the values in
+// L2.
 template <class Math, class Asks, int T, int Words>
 inline void fused_turn(const Product& p, int64_t row_tile, int first, float* sums) {
   const int64_t tiles = p.weight.col_tiles();
@@ -121,7 +121,7 @@ void fused_rows(const Product& p, int64_t begin, int64_t end, void* scratch) {
 
 template <class Math, int T>
 void fused_pairs(const Product& p, int64_t begin, int64_t end, void* scratch) {
-  constexpr int kWords = Math::words(T), kOfTile = kWords * 4;
+  constexpr int kWords = Math::words(T), kOfTile = kWords * 4, kLines = kWords < 8 ? 16 : 24;
   using Near = AsksNear<(kWords < 8)>;
   if constexpr (!Math::kFar) {
     fused_rows<Math, Near, T>(p, begin, end, scratch);
@@ -129,7 +129,7 @@ void fused_pairs(const Product& p, int64_t begin, int64_t end, void* scratch) {
     const double density = density_of(p.weight);
     if (T > 2 && density < kHardlyWaits) return fused_rows<Math, Near, T>(p, begin, end, scratch);
     if (density < kFewLines) return fused_rows<Math, AsksFar<16, kOfTile>, T>(p, begin, end, scratch);
-    fused_rows < Math, AsksFar<kWords<8 ? 16 : 24, kOfTile>, T>(p, begin, end, scratch);
+    fused_rows<Math, AsksFar<kLines, kOfTile>, T>(p, begin, end, scratch);
   }
 }
 
