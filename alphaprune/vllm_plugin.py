@@ -234,8 +234,8 @@ class Parts:
 
 
 def _placed(weight: "Packed | Tensor") -> "Packed | Tensor":
-    """The same on huge pages, if it lies on the CPU."""
-    if weight.device.type != "cpu":
+    """The same on huge pages, if it lies on a CPU that has them; otherwise as it is, mapped where it was."""
+    if weight.device.type != "cpu" or not pages.offered():
         return weight
     if isinstance(weight, Tensor):
         return pages.placed([weight])[0]
