@@ -20,6 +20,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from alphaprune import blocks, pages, shapes
 from alphaprune.blocks import Block
+from alphaprune.kernels import cpu_attention
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length
@@ -56,8 +57,9 @@ def why_not(config: Any, model: nn.Module | None = None) -> str | None:
 class State:
     """A batch of sequences of equal length: their keys and values, and how many positions are taken.
 
-    cache: [blocks, 2, batch, key heads, capacity, head dim] in the model's dtype. cos, sin: [capacity, 1, 2, dim / 2],
-    the sine with its sign for each half of a head.
+    cache: [blocks, 2, batch, key heads, capacity, head dim] in the model's dtype; paged: of each block the same memory,
+    a page per sequence, [2, batch, capacity, key heads, head dim]. cos, sin: [capacity, 1, 2, dim / 2], the sine with
+    its sign for each half of a head.
     """
 
     def __init__(self, decoder: "Decoder", batch: int, capacity: int) -> None:
@@ -65,6 +67,10 @@ class State:
         self.cache = pages.empty(shape, decoder.dtype, decoder.device)
         self.batch, self.capacity, self.length = batch, capacity, 0
         self.cos, self.sin = decoder.rotations(0, min(capacity, decoder.table_end), decoder.table_end)
+        self.paged = self.cache.transpose(3, 4).unbind(0)
+        self.slots = torch.arange(batch, device=decoder.device)
+        self.table = self.slots[:, None]  # the page of each
+        self.positions = torch.zeros_like(self.slots)
         self.one = _Heads(decoder, batch, 1)
 
     def reset(self) -> None:
@@ -127,6 +133,48 @@ class _Heads:
         elif self.twice:
             found = found[:, :, 0]
         return found.reshape(self.batch * self.tokens, -1)
+
+
+class _New:
+    """Attention of one new token of each sequence, of position `start`, where it is one native call."""
+
+    def __init__(self, state: State, start: int, rope: tuple[Tensor, Tensor]) -> None:
+        self.state, (cos, sin) = state, rope  # [1, 1, 2, dim / 2]
+        self.turns = cos[:, 0, 0], sin[:, 0, 1]
+        state.positions.fill_(start)
+
+    def __call__(self, index: int, block: Block, h: Tensor, delta: Tensor | None) -> Tensor:
+        """[batch, heads × dim] of h + delta in the block of that number."""
+        s = self.state
+        where = s.paged[index], s.slots, s.positions, s.table
+        return cpu_attention.attend_new(*block.qkv(h, delta), *where, self.turns, block.window, block.head_norms)
+
+
+class _Pass:
+    """Attention of new tokens [start, end) of each sequence over all that they see, by torch."""
+
+    def __init__(
+        self, heads: _Heads, state: State, start: int, end: int, rope: tuple[Tensor, Tensor], windows: set[int | None]
+    ) -> None:
+        self.heads, self.rope = heads, rope
+        self.slots = state.cache[:, :, :, :, start:end].unbind(0)  # per block [2, batch, key heads, count, dim]
+        self.contexts = {window: self._context(state, start, end, window) for window in windows}
+
+    def __call__(self, index: int, block: Block, h: Tensor, delta: Tensor | None) -> Tensor:
+        """[tokens, heads × dim] of h + delta in the block of that number."""
+        keys, values, mask, causal = self.contexts[block.window]
+        self.heads.take(block, h, delta, self.rope)
+        self.slots[index].copy_(self.heads.kv)
+        return self.heads.attend(keys[index], values[index], mask, causal)
+
+    @staticmethod
+    def _context(state: State, start: int, end: int, window: int | None) -> tuple:
+        """Keys and values of each block that they see, the mask if one is needed, causal."""
+        first = 0 if window is None else max(0, start - window + 1)
+        seen = state.cache[:, :, :, :, first:end]
+        plain = start == first == 0 and (window is None or end <= window)
+        mask = None if end - start == 1 or plain else visible(first, start, end, window, state.cache.device)
+        return (*(part.unbind(0) for part in seen.unbind(1)), mask, plain and end > 1)
 
 
 class Decoder:
@@ -220,28 +268,16 @@ class Decoder:
             rope = self.rotations(start, end, length)
         else:
             rope = state.cos[start:end], state.sin[start:end]
-        heads = state.one if count == 1 else _Heads(self, batch, count)
-        slots = state.cache[:, :, :, :, start:end].unbind(0)  # per block [2, batch, key heads, count, dim]
-        contexts = self._contexts(state, start, end)
         h, delta = self._embed(tokens).view(batch * count, -1), None
-        for index, (block, slot) in enumerate(zip(self.blocks, slots, strict=True)):
-            keys, values, mask, causal = contexts[block.window]
-            heads.take(block, h, delta, rope)
-            slot.copy_(heads.kv)
-            delta = block.mlp(h, block.out(heads.attend(keys[index], values[index], mask, causal), h))
+        if count == 1 and cpu_attention.takes(h, state.paged[0]):
+            attend = _New(state, start, rope)
+        else:
+            heads = state.one if count == 1 else _Heads(self, batch, count)
+            attend = _Pass(heads, state, start, end, rope, {block.window for block in self.blocks})
+        for index, block in enumerate(self.blocks):
+            delta = block.mlp(h, block.out(attend(index, block, h, delta), h))
         state.length = end
         return (h if delta is None else h.add_(delta)).view(batch, count, -1)
-
-    def _contexts(self, state: State, start: int, end: int) -> dict[int | None, tuple]:
-        """What queries [start, end) see, by window: keys and values per block, the mask if one is needed, causal."""
-        found = {}
-        for window in {block.window for block in self.blocks}:
-            first = 0 if window is None else max(0, start - window + 1)
-            seen = state.cache[:, :, :, :, first:end]
-            plain = start == first == 0 and (window is None or end <= window)
-            mask = None if end - start == 1 or plain else visible(first, start, end, window, self.device)
-            found[window] = (*(part.unbind(0) for part in seen.unbind(1)), mask, plain and end > 1)
-        return found
 
     def logits(self, h: Tensor, delta: Tensor | None = None) -> Tensor:
         """Logits [M, vocabulary] of hidden states [M, hidden] behind the last block; h takes `delta` in place."""

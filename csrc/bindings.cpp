@@ -2,10 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "cpu/attention.h"
 #include "cpu/dispatch.h"
 #include "cpu/norm.h"
 #include "cpu/pack.h"
@@ -159,6 +161,44 @@ void norm(Address h, Address delta, Address weight, Address out, int64_t rows, i
   rms_norm(p);
 }
 
+// Attention of a step over a cache of one layout, which may move: its address comes with each call.
+class Attend {
+ public:
+  Attend(int64_t heads, int64_t key_heads, int64_t dim, int32_t dtype, int64_t window, int64_t page,
+         int64_t page_stride, int64_t position_stride, int64_t head_stride, const std::string& loop)
+      : loop_(loop) {
+    if (key_heads < 1 || heads < 1 || heads % key_heads || dim < 32 || dim % 32 || dim > kMostDim || page < 1)
+      throw std::invalid_argument("attention needs heads that share keys evenly, of a multiple of 32 up to 512");
+    p_.heads = heads, p_.key_heads = key_heads, p_.dim = dim, p_.window = window;
+    p_.page = page, p_.page_stride = page_stride;
+    p_.position_stride = position_stride, p_.head_stride = head_stride;
+    p_.dtype = float_of(dtype);
+    if (p_.dtype == Dtype::float16) throw std::invalid_argument("attention is for bfloat16 and float32");
+  }
+
+  // Addresses and what is between sequences, as attention.h has them; norm: weights of q and k or 0, and epsilons.
+  void run(const std::array<Address, 3>& qkv, const std::array<int64_t, 3>& strides, Address out, Address keys,
+           Address values, const std::array<Address, 2>& turns, int64_t turn_stride, Address table,
+           int64_t table_stride, Address slots, Address positions, int64_t sequences,
+           const std::array<Address, 2>& norm, const std::array<float, 2>& epsilon) const {
+    Attention p = p_;
+    p.q = at<const void>(qkv[0]), p.k = at<const void>(qkv[1]), p.v = at<const void>(qkv[2]);
+    p.q_stride = strides[0], p.k_stride = strides[1], p.v_stride = strides[2];
+    p.out = at<void>(out), p.keys = at<void>(keys), p.values = at<void>(values);
+    p.cos = at<const void>(turns[0]), p.sin = at<const void>(turns[1]), p.turn_stride = turn_stride;
+    p.table = at<const int64_t>(table), p.table_stride = table_stride;
+    p.slots = at<const int64_t>(slots), p.positions = at<const int64_t>(positions), p.sequences = sequences;
+    p.q_weight = at<const void>(norm[0]), p.k_weight = at<const void>(norm[1]);
+    p.q_epsilon = epsilon[0], p.k_epsilon = epsilon[1];
+    const py::gil_scoped_release release;
+    attend(p, loop_);
+  }
+
+ private:
+  Attention p_{};
+  std::string loop_;
+};
+
 py::list isa_list() {
   py::list all;
   for (const Isa* const* isa = isas(); *isa; ++isa) all.append(py::make_tuple((*isa)->name, unavailable(**isa)));
@@ -220,5 +260,15 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Dense>(m, "Dense")
       .def(py::init<int64_t, int64_t, int32_t, const std::string&>())
       .def("multiply", &Dense::multiply);
+  py::class_<Attend>(m, "Attention")
+      .def(py::init<int64_t, int64_t, int64_t, int32_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                    const std::string&>())
+      .def("run", &Attend::run);
+  m.def("attention_loops", [] {
+    py::list all;
+    for (const AttentionLoop* const* loop = attention_loops(); *loop; ++loop)
+      all.append(py::make_tuple((*loop)->name, unavailable(**loop)));
+    return all;
+  });
   bind_bandwidth(m);
 }

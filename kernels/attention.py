@@ -1,6 +1,6 @@
 """Attention of a decode step: one new token for each sequence, over keys and values in pages.
 
-One Triton kernel on a GPU (triton_attention.py), plain torch elsewhere.
+One Triton kernel on a GPU (triton_attention.py), one native call on a CPU (cpu_attention.py), plain torch elsewhere.
 """
 
 import functools
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from alphaprune.kernels import neighbours
+from alphaprune.kernels import cpu_attention, neighbours
+from alphaprune.kernels.cpu_attention import HeadNorm
 
 PADDING = 2  # sequences go together while padding to the longest costs no more than this factor
-HeadNorm = tuple[Tensor, float]  # weight [dim], epsilon
 
 
 class Keys:
@@ -38,14 +38,20 @@ class Keys:
     ) -> None:
         self.slots, self.positions, self.table, self.page, self.reach = slots, positions, table, page, reach
         self.cos, self.sin = cos, sin
+        self._known = known
         self._rows: dict[int | None, tuple[Tensor, Tensor]] = {}
-        self.groups: list[tuple[Tensor, Keys]] = []
-        found = [] if known is None else together(known)
-        if len(found) > 1:
-            for places in found:
-                index = torch.tensor(places, device=table.device)
-                most = max(known[place] for place in places)
-                self.groups.append((index, Keys(slots[index], positions[index], table, page, most, cos, sin)))
+
+    @functools.cached_property
+    def groups(self) -> "list[tuple[Tensor, Keys]]":
+        """Places of sequences and their keys, where those of different lengths are better computed apart."""
+        found = [] if self._known is None else together(self._known)
+        groups = []
+        for places in found if len(found) > 1 else []:
+            index = torch.tensor(places, device=self.table.device)
+            most = max(self._known[place] for place in places)
+            given = self.slots[index], self.positions[index], self.table, self.page, most, self.cos, self.sin
+            groups.append((index, Keys(*given)))
+        return groups
 
     @functools.cached_property
     def pages(self) -> Tensor:
@@ -123,6 +129,10 @@ def attend_new(
         from alphaprune.kernels import triton_attention
 
         return triton_attention.attend_new(q, k, v, cache, keys, window, norms, counters)
+    paged = cache.unflatten(1, (-1, keys.page))  # [2, pages, page, key heads, dim]
+    if cpu_attention.takes(q, paged):
+        where = keys.slots, keys.positions, keys.table
+        return cpu_attention.attend_new(q, k, v, paged, *where, keys.turns, window, norms)
     q, k = neighbours.norm_heads(q, k, norms)
     return _attend(neighbours.rotate_store(q, k, v, *keys.turns, keys.place, cache), cache, keys, window)
 

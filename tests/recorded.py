@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
-from alphaprune.kernels import dense, group, neighbours, spmm
+from alphaprune.kernels import cpu_attention, dense, group, neighbours, spmm
 
 # What waits for the device to know a size or a number.
 SYNCING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "item", "is_nonzero")
@@ -108,3 +108,4 @@ def record_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group, "spmm_group", watched(together))
     monkeypatch.setattr(neighbours, "NATIVE", ())
     monkeypatch.setattr(dense, "ISAS", {})
+    monkeypatch.setattr(cpu_attention, "DTYPES", ())

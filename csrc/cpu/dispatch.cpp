@@ -4,9 +4,9 @@
 #include <pthread.h>
 
 #include <atomic>
-#include <cstdlib>
-#include <memory>
 #include <new>
+
+#include "buffer.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -67,27 +67,6 @@ std::atomic<bool> forked{false};
 
 // More parts than threads, so that a thread that is held up leaves its rest to others.
 constexpr int64_t kPartsPerThread = 12;
-
-// Memory that a thread keeps between calls, so that the hot path never allocates.
-class Buffer {
- public:
-  void* at_least(size_t bytes) {
-    if (bytes > size_) {
-      size_ = 0;
-      data_.reset(std::aligned_alloc(64, static_cast<size_t>(ceil_div(static_cast<int64_t>(bytes), 64)) * 64));
-      if (!data_) throw std::bad_alloc();
-      size_ = bytes;
-    }
-    return data_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  std::unique_ptr<void, Free> data_;
-  size_t size_ = 0;
-};
 
 // The activations as the items want them: the caller's memory where it serves, else one copy per layout.
 class Forms {

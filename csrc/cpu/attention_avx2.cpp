@@ -1,0 +1,20 @@
+// Attention of a decode step on AVX2: half of its 16 registers are sums.
+#include <immintrin.h>
+
+#include "attention_loop.h"
+
+namespace alphaprune {
+namespace {
+
+struct Half : Lanes<8, 8> {
+  static void sums(const V* v, float* to) {
+    const __m256 four = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));  // in each half
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
+  }
+};
+
+}  // namespace
+
+const AttentionLoop kAttendAvx2 = {"avx2", AnyLoop<Half>::rotate, AnyLoop<Half>::chunk};
+
+}  // namespace alphaprune

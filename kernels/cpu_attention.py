@@ -1,0 +1,77 @@
+"""Attention of a decode step on a CPU: norms of heads, rotation, store and softmax of all sequences in one call."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alphaprune.formats import native
+
+DTYPES = (torch.bfloat16, torch.float32)  # that csrc/cpu/attention.h knows
+HeadNorm = tuple[Tensor, float]  # weight [dim], epsilon
+
+
+def takes(q: Tensor, cache: Tensor) -> bool:
+    """Whether the native call computes attention of q over a cache [2, pages, page, key heads, dim]."""
+    dim = cache.shape[-1]
+    fits = q.dtype == cache.dtype and q.dtype in DTYPES and dim % 32 == 0 and dim <= 512 and cache.stride(-1) == 1
+    here = q.device.type == "cpu" and native.load() is not None
+    return fits and here and not (torch.compiler.is_compiling() or (torch.is_grad_enabled() and q.requires_grad))
+
+
+def attend_new(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    turns: tuple[Tensor, Tensor],
+    window: int | None = None,
+    norms: tuple[HeadNorm, HeadNorm] | None = None,
+) -> Tensor:
+    """Attention [M, heads · dim] of one new token per sequence, whose key and value go to their place in the cache.
+
+    q: [M, heads · dim]; k, v: [M, key heads · dim]. cache: [2, pages, page, key heads, dim], keys and values, with any
+    strides but for the last. slots: [M] int64, the row of `table` [slots, pages of a sequence] int64, whose entry i is
+    the page of positions i · page and on. positions: [M] int64, of the new tokens. turns: cosine and sine, each
+    [M or 1, dim / 2], of the new positions. window, norms: as attention.attend_new has them.
+    """
+    _, _, page, key_heads, dim = cache.shape
+    heads, sequences = q.shape[1] // dim, len(q)
+    bound = _bound(heads, key_heads, dim, native.DTYPES[q.dtype], window or 0, page, cache.stride()[1:4])
+    q, k, v = (part if part.stride(1) == 1 else part.contiguous() for part in (q, k, v))
+    cos, sin = turns
+    weights, epsilons = ((0, 0), (0.0, 0.0)) if norms is None else _addresses(norms)
+    keys = cache.data_ptr()
+    out = q.new_empty(sequences, heads * dim)
+    bound.run(
+        (q.data_ptr(), k.data_ptr(), v.data_ptr()),
+        (q.stride(0), k.stride(0), v.stride(0)),
+        out.data_ptr(),
+        keys,
+        keys + cache.stride(0) * cache.itemsize,
+        (cos.data_ptr(), sin.data_ptr()),
+        cos.stride(0) if len(cos) > 1 else 0,
+        table.data_ptr(),
+        table.stride(0),
+        slots.data_ptr(),
+        positions.data_ptr(),
+        sequences,
+        weights,
+        epsilons,
+    )
+    return out
+
+
+@functools.lru_cache(maxsize=256)
+def _bound(heads: int, key_heads: int, dim: int, code: int, window: int, page: int, strides: tuple[int, ...]) -> Any:
+    return native.load().Attention(heads, key_heads, dim, code, window, page, *strides, "")
+
+
+def _addresses(norms: tuple[HeadNorm, HeadNorm]) -> tuple[tuple[int, int], tuple[float, float]]:
+    """Of the weights, and the epsilons."""
+    (q_weight, q_epsilon), (k_weight, k_epsilon) = norms
+    return (q_weight.data_ptr(), k_weight.data_ptr()), (q_epsilon, k_epsilon)
