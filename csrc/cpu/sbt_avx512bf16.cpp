@@ -30,7 +30,10 @@ struct PairsOfBfloat16 {
   }
   using Value = uint16_t;
   static void two(const uint16_t*& value, const uint32_t* mask, uint16_t* panel) {
-    for (int i = 0; i < 2; ++i) _mm512_store_si512(panel + i * 32, expand16(value, mask[i]));
+    const Kept kept(mask);
+    _mm512_store_si512(panel, expanded16(value, mask[0]));
+    _mm512_store_si512(panel + 32, expanded16(value + kept.first, mask[1]));
+    value += kept.first + kept.second;
   }
   static void finish(const Product& p, int64_t row_tile, int64_t token, const float* sums) {
     finish(p, row_tile, token, sum_eights(Vectors<kVectors>(sums).v));

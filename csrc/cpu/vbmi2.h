@@ -19,11 +19,28 @@ inline __m512i fresh_zeros() {
 
 // The 32 weights of a word, zeros where the mask has none. The load is a whole vector: the values end in a readable
 // tail of 64 bytes.
+inline __m512i expanded16(const uint16_t* value, uint32_t mask) {
+  return _mm512_mask_expand_epi16(fresh_zeros(), mask, _mm512_loadu_si512(value));
+}
 inline __m512i expand16(const uint16_t*& value, uint32_t mask) {
-  const __m512i dense = _mm512_mask_expand_epi16(fresh_zeros(), mask, _mm512_loadu_si512(value));
+  const __m512i dense = expanded16(value, mask);
   value += __builtin_popcount(mask);
   return dense;
 }
+
+// How many weights two words keep, by one load: loads are what bounds an expansion on a Zen 5, two a cycle, of which
+// that of the values takes both where it crosses a cache line.
+struct Kept {
+  int first, second;
+
+  explicit Kept(const uint32_t* mask) {
+    uint64_t both;
+    std::memcpy(&both, mask, sizeof both);
+    asm("" : "+r"(both));  // or the compiler would count in memory, twice
+    first = __builtin_popcount(static_cast<uint32_t>(both));
+    second = __builtin_popcount(static_cast<uint32_t>(both >> 32));
+  }
+};
 
 inline __m512i expand32(const uint32_t*& value, uint32_t mask) {
   const __m512i dense =
@@ -74,8 +91,8 @@ using NearBytes = ExpandedBytes<AsksNear<>>;
 // them, kFar, whether to ask far ahead, and words(T), a divisor of 8: so many words times T tokens have their sums in
 // registers. Where they are fewer than 8, the rows of a tile take turns along K, and the later turns find the values in
 // L2.
-template <class Math, class Asks, int T, int Words>
-inline void fused_turn(const Product& p, int64_t row_tile, int first, float* sums) {
+template <class Math, class Asks, int T, int Words, int First>
+inline void fused_turn(const Product& p, int64_t row_tile, float* sums) {
   const int64_t tiles = p.weight.col_tiles();
   const auto* x = static_cast<const typename Math::Element*>(p.x);
   __m512 sum[Words][T];
@@ -85,36 +102,48 @@ inline void fused_turn(const Product& p, int64_t row_tile, int first, float* sum
   for (int64_t c = 0; c < tiles; ++c, mask += sbt::kWords) {
     const uint16_t* value = tile_values<uint16_t>(p.weight, row_tile * tiles + c);
     Asks asks;
-    if (first == 0 || Asks::kAgain)
+    if (First == 0 || Asks::kAgain)
       asks.start(mask, value, (tile_values<uint16_t>(p.weight, row_tile * tiles + c + 1) - value) * 2);
 #pragma GCC unroll 4
     for (int s = 0; s < 4; ++s) {
+      const uint32_t* words = mask + s * 8;
       const auto skip = [&](int from, int to) {
-        for (int q = from; q < to; ++q) value += __builtin_popcount(mask[s * 8 + q]);
+        for (int q = from; q < to; ++q) value += __builtin_popcount(words[q]);
       };
       decltype(Math::activations(x)) a[T];
       for (int t = 0; t < T; ++t) a[t] = Math::activations(x + t * p.x_stride + c * sbt::kTileCols + s * 16);
-      if (Words < 8) skip(0, first);
-#pragma GCC unroll 8
-      for (int q = 0; q < Words; ++q) {
-        if (first == 0 || Asks::kAgain) asks.word(q, value);
-        const auto w = Math::dense(expand16(value, mask[s * 8 + first + q]));
-        for (int t = 0; t < T; ++t) sum[q][t] = Math::multiply(w, a[t], sum[q][t]);
+      if (Words < 8) skip(0, First);
+#pragma GCC unroll 4
+      for (int two = 0; two < Words; two += 2) {
+        const Kept kept(words + First + two);
+#pragma GCC unroll 2
+        for (int q = two; q < two + 2; ++q) {
+          if (First == 0 || Asks::kAgain) asks.word(q, value);
+          const auto w = Math::dense(expanded16(value, words[First + q]));
+          for (int t = 0; t < T; ++t) sum[q][t] = Math::multiply(w, a[t], sum[q][t]);
+          value += q == two ? kept.first : kept.second;
+        }
       }
-      if (Words < 8) skip(first + Words, 8);
+      if (Words < 8) skip(First + Words, 8);
     }
   }
   for (int t = 0; t < T; ++t)
-    for (int q = 0; q < Words; ++q) _mm512_store_ps(sums + t * 128 + (first + q) * 16, sum[q][t]);
+    for (int q = 0; q < Words; ++q) _mm512_store_ps(sums + t * 128 + (First + q) * 16, sum[q][t]);
+}
+
+// The turns of a row tile: which rows a turn is of has to be known to the compiler.
+template <class Math, class Asks, int T, int First = 0>
+inline void fused_turns(const Product& p, int64_t row_tile, float* sums) {
+  constexpr int kWords = Math::words(T);
+  fused_turn<Math, Asks, T, kWords, First>(p, row_tile, sums);
+  if constexpr (First + kWords < 8) fused_turns<Math, Asks, T, First + kWords>(p, row_tile, sums);
 }
 
 template <class Math, class Asks, int T>
 void fused_rows(const Product& p, int64_t begin, int64_t end, void* scratch) {
-  constexpr int kWords = Math::words(T);
   auto* sums = static_cast<float*>(scratch);
   for (int64_t row_tile = begin; row_tile < end; ++row_tile) {
-#pragma GCC unroll 4
-    for (int first = 0; first < 8; first += kWords) fused_turn<Math, Asks, T, kWords>(p, row_tile, first, sums);
+    fused_turns<Math, Asks, T>(p, row_tile, sums);
     for (int t = 0; t < T; ++t) Math::finish(p, row_tile, t, sums + t * 128);
   }
 }
