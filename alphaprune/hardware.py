@@ -4,6 +4,7 @@ Functions take the root of the file system, and leave out what is not there.
 """
 
 import ctypes
+import platform
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ SETS = (
     *("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_vbmi2", "avx512_bf16"),
     *("avx_vnni", "amx_tile", "amx_bf16", "amx_int8", "asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve", "sve2"),
 )
+MODEL = ("cpu family", "model", "stepping", "CPU part")  # of /proc/cpuinfo
+ZEN4 = ((0x10, 0x1F), (0x60, 0x7F), (0xA0, 0xAF))  # models of family 25; the others are Zen 3
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -44,6 +47,30 @@ def topology(root: Path = ROOT) -> dict[str, int | None]:
         "cpus": len(folders) or None,
         "threads_per_core": len(folders) // len(places) if places else None,
     }
+
+
+def processor(root: Path = ROOT) -> tuple[str, str]:
+    """Its name, and family, model and stepping, which tell apart processors that clouds give the same name."""
+    found = {}
+    for line in (_text(root / "proc/cpuinfo") or "").split("\n\n")[0].splitlines():
+        key, _, value = line.partition(":")
+        found[key.strip()] = value.strip()
+    name = found.get("model name") or platform.processor() or platform.machine()
+    return name, ", ".join(f"{key} {found[key]}" for key in MODEL if key in found)
+
+
+def full_name(name: str, model: str) -> str:
+    """The name of a processor with AMD's generation behind it where it has no number: `AMD EPYC (Zen 5)`.
+
+    model: as `processor` gives it. Families and models as in AMD's processor programming references.
+    """
+    number = re.match(r"cpu family (\d+), model (\d+)", model)
+    if "AMD" not in name or re.search(r"\d", name) or number is None:
+        return name
+    family, model_number = int(number[1]), int(number[2])
+    fourth = any(first <= model_number <= last for first, last in ZEN4)
+    found = {23: 2 if model_number >= 0x30 else 1, 25: 4 if fourth else 3, 26: 5}.get(family)
+    return name if found is None else f"{name} (Zen {found})"
 
 
 def instruction_sets(root: Path = ROOT) -> list[str]:

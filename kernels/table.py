@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import platform
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from alphaprune import __version__, affinity
+from alphaprune import __version__, affinity, hardware
 from alphaprune.files import atomic_write_text
 from alphaprune.formats import native
 
@@ -47,20 +46,14 @@ class Machine:
 
     @classmethod
     def here(cls) -> "Machine":
-        """This machine, whatever ALPHAPRUNE_ISA allows of it; from /proc/cpuinfo where there is one."""
-        info, found = Path("/proc/cpuinfo"), {}
-        if info.exists():
-            for line in info.read_text().split("\n\n")[0].splitlines():
-                key, _, value = line.partition(":")
-                found[key.strip()] = value.strip()
-        name = found.get("model name") or platform.processor() or platform.machine()
-        model = [f"{key} {found[key]}" for key in ("cpu family", "model", "stepping", "CPU part") if key in found]
+        """This machine, whatever ALPHAPRUNE_ISA allows of it."""
+        name, model = hardware.processor()
         module = native.load()
         usable = () if module is None else tuple(name for name, missing in module.isas() if not missing)
-        return cls(name, ", ".join(model), usable, len(affinity.cpus()))
+        return cls(name, model, usable, len(affinity.cpus()))
 
     def __str__(self) -> str:
-        return f"{self.cpu}, {self.cores} cores"
+        return f"{hardware.full_name(self.cpu, self.model)}, {self.cores} cores"
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,40 @@ def test_a_system_that_says_nothing(tmp_path: Path) -> None:
     assert rows["memory"] == "?, ? available" and rows["NUMA nodes"] == "?" and rows["threads"] == "2"
 
 
+@pytest.mark.parametrize(
+    ("name", "model", "wanted"),
+    [
+        ("AMD EPYC", "cpu family 26, model 2, stepping 1", "AMD EPYC (Zen 5)"),
+        ("AMD EPYC", "cpu family 25, model 17, stepping 1", "AMD EPYC (Zen 4)"),
+        ("AMD EPYC", "cpu family 25, model 160, stepping 2", "AMD EPYC (Zen 4)"),
+        ("AMD EPYC", "cpu family 25, model 1, stepping 1", "AMD EPYC (Zen 3)"),
+        ("AMD EPYC", "cpu family 23, model 49, stepping 0", "AMD EPYC (Zen 2)"),
+        ("AMD EPYC", "cpu family 99, model 1, stepping 0", "AMD EPYC"),
+        ("AMD EPYC", "", "AMD EPYC"),
+        ("AMD EPYC 9654", "cpu family 25, model 17, stepping 1", "AMD EPYC 9654"),
+        ("Intel(R) Xeon(R) Processor", "cpu family 6, model 143, stepping 8", "Intel(R) Xeon(R) Processor"),
+    ],
+)
+def test_full_names(name: str, model: str, wanted: str) -> None:
+    assert hardware.full_name(name, model) == wanted
+
+
+def test_a_processor_by_its_file(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    lines = [
+        "processor\t: 0",
+        "vendor_id\t: AuthenticAMD",
+        "cpu family\t: 26",
+        "model\t\t: 2",
+        "model name\t: AMD EPYC",
+    ]
+    (tmp_path / "proc/cpuinfo").write_text(
+        "\n".join([*lines, "stepping\t: 1", "", "processor\t: 1", "model name\t: B"])
+    )
+    assert hardware.processor(tmp_path) == ("AMD EPYC", "cpu family 26, model 2, stepping 1")
+    assert hardware.processor(tmp_path / "nothing")[1] == ""
+
+
 def test_openmp_libraries(tmp_path: Path) -> None:
     line = "7f0000000000-7f0000001000 r-xp 00000000 00:00 0        {}"
     paths = ["/a b/libgomp-a34b3233.so.1", "/x/libgomp.so.1", "/x/libiomp5.so", "/x/libcomp.so", "[heap]", ""]

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import setups
 
+from alphaprune import hardware
+
 HERE = Path(__file__).parent
 PASSING = 5 << 28  # bytes of weights that one round reads in all: no cache keeps a weight until the next round
 PER_JOB = 192 << 20  # and that each job reads, so that the start of a pass does not weigh
@@ -44,11 +46,10 @@ def cores() -> int:
 
 def machine() -> str:
     """The CPU's name and what of its vector units the engines ask for."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [text.partition(":")[2].strip() for text in lines if text.startswith("model name")]
-    flags = next((text.split() for text in lines if text.startswith("flags")), [])
-    units = [unit for unit in ("avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if unit in flags]
-    return f"{names[0] if names else os.uname().machine}, {cores()} cores, {' '.join(units) or 'no AVX-512'}"
+    name = hardware.full_name(*hardware.processor())
+    there = hardware.instruction_sets()
+    units = [unit for unit in ("avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if unit in there]
+    return f"{name}, {cores()} cores, {' '.join(units) or 'no AVX-512'}"
 
 
 class Worker:
