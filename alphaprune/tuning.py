@@ -1,4 +1,4 @@
-"""`alphaprune bench --tune`: the time table of a CPU or a GPU, every kernel and dense torch measured by turns."""
+"""`alphaprune bench --tune`: the time table of a CPU or a GPU, every kernel and the dense layer measured by turns."""
 
 import functools
 import itertools
@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
+from torch import Tensor
 
 from alphaprune import __version__, formats, timing
 from alphaprune.formats import native
 from alphaprune.kernels import base, spmm, table
+from alphaprune.kernels.dense import linear as dense_linear
 from alphaprune.kernels.table import Curve, Table
 from alphaprune.pattern import NM
 from alphaprune.speed_planning import TIMED
@@ -144,8 +145,8 @@ def _measure(grid: Grid, problem: Problem, clock: Clock) -> dict[str, dict[int, 
     pattern = REGULAR if problem.regular else timing.UNSTRUCTURED
     weight, packed = timing.random_packed(problem.shape, problem.sparsity, problem.x, problem.values, pattern, where)
     sparse = list(timing.copies(packed, rotated))
-    dense = timing.dense_copies(weight, rotated)
-    ways = {table.DENSE: [lambda x, w=w: functional.linear(x, w) for w in dense]}
+    copies = timing.dense_copies(weight, rotated)
+    ways: dict[str, list[Callable[[Tensor], Tensor]]] = {table.DENSE: [dense_linear(copy, None) for copy in copies]}
     for name in contenders(problem.shape, problem.values, problem.x, where.type):
         fits = known[name].fits
         if (fits is not None) == problem.regular and not (fits and fits(packed)):

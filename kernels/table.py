@@ -1,4 +1,4 @@
-"""Time tables: measured seconds of every kernel and of dense torch, by shape, tokens and density. Data, not code.
+"""Time tables: measured seconds of every kernel and of dense layers, by shape, tokens and density. Data, not code.
 
 A table belongs to a machine and a number of threads, or to a GPU. Those of the package lie in kernels/tables, the
 user's own, which `alphaprune bench --tune` writes, in the cache folder; the user's go first. ALPHAPRUNE_TIMES=off rules
@@ -25,7 +25,7 @@ from alphaprune.files import atomic_write_text
 from alphaprune.formats import native
 
 VERSION = 1
-DENSE = "dense"  # torch's own linear, measured beside the kernels
+DENSE = "dense"  # a dense layer as our decoder calls it, measured beside the kernels
 SHIPPED = Path(__file__).resolve().parent / "tables"
 NEVER = 1.0  # the break-even of a layer that gains at no sparsity
 

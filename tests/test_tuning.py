@@ -56,6 +56,17 @@ def test_a_kernel_far_behind_is_given_up_unless_it_is_made_for_many_tokens(nativ
     assert list(times["scalar"]) == [1] and all(list(times[name]) == [1, 2] for name in (*fast, "expand", "dense"))
 
 
+def test_the_dense_layer_is_timed_as_our_decoder_calls_it(native_only, monkeypatch) -> None:
+    called = []
+
+    def linear(weight, bias):
+        return lambda x: called.append((tuple(weight.shape), bias, len(x)))
+
+    monkeypatch.setattr(tuning, "dense_linear", linear)
+    times = tuning._measure(TINY, tuning.Problem((16, 64), BF16, BF16, 0.5), timing.CpuClock())
+    assert set(called) == {((16, 64), None, 1), ((16, 64), None, 2)} and list(times[table.DENSE]) == [1, 2]
+
+
 def test_commands_ask_the_table(use_table, native_only, directory, capsys, monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
     path = use_table(made(*linear("scalar", 1.6, 0.6), curve("dense", 0, [1] * 4)))
