@@ -59,5 +59,6 @@ std::string unavailable(const AttentionLoop& loop);
 
 extern const AttentionLoop kAttendAvx512bw;
 extern const AttentionLoop kAttendAvx2;
+extern const AttentionLoop kAttendNeon;
 
 }  // namespace alphaprune
