@@ -225,6 +225,7 @@ def test_keys_of_no_weight(name: str, page: int, monkeypatch: pytest.MonkeyPatch
     assert torch.equal(*found) and found[0].isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
 def test_norms_of_another_dtype() -> None:
     case = Case([20], normed=True)
     case.norms = tuple((weight.float(), epsilon) for weight, epsilon in case.norms)
