@@ -17,7 +17,7 @@ const AttentionLoop kAttendAny = {"any", AnyLoop<Lanes<4, 8>>::rotate, AnyLoop<L
 class Tasks {
  public:
   struct Task {
-    int64_t sequence, key_head, query, chunk, chunks, of;  // of: the first task of the same queries
+    int64_t sequence, key_head, query, chunk, chunks, of;  // query: its first; of: the first task of the same ones
   };
 
   // Fills `starts` [sequences + 1] with the number of the first task of each.
@@ -64,11 +64,11 @@ class Tasks {
   }
 
   const Attention& p_;
-  int64_t* starts_;
+  const int64_t* starts_;
   int64_t groups_, queries_, units_, keys_ = 0;  // units: groups of queries of a sequence, of all key heads
 };
 
-// sums [queries][dim] over the sums of weights, in the dtype, to the outputs of one key head from query `first` on.
+// sums [queries][dim] over the sums of weights, in the dtype, to the outputs of a task's queries.
 void store(const Attention& p, const Tasks::Task& task, int64_t queries, const float* sums, const float* total) {
   const int64_t head = task.key_head * (p.heads / p.key_heads) + task.query;
   const int64_t at = (task.sequence * p.heads + head) * p.dim;

@@ -111,6 +111,8 @@ struct Loop {
   using V = typename L::V;
   static constexpr int64_t kLanes = L::kLanes;
   static constexpr int64_t kBlock = 32, kKeys = 4;  // keys whose scores are in memory, and in registers
+  static_assert(kBlock % kLanes == 0 && kBlock % kKeys == 0 && 32 % kLanes == 0,
+                "of scores and of heads, no vector is cut");
 
   // One head, normed and rotated, [dim].
   static void turn(const Attention& p, int64_t sequence, const T* from, const T* weight, float epsilon, float* to) {
@@ -163,7 +165,8 @@ struct Loop {
     int64_t stride;
 
     const T* at(int64_t j) const { return now + j * stride; }
-    // Asks for a row of the next block: into L2, because L1 waits for few lines at a time.
+    // Asks for a row of the next block: into L2, because L1 waits for few lines at a time. That block may have fewer
+    // rows, even end where the cache does: what is asked for does not fault.
     void ask(int64_t j, int64_t dim) const {
       if (!next) return;
       const T* row = next + j * stride;
@@ -234,10 +237,11 @@ struct Loop {
         const V some = L::load(mine + j);
         all = some > all ? some : all;
       }
-      const float now = L::largest(all), zero = now == kNone ? 0.0f : now;  // keys of no weight have no share in it
+      const float now = L::largest(all);
+      const float origin = now == kNone ? 0.0f : now;  // a difference of -inf and -inf would be NaN
       V sum = V{};
       for (int64_t j = 0; j < kBlock; j += kLanes) {
-        const V e = L::exp(L::load(mine + j) - zero);
+        const V e = L::exp(L::load(mine + j) - origin);
         L::store(mine + j, e);
         sum += e;
       }
