@@ -303,6 +303,35 @@ void check_large(const char* loop, uint32_t& seed) {
   }
 }
 
+// What attention.h's loops say of exp: scores that are exact numbers, and values that keep the weights apart.
+void check_exp(const char* loop) {
+  constexpr int64_t kDim = 64, kSteps = 200;  // 1 / sqrt(64) is exact; a key for each dimension
+  const std::vector<float> none(kDim, 0), ones(kDim / 2, 1);
+  const int64_t table = 0, slot = 0, position = kDim - 1;
+  for (int64_t step = 0; step < kSteps; ++step) {
+    std::vector<float> q = none, k = none, v = none, keys, values, x, out(kDim, std::nanf(""));
+    q[0] = 8;
+    for (int64_t j = 0; j < kDim; ++j) {
+      x.push_back(j ? -80.0f * static_cast<float>(step * kDim + j) / (kSteps * kDim) : 0.0f);
+      keys.insert(keys.end(), none.begin(), none.end()), values.insert(values.end(), none.begin(), none.end());
+      keys[j * kDim] = x[j], values[j * kDim + j] = 1;
+    }
+    k[0] = x[kDim - 1], v[kDim - 1] = 1;
+    Attention p{};
+    p.q = q.data(), p.k = k.data(), p.v = v.data(), p.out = out.data();
+    p.keys = keys.data(), p.values = values.data(), p.cos = ones.data(), p.sin = none.data();
+    p.page = kDim, p.position_stride = p.head_stride = kDim;
+    p.table = &table, p.slots = &slot, p.positions = &position;
+    p.sequences = p.heads = p.key_heads = 1, p.dim = kDim, p.dtype = Dtype::float32;
+    attend(p, loop);
+    for (int64_t j = 1; j < kDim; ++j) {
+      const double wanted = std::exp(static_cast<double>(x[j])), got = static_cast<double>(out[j]) / out[0];
+      EXPECT(std::fabs(got - wanted) <= (2e-7 + 4 * kUnit) * wanted, "%s: exp(%.9g) = %.9g, wanted %.9g", loop, x[j],
+             got, wanted);
+    }
+  }
+}
+
 // The same bits on any number of threads, from several at once, in a child that has only one, and alone.
 void check_same_bits(const char* loop) {
   const Case c{{700, 3, 256, 520}, 2, 5, 64, 32, 0, Dtype::bfloat16};
@@ -364,6 +393,7 @@ int main(int count, char** names) {
     uint32_t seed = 0;
     check_shapes(name, seed, quick);
     check_large(name, seed);
+    check_exp(name);
     check_same_bits(name);
     std::printf("%s: %u steps\n", name, seed);
   }
