@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from alphaprune.formats import native
+from alphaprune.kernels import neighbours
 
 DTYPES = (torch.bfloat16, torch.float32)  # that csrc/cpu/attention.h knows
 HeadNorm = tuple[Tensor, float]  # weight [dim], epsilon
@@ -39,6 +40,8 @@ def attend_new(
     the page of positions i · page and on. positions: [M] int64, of the new tokens. turns: cosine and sine, each
     [M or 1, dim / 2], of the new positions. window, norms: as attention.attend_new has them.
     """
+    if norms is not None and not all(weight.dtype == q.dtype and weight.is_contiguous() for weight, _ in norms):
+        (q, k), norms = neighbours.norm_heads(q, k, norms), None
     _, _, page, key_heads, dim = cache.shape
     heads, sequences = q.shape[1] // dim, len(q)
     bound = _bound(heads, key_heads, dim, native.DTYPES[q.dtype], window or 0, page, cache.stride()[1:4])

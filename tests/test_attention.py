@@ -22,9 +22,18 @@ def loops() -> list[str]:
     return [] if native.load() is None else [name for name, missing in native.load().attention_loops() if not missing]
 
 
+def choose(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls take this loop."""
+
+    def bound(*given: object) -> object:
+        return native.load().Attention(*given[:6], *given[6], name)
+
+    monkeypatch.setattr(cpu_attention, "_bound", bound)
+
+
 @dataclasses.dataclass
 class Case:
-    """Sequences of some lengths, each with a new token, and what of the cache is theirs; the rest of it is NaN."""
+    """Sequences of some lengths, each with a new token, and what of the cache they see; the rest of it is NaN."""
 
     positions: list[int]
     key_heads: int = 2
@@ -58,7 +67,7 @@ class Case:
         else:
             self.cache = torch.full(shape, NAN, dtype=self.dtype)
         for place, position in enumerate(self.positions):
-            for p in range(position):
+            for p in range(self.first(position), position):
                 self.at(self.cache, place, p).copy_(draw(2, self.key_heads, self.dim))
         self.q, self.k, self.v = draw(count, kv * self.shared), draw(count, kv), draw(count, kv)
         angles = torch.rand(count, self.dim // 2, generator=generator) * 6.3
@@ -66,6 +75,10 @@ class Case:
         self.norms = None
         if self.normed:
             self.norms = tuple((draw(self.dim).abs() + 0.5, epsilon) for epsilon in (1e-6, 1e-5))
+
+    def first(self, position: int) -> int:
+        """The first position that a token at this one sees."""
+        return 0 if self.window is None else max(0, position + 1 - self.window)
 
     def at(self, cache: torch.Tensor, place: int, position: int) -> torch.Tensor:
         """[2, key heads, dim], key and value of a sequence at a position."""
@@ -103,8 +116,8 @@ class Case:
         self, cache: torch.Tensor, place: int, position: int, q: torch.Tensor, out: torch.Tensor, off: float
     ) -> None:
         """q, out: [heads, dim] in float64."""
-        first = 0 if self.window is None else max(0, position + 1 - self.window)
-        seen = torch.stack([self.at(cache, place, p) for p in range(first, position + 1)], 1)  # [2, keys, heads, dim]
+        places = range(self.first(position), position + 1)
+        seen = torch.stack([self.at(cache, place, p) for p in places], 1)  # [2, keys, heads, dim]
         keys, values = seen.double().repeat_interleave(self.shared, 2).transpose(1, 2)  # [heads, keys, dim]
         scores = (keys @ q[:, :, None])[:, :, 0] / math.sqrt(self.dim)  # [heads, keys]
         weights = scores.softmax(-1)[:, :, None]
@@ -145,10 +158,7 @@ def test_flat_and_sharp(dtype: torch.dtype, size: float) -> None:
 @pytest.mark.parametrize("name", loops())
 @pytest.mark.parametrize("dtype", cpu_attention.DTYPES)
 def test_every_loop(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    def bound(*given: object) -> object:
-        return native.load().Attention(*given[:6], *given[6], name)
-
-    monkeypatch.setattr(cpu_attention, "_bound", bound)
+    choose(name, monkeypatch)
     for case in (Case([90, 300], shared=5, dim=96, dtype=dtype), Case([9], dtype=dtype, by_heads=True, normed=True)):
         case.check()
 
@@ -199,6 +209,29 @@ def test_what_is_not_finite_stays_with_its_sequence(value: float, where: int) ->
         assert torch.equal(found[0, 2:].isfinite(), torch.arange(case.dim).ne(5).expand(2, -1))
     elif math.isnan(value):
         assert found[0, 2:].isnan().all()
+
+
+@pytest.mark.parametrize("page", [1, 32])
+@pytest.mark.parametrize("name", loops())
+def test_keys_of_no_weight(name: str, page: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(name, monkeypatch)
+    case = Case([CHUNK + 60], page=page, dtype=torch.float32)
+    against = -neighbours._rotate(case.q.view(1, -1, case.dim), *case.turns)[0, :, 5].sign()  # [heads]
+    found = []
+    for size in (1e30, float("inf")):  # scores of which exp makes zero, and -inf: blocks and a chunk have no others
+        for position in range(CHUNK + 40):
+            case.at(case.cache, 0, position)[0, :, 5] = size * against
+        found.append(case.run())
+    assert torch.equal(*found) and found[0].isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_norms_of_another_dtype() -> None:
+    case = Case([20], normed=True)
+    case.norms = tuple((weight.float(), epsilon) for weight, epsilon in case.norms)
+    found = case.run()
+    (case.q, case.k), case.norms = neighbours.norm_heads(case.q, case.k, case.norms), None
+    assert torch.equal(case.run(), found)
 
 
 def test_one_position_for_all() -> None:

@@ -17,7 +17,7 @@ const AttentionLoop kAttendAny = {"any", AnyLoop<Lanes<4, 8>>::rotate, AnyLoop<L
 class Tasks {
  public:
   struct Task {
-    int64_t sequence, key_head, query, chunk, chunks, of;  // of: the first task of the same queries
+    int64_t sequence, key_head, query, chunk, chunks, of;  // query: its first; of: the first task of the same ones
   };
 
   // Fills `starts` [sequences + 1] with the number of the first task of each.
@@ -25,9 +25,10 @@ class Tasks {
     const int64_t shared = p.heads / p.key_heads;
     groups_ = ceil_div(shared, kMostQueries);
     queries_ = ceil_div(shared, groups_);
+    units_ = p.key_heads * groups_;
     starts[0] = 0;
     for (int64_t s = 0; s < p.sequences; ++s) {
-      starts[s + 1] = starts[s] + p.key_heads * groups_ * chunks(s);
+      starts[s + 1] = starts[s] + units_ * chunks(s);
       keys_ += p.positions[s] + 1 - first(s);
     }
   }
@@ -35,6 +36,7 @@ class Tasks {
   int64_t count() const { return starts_[p_.sequences]; }
   int64_t keys() const { return keys_; }        // of all sequences together
   int64_t queries() const { return queries_; }  // of a task, at most
+  bool joined() const { return count() > p_.sequences * units_; }
   int64_t first(int64_t sequence) const {
     const int64_t past = p_.positions[sequence] + 1 - p_.window;
     return p_.window > 0 && past > 0 ? past : 0;
@@ -47,14 +49,14 @@ class Tasks {
       const int64_t middle = (low + high) / 2;
       (starts_[middle] <= i ? low : high) = middle;
     }
-    const int64_t inside = i - starts_[low], all = chunks(low), units = p_.key_heads * groups_;
+    const int64_t inside = i - starts_[low], all = chunks(low);
     const bool by_heads = p_.head_stride > p_.position_stride;
-    const int64_t unit = by_heads ? inside / all : inside % units, chunk = by_heads ? inside % all : inside / units;
+    const int64_t unit = by_heads ? inside / all : inside % units_, chunk = by_heads ? inside % all : inside / units_;
     return {low, unit / groups_, unit % groups_ * queries_, chunk, all, starts_[low] + unit};
   }
 
   // Number of the task of another chunk of the same queries, for what a task leaves.
-  int64_t slot(const Task& task, int64_t chunk) const { return task.of + chunk * p_.key_heads * groups_; }
+  int64_t slot(const Task& task, int64_t chunk) const { return task.of + chunk * units_; }
 
  private:
   int64_t chunks(int64_t sequence) const {
@@ -62,11 +64,11 @@ class Tasks {
   }
 
   const Attention& p_;
-  int64_t* starts_;
-  int64_t groups_, queries_, keys_ = 0;
+  const int64_t* starts_;
+  int64_t groups_, queries_, units_, keys_ = 0;  // units: groups of queries of a sequence, of all key heads
 };
 
-// sums [queries][dim] over the sums of weights, in the dtype, to the outputs of one key head from query `first` on.
+// sums [queries][dim] over the sums of weights, in the dtype, to the outputs of a task's queries.
 void store(const Attention& p, const Tasks::Task& task, int64_t queries, const float* sums, const float* total) {
   const int64_t head = task.key_head * (p.heads / p.key_heads) + task.query;
   const int64_t at = (task.sequence * p.heads + head) * p.dim;
@@ -125,6 +127,9 @@ const AttentionLoop* const* attention_loops() {
 #if defined(ALPHAPRUNE_AVX2)
       &kAttendAvx2,
 #endif
+#if defined(ALPHAPRUNE_NEON)
+      &kAttendNeon,
+#endif
       &kAttendAny, nullptr};
   return all;
 }
@@ -145,9 +150,8 @@ void attend(const Attention& p, const std::string& name) {
   auto* starts = static_cast<int64_t*>(index.at_least(static_cast<size_t>(p.sequences + 1) * sizeof(int64_t)));
   const Tasks tasks(p, starts);
   const int64_t size = ceil_div(tasks.queries() * (p.dim + kPartialExtra), 16) * 16;
-  const bool whole = tasks.count() == p.sequences * p.key_heads * ceil_div(shared, tasks.queries());  // no joins
-  const int64_t rotated = p.sequences * p.heads * p.dim, parts_size = whole ? 0 : tasks.count() * size;
-  const int64_t counters = whole ? 0 : tasks.count();
+  const int64_t rotated = p.sequences * p.heads * p.dim, counters = tasks.joined() ? tasks.count() : 0;
+  const int64_t parts_size = counters * size;
   auto* at = static_cast<char*>(memory.at_least(static_cast<size_t>((rotated + parts_size + counters) * 4 + 3 * 64)));
   float* q = take<float>(at, rotated);
   float* parts = take<float>(at, parts_size);

@@ -19,7 +19,7 @@ struct Attention {
   const int64_t* table;
   int64_t table_stride;
   const int64_t* slots;             // [sequences]
-  const int64_t* positions;         // [sequences], of the new token, which is the last that it sees
+  const int64_t* positions;         // [sequences], 0 and up, of the new token, which is the last that it sees
   const void *cos, *sin;            // [sequences, dim / 2]
   int64_t turn_stride;              // elements between sequences; 0 where all are at one position
   const void *q_weight, *k_weight;  // [dim] each, of an RMSNorm of each head before it is rotated; or null
@@ -59,5 +59,6 @@ std::string unavailable(const AttentionLoop& loop);
 
 extern const AttentionLoop kAttendAvx512bw;
 extern const AttentionLoop kAttendAvx2;
+extern const AttentionLoop kAttendNeon;
 
 }  // namespace alphaprune

@@ -1,16 +1,20 @@
 // The loops of attention.h for any width of vectors, by the compiler's own vector types. An ISA's file replaces what
-// the compiler does badly.
+// the compiler does badly. Nothing that the C++ library defines inline is called: see convert.h.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
-#include <limits>
+#include <math.h>
+
+#include <cstring>
 
 #include "attention.h"
 #include "convert.h"
 
 namespace alphaprune {
 namespace {
+
+constexpr float kNone = -HUGE_VALF;  // the largest score of no keys
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Vectors of so many lanes; the attribute takes no template argument.
 template <int kWidth>
@@ -72,8 +76,8 @@ struct Lanes : Types<kWidth> {
     for (int i = 0; i < 4; ++i) to[i] = sum(v[i]);
   }
 
-  // e^x for x <= 0, relative error below 2e-7, 0 from -88 on; NaN stays. A Taylor polynomial about 0 of what is left of
-  // x after a multiple of ln 2.
+  // e^x for x <= 0, relative error below 2e-7, 0 from -87.7 on; NaN stays. A Taylor polynomial about 0 of
+  // what is left of x after a multiple of ln 2.
   static V exp(V x) {
     const V least = splat(-88.0f);
     x = x < least ? least : x;
@@ -107,6 +111,8 @@ struct Loop {
   using V = typename L::V;
   static constexpr int64_t kLanes = L::kLanes;
   static constexpr int64_t kBlock = 32, kKeys = 4;  // keys whose scores are in memory, and in registers
+  static_assert(kBlock % kLanes == 0 && kBlock % kKeys == 0 && 32 % kLanes == 0,
+                "of scores and of heads, no vector is cut");
 
   // One head, normed and rotated, [dim].
   static void turn(const Attention& p, int64_t sequence, const T* from, const T* weight, float epsilon, float* to) {
@@ -120,7 +126,7 @@ struct Loop {
       L::store(to + d, v);
     }
     if (weight) {
-      const V scale = L::splat(1.0f / std::sqrt(L::sum(squares) / static_cast<float>(p.dim) + epsilon));
+      const V scale = L::splat(1.0f / sqrtf(L::sum(squares) / static_cast<float>(p.dim) + epsilon));
       for (int64_t d = 0; d < p.dim; d += kLanes)
         L::store(to + d, L::round(L::round(L::load(to + d) * scale, T{}) * L::load(weight + d), T{}));
     }
@@ -138,7 +144,7 @@ struct Loop {
 
   static void rotate(const Attention& p, int64_t sequence, int64_t key_head, float* q) {
     const int64_t shared = p.heads / p.key_heads;
-    const float scale = 1.0f / std::sqrt(static_cast<float>(p.dim));
+    const float scale = 1.0f / sqrtf(static_cast<float>(p.dim));
     const T* query = static_cast<const T*>(p.q) + sequence * p.q_stride + key_head * shared * p.dim;
     for (int64_t i = 0; i < shared; ++i, q += p.dim) {
       turn(p, sequence, query + i * p.dim, static_cast<const T*>(p.q_weight), p.q_epsilon, q);
@@ -159,7 +165,8 @@ struct Loop {
     int64_t stride;
 
     const T* at(int64_t j) const { return now + j * stride; }
-    // Asks for a row of the next block: into L2, because L1 waits for few lines at a time.
+    // Asks for a row of the next block: into L2, because L1 waits for few lines at a time. That block may have fewer
+    // rows, even end where the cache does: what is asked for does not fault.
     void ask(int64_t j, int64_t dim) const {
       if (!next) return;
       const T* row = next + j * stride;
@@ -224,20 +231,21 @@ struct Loop {
     scores<Q>(p, q, keys, count, weight);
     for (int g = 0; g < Q; ++g) {
       float* mine = weight + g * kBlock;
-      for (int64_t j = count; j < kBlock; ++j) mine[j] = -std::numeric_limits<float>::infinity();
+      for (int64_t j = count; j < kBlock; ++j) mine[j] = kNone;
       V all = L::splat(most[g]);
       for (int64_t j = 0; j < kBlock; j += kLanes) {
         const V some = L::load(mine + j);
         all = some > all ? some : all;
       }
       const float now = L::largest(all);
+      const float origin = now == kNone ? 0.0f : now;  // a difference of -inf and -inf would be NaN
       V sum = V{};
       for (int64_t j = 0; j < kBlock; j += kLanes) {
-        const V e = L::exp(L::load(mine + j) - now);
+        const V e = L::exp(L::load(mine + j) - origin);
         L::store(mine + j, e);
         sum += e;
       }
-      factor[g] = now == most[g] ? 1.0f : std::exp(most[g] - now);
+      factor[g] = now == most[g] ? 1.0f : expf(most[g] - now);
       most[g] = now;
       total[g] = total[g] * factor[g] + L::sum(sum);
     }
@@ -251,10 +259,10 @@ struct Loop {
     float* total = most + queries;
     std::memset(sums, 0, static_cast<size_t>(queries * p.dim) * sizeof(float));
     for (int64_t g = 0; g < queries; ++g) {
-      most[g] = -std::numeric_limits<float>::infinity();
+      most[g] = kNone;
       total[g] = 0;
     }
-    const auto size_at = [&](int64_t at) { return std::min({last - at, p.page - at % p.page, kBlock}); };
+    const auto size_at = [&](int64_t at) { return smaller(smaller(last - at, p.page - at % p.page), kBlock); };
     int64_t from = place(p, sequence, key_head, first), count;
     for (int64_t at = first; at < last; at += count) {
       count = size_at(at);

@@ -18,10 +18,14 @@ from sanitize import ROOT, SANITIZERS, run
 COMPILER = "aarch64-linux-gnu-g++"
 EMULATORS = ("qemu-aarch64", "qemu-aarch64-static")
 TARGET = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64")
-BUILDS = {  # name → options of CMake, arguments of the test
-    "plain": ((), ()),
-    "sanitized": ((f"-DALPHAPRUNE_SANITIZE={SANITIZERS}",), ("quick", "neon")),
+BUILDS = {  # name → options of CMake, tests and their arguments
+    "plain": ((), (("test_sbt",), ("test_attention",))),
+    "sanitized": (
+        (f"-DALPHAPRUNE_SANITIZE={SANITIZERS}",),
+        (("test_sbt", "quick", "neon"), ("test_attention", "quick", "neon")),
+    ),
 }
+SOURCES = ("attention", "attention_neon", "bandwidth", "dispatch", "pack", "sbt_neon", "sbt_scalar")
 ONE_THREAD = """
 inline int omp_get_max_threads() { return 1; }
 inline int omp_get_thread_num() { return 0; }
@@ -54,16 +58,17 @@ def sysroot(compiler: str) -> Path:
 
 def zig(emulator: str) -> None:
     """Build without CMake, on one thread, and test; SystemExit if anything fails."""
-    sources = [f"csrc/cpu/{name}.cpp" for name in ("bandwidth", "dispatch", "pack", "sbt_scalar", "sbt_neon")]
+    sources = [f"csrc/cpu/{name}.cpp" for name in SOURCES]
     with tempfile.TemporaryDirectory(prefix="alphaprune-zig-") as build:
         (Path(build) / "omp.h").write_text(ONE_THREAD)
-        test = str(Path(build) / "test_sbt")
         compiler = [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-musl", "-std=c++17", "-O3"]
         flags = [f"-I{build}", "-Icsrc", "-DALPHAPRUNE_NEON", "-Wno-unknown-pragmas"]
-        for command in ([*compiler, *flags, *sources, "tests/native/test_sbt.cpp", "-o", test], [emulator, test]):
-            print("+", " ".join(command), flush=True)
-            if status := subprocess.run(command, cwd=ROOT).returncode:
-                raise SystemExit(status)
+        for test in ("test_sbt", "test_attention"):
+            made = str(Path(build) / test)
+            for command in ([*compiler, *flags, *sources, f"tests/native/{test}.cpp", "-o", made], [emulator, made]):
+                print("+", " ".join(command), flush=True)
+                if status := subprocess.run(command, cwd=ROOT).returncode:
+                    raise SystemExit(status)
 
 
 def main(names: list[str]) -> None:
@@ -76,8 +81,8 @@ def main(names: list[str]) -> None:
         return
     before = [emulator, "-L", str(sysroot(compiler))]
     for name in names or BUILDS:
-        options, arguments = BUILDS[name]
-        run([*TARGET, f"-DCMAKE_CXX_COMPILER={compiler}", *options], [[*before, "test_sbt", *arguments]])
+        options, tests = BUILDS[name]
+        run([*TARGET, f"-DCMAKE_CXX_COMPILER={compiler}", *options], [[*before, *test] for test in tests])
 
 
 if __name__ == "__main__":

@@ -15,16 +15,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = "address,undefined"
-MEMCHECK = ["valgrind", "--quiet", "--error-exitcode=1", "test_sbt", "quick", "avx2", "scalar"]
+VALGRIND = ["valgrind", "--quiet", "--error-exitcode=1"]
+MEMCHECK = [[*VALGRIND, "test_sbt", "quick", "avx2", "scalar"], [*VALGRIND, "test_attention", "quick", "avx2", "any"]]
 BUILDS = {  # name → options of CMake, commands
-    "plain": ([], [["test_sbt"], MEMCHECK]),
-    "sanitized": ([f"-DALPHAPRUNE_SANITIZE={SANITIZERS}"], [["test_sbt"]]),
+    "plain": ([], [["test_sbt"], ["test_attention"], *MEMCHECK]),
+    "sanitized": ([f"-DALPHAPRUNE_SANITIZE={SANITIZERS}"], [["test_sbt"], ["test_attention"]]),
     "emulated": (
         [f"-DALPHAPRUNE_SANITIZE={SANITIZERS}", "-DALPHAPRUNE_EMULATE=ON"],
-        [["test_emulator"], ["test_sbt"]],
+        [["test_emulator"], ["test_sbt"], ["test_attention", "quick"]],
     ),
 }
-PROGRAMS = ("test_emulator", "test_sbt")  # what a build makes; a command names them without their folder
+PROGRAMS = ("test_attention", "test_emulator", "test_sbt")  # made by a build; a command names them without their folder
 
 
 def tool(name: str) -> str:
@@ -58,7 +59,7 @@ def run(options: Sequence[str], tests: Sequence[Sequence[str]]) -> None:
 if __name__ == "__main__":
     for choice in sys.argv[1:] or BUILDS:
         build_options, build_tests = BUILDS[choice]
-        if MEMCHECK in build_tests and shutil.which(MEMCHECK[0]) is None:
+        if MEMCHECK[0] in build_tests and shutil.which(VALGRIND[0]) is None:
             print("memcheck is left out: there is no valgrind; on Debian: apt-get install valgrind", flush=True)
-            build_tests = [test for test in build_tests if test is not MEMCHECK]
+            build_tests = [test for test in build_tests if test not in MEMCHECK]
         run(build_options, build_tests)

@@ -1,7 +1,6 @@
 // SBT without Python: every array ends at a page that may not be touched, outputs start as NaN, and each ISA is
 // compared with a float64 product of the dense weight. Runs plainly and under the sanitizers (sanitize.py).
 #include <omp.h>
-#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -21,50 +20,13 @@
 #include "cpu/dispatch.h"
 #include "cpu/pack.h"
 #include "emulator/tiles.h"
+#include "expect.h"
 
 namespace {
 
 using namespace alphaprune;
 
-int failures = 0;
 bool quick = false;  // every shape, but one density and few random cases: for valgrind
-
-#define EXPECT(condition, ...)                    \
-  do {                                            \
-    if (!(condition)) {                           \
-      ++failures;                                 \
-      std::printf("%s:%d: ", __FILE__, __LINE__); \
-      std::printf(__VA_ARGS__);                   \
-      std::printf("\n");                          \
-    }                                             \
-  } while (0)
-
-// `bytes` of memory whose end is the end of a page; the next page faults. Filled with NaN patterns.
-class Guarded {
- public:
-  explicit Guarded(size_t bytes) {
-    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    const size_t body = (bytes + page - 1) / page * page;
-    mapped_ = body + page;
-    base_ = static_cast<char*>(mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    if (base_ == MAP_FAILED || mprotect(base_ + body, page, PROT_NONE)) std::abort();
-    start_ = base_ + body - bytes;
-    std::memset(start_, 0xff, bytes);
-  }
-  Guarded(const Guarded&) = delete;
-  Guarded& operator=(const Guarded&) = delete;
-  ~Guarded() { munmap(base_, mapped_); }
-
-  template <class T>
-  T* as() const {
-    return reinterpret_cast<T*>(start_);
-  }
-
- private:
-  char* base_;
-  char* start_;
-  size_t mapped_;
-};
 
 struct Case {
   int64_t rows, cols, tokens;
@@ -433,9 +395,7 @@ int main(int count, char** names) {
   check_conversions("bfloat16", bfloat16_to_float, float_to_bfloat16, 0x7f7f);
   check_conversions("float16", float16_to_float, float_to_float16, 0x7bff);
   for (const Isa* const* isa = isas(); *isa; ++isa) {
-    bool wanted = count == 1 + quick;
-    for (int i = 1; i < count; ++i) wanted |= !std::strcmp(names[i], (*isa)->name);
-    if (!wanted) continue;
+    if (!chosen(count, names, quick, (*isa)->name)) continue;
     if (const std::string reason = unavailable(**isa); !reason.empty()) {
       std::printf("%s is not tested: %s\n", (*isa)->name, reason.c_str());
       continue;

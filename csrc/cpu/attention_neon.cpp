@@ -1,0 +1,27 @@
+// Attention of a decode step on NEON: half of its 32 registers are sums.
+#include <arm_neon.h>
+
+#include "attention_loop.h"
+
+namespace alphaprune {
+namespace {
+
+// GCC makes scalars of a conversion of 4 halves, and of sums.
+struct Neon : Lanes<4, 16> {
+  using Lanes::load;
+  using Lanes::store;
+  static V load(const uint16_t* p) { return reinterpret_cast<V>(vshll_n_u16(vld1_u16(p), 16)); }
+  static void store(uint16_t* p, V v) { vst1_u16(p, vshrn_n_u32(reinterpret_cast<uint32x4_t>(v), 16)); }
+  static void sums(const V* v, float* to) {
+    const auto pairs = [&](int i) {
+      return vpaddq_f32(reinterpret_cast<float32x4_t>(v[i]), reinterpret_cast<float32x4_t>(v[i + 1]));
+    };
+    vst1q_f32(to, vpaddq_f32(pairs(0), pairs(2)));
+  }
+};
+
+}  // namespace
+
+const AttentionLoop kAttendNeon = {"neon", AnyLoop<Neon>::rotate, AnyLoop<Neon>::chunk};
+
+}  // namespace alphaprune
