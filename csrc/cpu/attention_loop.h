@@ -167,7 +167,7 @@ struct Loop {
     const T* at(int64_t j) const { return now + j * stride; }
     // Asks for a row of the next block: into L2, because L1 waits for few lines at a time. That block may have fewer
     // rows, even end where the cache does: what is asked for does not fault.
-    void ask(int64_t j, int64_t dim) const {
+    __attribute__((always_inline)) inline void ask(int64_t j, int64_t dim) const {
       if (!next) return;
       const T* row = next + j * stride;
       for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d, 0, 2);
