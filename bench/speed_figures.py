@@ -4,6 +4,7 @@ import math
 
 from figures import rows, table
 
+AT = 0.7  # the sparsity of other engines at more than one token
 SHOWN = {1: (0.5, 0.7, 0.8), 16: (0.7, 0.8), 64: (0.8,), 256: (0.8,)}  # sparsities of a layer by tokens
 
 
@@ -58,39 +59,76 @@ def linear_of(found: list[dict]) -> str:
 
 
 def peers() -> str:
-    """Every other engine beside ours at one token, on the newest machine that has rows."""
-    found = [row for row in rows("peers.jsonl") if row["tokens"] == 1]
-    found = [row for row in found if row["machine"] == found[-1]["machine"]]
-    ours = {
-        (tuple(r["shape"]), r["variant"], r["sparsity"]): r["seconds"] for r in found if r["engine"] == "alphaprune"
-    }
-    shapes, sparsities = (list(dict.fromkeys(key[place] for key in ours)) for place in (0, 2))
-    cells = []
-    for engine, variant in dict.fromkeys((r["engine"], r["variant"]) for r in found if r["engine"] != "alphaprune"):
-        values = "int8" if variant.startswith(("int8", "Q")) else "bfloat16"
-        line = [f"{engine} {variant}", values]
-        for shape in shapes:
-            theirs = {
-                r["sparsity"]: r["seconds"]
-                for r in found
-                if (r["engine"], r["variant"]) == (engine, variant) and tuple(r["shape"]) == shape
-            }
-            ratios = [theirs.get(s, theirs.get(None, math.nan)) / ours[shape, values, s] for s in sparsities]
-            line.append(" / ".join(f"{ratio:.2f}" for ratio in ratios))
-        cells.append(line)
-    cells.sort(key=lambda line: (line[1], line[0]))
-    at = " / ".join(f"{s:.0%}" for s in sparsities)
+    """Every other engine beside ours on the newest machine that has rows: one token, then more at one sparsity."""
+    found = newest(rows("peers.jsonl"))
+    ours = [row for row in found if row["engine"] == "alphaprune"]
+    shapes, sparsities, tokens = (list(dict.fromkeys(_key(row)[place] for row in ours)) for place in (0, 2, 1))
+    many = [count for count in tokens if count > 1]
+    one_token = over_ours(found, {f"{n}×{k}": [((n, k), 1, s) for s in sparsities] for n, k in shapes})
+    more = over_ours(found, {f"{count} tokens": [(shape, count, AT) for shape in shapes] for count in many})
+    at, both = " / ".join(f"{s:.0%}" for s in sparsities), " / ".join(f"{n}×{k}" for n, k in shapes)
     note = (
         f"Seconds of other engines over ours at a sparsity of {at} (above 1: ours is faster), one token, weights "
         f"from memory, all by turns in one run: `python bench/peers.py`, {found[0]['machine']}, "
-        f"{found[0]['threads']} threads ([rows](RESULTS/peers.jsonl), other machines and 16 tokens among them)."
+        f"{found[0]['threads']} threads ([rows](RESULTS/peers.jsonl), other machines among them)."
     )
-    return f"{table(['engine', 'our values', *(f'{n}×{k}' for n, k in shapes)], cells)}\n\n{note}"
+    if not many:
+        return f"{one_token}\n\n{note}"
+    return f"{one_token}\n\n{note}\n\nThe same for more tokens at {AT:.0%}, layers of {both}:\n\n{more}"
+
+
+def _key(row: dict) -> tuple:
+    return tuple(row["shape"]), row["tokens"], row["sparsity"]
+
+
+def over_ours(found: list[dict], columns: dict[str, list[tuple]]) -> str:
+    """A row per engine and variant; a column has ratios at several (shape, tokens, sparsity)."""
+    ours = {(r["variant"], *_key(r)): r["seconds"] for r in found if r["engine"] == "alphaprune"}
+    cells = []
+    for engine, variant in dict.fromkeys((r["engine"], r["variant"]) for r in found if r["engine"] != "alphaprune"):
+        values = "int8" if variant.startswith(("int8", "Q")) else "bfloat16"
+        theirs = {_key(r): r["seconds"] for r in found if (r["engine"], r["variant"]) == (engine, variant)}
+        line = [f"{engine} {variant}", values]
+        for keys in columns.values():
+            ratios = [theirs.get(key, theirs.get((*key[:2], None), math.nan)) / ours[(values, *key)] for key in keys]
+            line.append(" / ".join("–" if math.isnan(ratio) else f"{ratio:.2f}" for ratio in ratios))
+        cells.append(line)
+    cells.sort(key=lambda line: (line[1], line[0]))
+    return table(["engine", "our values", *columns], cells)
+
+
+def newest(found: list[dict]) -> list[dict]:
+    """Those of the machine that the last row is of."""
+    return [row for row in found if row["machine"] == found[-1]["machine"]]
+
+
+def attention() -> str:
+    """Of one token, ours and torch's, by the positions of a sequence."""
+    found = newest(rows("attention.jsonl"))
+    cells = [
+        [
+            row["model"],
+            str(row["sequences"]),
+            str(row["context"]),
+            *(f"{1e6 * row[name]:.0f}" for name in ("seconds", "paged_seconds", "torch_seconds")),
+            f"{row['ratio']:.1f}×",
+            f"{row['bytes'] / row['seconds'] / 1e9:.0f}",
+        ]
+        for row in found
+    ]
+    columns = ["block of", "sequences", "positions", "ours, µs", "in pages", "torch's", "over it", "GB/s"]
+    first = found[0]
+    note = (
+        f"Keys and values in bfloat16 from memory, which read {first['bandwidth'] / 1e9:.0f} GB/s: "
+        f"`python bench/attention.py`, {first['machine']}, {first['threads']} threads "
+        f"([rows](RESULTS/attention.jsonl))."
+    )
+    return f"{table(columns, cells)}\n\n{note}"
 
 
 def decode() -> str:
-    """Whole models: the summary of every packed one."""
-    found = rows("decode.jsonl")
+    """Whole models: the summary of every packed one, on the newest machine."""
+    found = newest(rows("decode.jsonl"))
     cells = [
         [
             r["model"],

@@ -1,0 +1,122 @@
+"""Attention of a decode step on a CPU in bfloat16, ours beside torch's, keys and values from memory, by turns.
+
+python bench/attention.py --out bench/results/attention.jsonl
+
+Ours is the whole call: rotation, store of the new key and value, softmax, over a cache with a stretch for each head
+(as decoder.py has it) and over pages of 32 positions (as a server has it). torch's is scaled_dot_product_attention
+alone, over the first kind of cache, with one row of queries per head or all that share a key head in one product, at
+least two, whichever is faster: one row of half precision takes it three times as long as two.
+Rows, one JSON object each, seconds and bytes: machine, threads, torch; heads, key_heads, dim, sequences, context;
+seconds, paged_seconds, torch_seconds, medians of calls on caches in distinct memory on huge pages; ratio, torch's over
+ours; bytes of keys and values; bandwidth of the moment.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rows import replace
+from torch import Tensor
+from torch.nn import functional
+
+from alphaprune import pages, timing
+from alphaprune.kernels import cpu_attention
+
+MODELS = {"llama2-7b": (32, 32, 128), "llama3-8b": (32, 8, 128)}  # heads, key heads, dim
+PAGE = 32
+CPU = torch.device("cpu")
+
+
+class Case:
+    """The caches of one problem, as many as fill `total` bytes, and the calls that go round them."""
+
+    def __init__(self, heads: int, key_heads: int, dim: int, sequences: int, context: int, total: int) -> None:
+        self.dim, self.sequences, self.last = dim, sequences, context - 1
+        generator = torch.Generator().manual_seed(0)
+        draw = functools.partial(torch.randn, generator=generator)
+        self.q, self.k = (draw(sequences, count * dim).bfloat16() for count in (heads, key_heads))
+        angles = draw(1, dim // 2)
+        self.turns = angles.cos().bfloat16(), angles.sin().bfloat16()
+        self.positions = torch.full((sequences,), self.last)
+        self.slots = torch.arange(sequences)
+        room = -(-context // PAGE) * PAGE  # positions of a sequence
+        shape = (2, sequences, key_heads, room, dim)
+        self.bytes = 2 * sequences * key_heads * context * dim * 2
+        first = pages.empty(shape, torch.bfloat16, CPU).copy_(draw(shape))
+        count = max(2, total // first.nbytes)
+        self.caches = [first, *(pages.empty(shape, torch.bfloat16, CPU).copy_(first) for _ in range(count - 1))]
+        self.table = torch.randperm(sequences * room // PAGE, generator=generator).view(sequences, -1)
+
+    def ours(self, cache: Tensor) -> Tensor:
+        where = self.slots, self.positions, self.slots[:, None]
+        return cpu_attention.attend_new(self.q, self.k, self.k, cache.transpose(2, 3), *where, self.turns)
+
+    def paged(self, cache: Tensor) -> Tensor:
+        _, _, key_heads, _, dim = cache.shape
+        cache = cache.view(2, -1, PAGE, key_heads, dim)  # the same memory in another order
+        where = self.slots, self.positions, self.table
+        return cpu_attention.attend_new(self.q, self.k, self.k, cache, *where, self.turns)
+
+    def torch(self, cache: Tensor, together: bool) -> Tensor:
+        keys, values = cache[:, :, :, : self.last + 1]
+        heads, shared = self.q.shape[1] // self.dim, self.q.shape[1] // self.k.shape[1]
+        if not together:
+            q = self.q.view(self.sequences, heads, 1, self.dim)
+            return functional.scaled_dot_product_attention(q, keys, values, enable_gqa=shared > 1)
+        q = self.q.view(self.sequences, -1, shared, self.dim)
+        q = q.expand(-1, -1, 2, -1) if shared == 1 else q
+        return functional.scaled_dot_product_attention(q, keys, values)
+
+    def measure(self, rounds: int) -> dict[str, float]:
+        """Medians."""
+        ways = {
+            "seconds": self.ours,
+            "paged_seconds": self.paged,
+            "one": functools.partial(self.torch, together=False),
+            "together": functools.partial(self.torch, together=True),
+        }
+        calls = {}
+        for place, (name, way) in enumerate(ways.items()):  # no two of a round on the same cache
+            turned = self.caches[place % len(self.caches) :] + self.caches[: place % len(self.caches)]
+            calls[name] = [functools.partial(way, cache) for cache in turned]
+        wanted = max(rounds * len(self.caches), timing.LEAST_CALLS)
+        with torch.inference_mode():
+            found = list(itertools.islice(timing.CpuClock().rounds(calls), wanted))
+        medians = {name: statistics.median(one[name] for one in found) for name in calls}
+        medians["torch_seconds"] = min(medians.pop("one"), medians.pop("together"))
+        return medians | {"ratio": medians["torch_seconds"] / medians["seconds"]}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--sequences", default="1,8")
+    parser.add_argument("--context", default="32,512,2048")
+    parser.add_argument("--gigabytes", type=float, default=0.5, help="of keys and values that the calls go round")
+    parser.add_argument("--rounds", type=int, default=5, help="times round them")
+    parser.add_argument("--out", type=Path, help="put the rows into this file, in the place of this machine's")
+    options = parser.parse_args(arguments)
+    common: dict[str, Any] = {"machine": timing.machine(), "threads": torch.get_num_threads()}
+    common |= {"torch": torch.__version__, "bandwidth": timing.read_bandwidth()}
+    numbers = [list(map(int, given.split(","))) for given in (options.sequences, options.context)]
+    made = []
+    for model, sequences, context in itertools.product(options.models.split(","), *numbers):
+        heads, key_heads, dim = MODELS[model]
+        case = Case(heads, key_heads, dim, sequences, context, int(options.gigabytes * (1 << 30)))
+        what = {"model": model, "heads": heads, "key_heads": key_heads, "dim": dim}
+        row = {**common, **what, "sequences": sequences, "context": context, "bytes": case.bytes}
+        made.append(row | case.measure(options.rounds))
+        print(json.dumps(made[-1]), flush=True)
+    if options.out:
+        replace(options.out, made, "machine")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
