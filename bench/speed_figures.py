@@ -186,7 +186,7 @@ def cubins() -> str:
 
 
 def serve() -> str:
-    found = rows("serve.jsonl")
+    found = newest(rows("serve.jsonl"))
     cells = [
         [
             str(r["clients"]),
@@ -208,6 +208,7 @@ def serve() -> str:
 
 
 def load() -> str:
+    found = newest(rows("load.jsonl"))
     cells = [
         [
             r["cache"],
@@ -216,9 +217,9 @@ def load() -> str:
             f"{r['next_seconds']:.3f}",
             f"{r['resident_loaded'] / 1e6:.0f}",
         ]
-        for r in rows("load.jsonl")
+        for r in found
     ]
-    first = rows("load.jsonl")[0]
+    first = found[0]
     note = (
         f"A packed directory of {first['bytes'] / 1e9:.1f} GB, out of the file cache and in it, mapped by "
         f"`from_pretrained` and on huge pages by `load(huge_pages=True)`; tokens by transformers; MB added: resident "

@@ -16,6 +16,7 @@ from tables import curve, linear, made
 
 sys.path.insert(0, str(ROOT / "bench"))
 import served
+import speed_figures
 
 README, QUALITY, SERVING = ROOT / "README.md", DOCS / "quality.md", DOCS / "serving.md"
 
@@ -24,6 +25,17 @@ def test_figures_are_those_of_the_committed_rows() -> None:
     found = subprocess.run([sys.executable, ROOT / "bench" / "readme.py", "--check"], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr or "README.md is stale: run python bench/readme.py"
     assert len(README.read_text().splitlines()) < 200
+
+
+@pytest.mark.parametrize("figure", ["attention", "decode", "load", "peers", "serve"])
+def test_a_table_whose_text_names_one_machine_has_its_rows_alone(figure: str, monkeypatch) -> None:
+    rows, wanted = speed_figures.rows, getattr(speed_figures, figure)()
+
+    def others_before(name: str) -> list[dict]:
+        return [{**row, "machine": "another"} for row in rows(name)] + rows(name)
+
+    monkeypatch.setattr(speed_figures, "rows", others_before)
+    assert getattr(speed_figures, figure)() == wanted
 
 
 def shell(commands: list[str], folder: Path) -> str:
