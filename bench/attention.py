@@ -15,17 +15,15 @@ import argparse
 import functools
 import itertools
 import json
-import statistics
 import sys
-from pathlib import Path
-from typing import Any
 
+import by_turns
 import torch
 from rows import replace
 from torch import Tensor
 from torch.nn import functional
 
-from alphaprune import pages, timing
+from alphaprune import pages
 from alphaprune.kernels import cpu_attention
 
 MODELS = {"llama2-7b": (32, 32, 128), "llama3-8b": (32, 8, 128)}  # heads, key heads, dim
@@ -85,10 +83,7 @@ class Case:
         for place, (name, way) in enumerate(ways.items()):  # no two of a round on the same cache
             turned = self.caches[place % len(self.caches) :] + self.caches[: place % len(self.caches)]
             calls[name] = [functools.partial(way, cache) for cache in turned]
-        wanted = max(rounds * len(self.caches), timing.LEAST_CALLS)
-        with torch.inference_mode():
-            found = list(itertools.islice(timing.CpuClock().rounds(calls), wanted))
-        medians = {name: statistics.median(one[name] for one in found) for name in calls}
+        medians = by_turns.medians(calls, rounds)
         medians["torch_seconds"] = min(medians.pop("one"), medians.pop("together"))
         return medians | {"ratio": medians["torch_seconds"] / medians["seconds"]}
 
@@ -98,12 +93,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--sequences", default="1,8")
     parser.add_argument("--context", default="32,512,2048")
-    parser.add_argument("--gigabytes", type=float, default=0.5, help="of keys and values that the calls go round")
-    parser.add_argument("--rounds", type=int, default=5, help="times round them")
-    parser.add_argument("--out", type=Path, help="put the rows into this file, in the place of this machine's")
+    by_turns.options(parser, "keys and values", 0.5)
     options = parser.parse_args(arguments)
-    common: dict[str, Any] = {"machine": timing.machine(), "threads": torch.get_num_threads()}
-    common |= {"torch": torch.__version__, "bandwidth": timing.read_bandwidth()}
+    common = by_turns.here()
     numbers = [list(map(int, given.split(","))) for given in (options.sequences, options.context)]
     made = []
     for model, sequences, context in itertools.product(options.models.split(","), *numbers):

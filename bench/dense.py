@@ -8,13 +8,10 @@ of calls on copies of the weight in distinct memory on huge pages, as `serve` ha
 
 import argparse
 import functools
-import itertools
 import json
-import statistics
 import sys
-from pathlib import Path
-from typing import Any
 
+import by_turns
 import torch
 from rows import replace
 from torch.nn import functional
@@ -32,22 +29,16 @@ def measure(shape: tuple[int, int], tokens: int, total: int, rounds: int) -> dic
         "seconds": [functools.partial(dense.linear(copy, None), x) for copy in copies],
         "torch_seconds": [functools.partial(functional.linear, x, copy) for copy in copies[1:] + copies[:1]],
     }
-    with torch.inference_mode():
-        found = list(itertools.islice(timing.CpuClock().rounds(calls), max(rounds * len(copies), timing.LEAST_CALLS)))
-    return {name: statistics.median(one[name] for one in found) for name in calls}
+    return by_turns.medians(calls, rounds)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="11008x4096,4096x11008,32000x4096", help="NxK[,NxK...]")
     parser.add_argument("--tokens", default="1,2,4,8,16")
-    parser.add_argument("--gigabytes", type=float, default=1, help="of weights that the calls go round")
-    parser.add_argument("--rounds", type=int, default=5, help="times round them")
-    parser.add_argument("--out", type=Path, help="put the rows into this file, in the place of this machine's")
+    by_turns.options(parser, "weights", 1)
     options = parser.parse_args(arguments)
-    common: dict[str, Any] = {"machine": timing.machine(), "threads": torch.get_num_threads()}
-    common |= {"torch": torch.__version__, "bandwidth": timing.read_bandwidth()}
-    made = []
+    common, made = by_turns.here(), []
     dense.MOST_TOKENS = 1 << 20  # where it ends is what is asked
     for shape in options.shape.split(","):
         n, k = map(int, shape.split("x"))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from alphaprune.formats import native
 from alphaprune.kernels import neighbours
+from alphaprune.kernels.spmm import needs_op
 
 DTYPES = (torch.bfloat16, torch.float32)  # that csrc/cpu/attention.h knows
 HeadNorm = tuple[Tensor, float]  # weight [dim], epsilon
@@ -18,7 +19,7 @@ def takes(q: Tensor, cache: Tensor) -> bool:
     dim = cache.shape[-1]
     fits = q.dtype == cache.dtype and q.dtype in DTYPES and dim % 32 == 0 and dim <= 512 and cache.stride(-1) == 1
     here = q.device.type == "cpu" and native.load() is not None
-    return fits and here and not (torch.compiler.is_compiling() or (torch.is_grad_enabled() and q.requires_grad))
+    return fits and here and not (torch.compiler.is_compiling() or needs_op(q, None))
 
 
 def attend_new(

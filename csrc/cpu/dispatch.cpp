@@ -28,12 +28,14 @@ constexpr bool kEmulated = true;
 struct Cpu {
   bool avx2 = false, avx512bw = false, avx512vnni = false, avx512 = false, avx512bf16 = false, amd = false;
   bool os_ymm = false, os_zmm = false;
+  unsigned family = 0;
   std::string without_amx = "this CPU has no AMX with BF16 and INT8";
 
   Cpu() {
     unsigned a, b, c, d;
     amd = __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return;
+    family = (a >> 8 & 15) + (a >> 20 & 255);
     const bool fma = c >> 12 & 1, osxsave = c >> 27 & 1, f16c = c >> 29 & 1, popcnt = c >> 23 & 1;
     if (osxsave) {
       unsigned low, high;
@@ -226,6 +228,14 @@ std::string unavailable(const Isa& isa) {
   static_cast<void>(isa);
 #endif
   return {};
+}
+
+bool multiplies_twice() {
+#if defined(__x86_64__)
+  return cpu().amd && cpu().family >= 26;
+#else
+  return false;
+#endif
 }
 
 int64_t threads_for(int64_t operations) {

@@ -54,6 +54,10 @@ struct Isa {
   bool (*takes_dense)(Dtype) = nullptr;
 };
 
+// Whether this is a Zen 5 or later, which multiplies two vectors a cycle: a panel takes half of the cycles of a Zen 4,
+// while what is rearranged in registers takes as many as there. False for other makers' CPUs.
+bool multiplies_twice();
+
 extern const Isa kScalar;
 extern const Isa kAvx2;
 extern const Isa kAvx512bw;

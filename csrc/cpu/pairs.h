@@ -8,8 +8,6 @@
 // mark says whether all are finite, because a zero times infinity is NaN and zeros were skipped.
 #pragma once
 
-#include <cpuid.h>
-
 #include <algorithm>
 #include <limits>
 #include <new>
@@ -43,16 +41,6 @@ struct Blocks {
   int64_t header() const { return 64; }
   int64_t bytes(const sbt::View& weight) const { return header() + ceil_div(weight.col_tiles(), kSpan) * span(); }
 };
-
-// Whether this is a Zen 5 or later, which multiplies two vectors a cycle: the panel takes half of the cycles of a Zen
-// 4, while interleaving takes as many as there.
-inline bool multiplies_twice() {
-  static const bool twice = [] {
-    unsigned a, b, c, d;
-    return __get_cpuid(1, &a, &b, &c, &d) && (a >> 8 & 15) + (a >> 20 & 255) >= 26;
-  }();
-  return twice;
-}
 
 // Whether skipping the zeros is faster than the panel, in the time that the panel takes for a token, as measured at 17
 // to 256 tokens: on a Zen 4 the lists cost 11, a vector of tokens 3 and 40 times the density; on a Zen 5 the lists 12

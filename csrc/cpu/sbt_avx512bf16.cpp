@@ -56,7 +56,7 @@ struct PairsOfIntegers : PairsOfBfloat16 {
 
 // With as many of int8, activations are rounded and the bytes multiplied as they are: two products of 64 weights, where
 // widened ones take two of 32 and need no rounding, but are widened first. Measured on a Zen 5 and on a Zen 4.
-int64_t few_tokens() { return pairs::multiplies_twice() ? 8 : 12; }
+int64_t few_tokens() { return multiplies_twice() ? 8 : 12; }
 
 bool widened(const Activations& x, const sbt::View& weight) {
   return weight.dtype == Dtype::int8 && weight.groups == 1 && x.dtype == Dtype::bfloat16 && x.tokens > few_tokens();
