@@ -107,11 +107,11 @@ struct DeltaActivations {
       load(p, x, col);
       add(x);
     }
-    const uint32_t sums = delta_sums_at<kTokens>(p);
+    const uint32_t sums = delta_sums_at<kTokens>(p), mine = sums + warp_index() * kTokens * 4;
     ALPHAPRUNE_UNROLL
     for (int t = 0; t < kTokens; ++t) {
       squares[t] = sum_lanes(squares[t]);
-      if (lane_index() == 0) store_shared_f32(sums + (warp_index() * kTokens + t) * 4, squares[t]);
+      if (lane_index() == 0) store_shared_f32(mine + t * 4, squares[t]);
     }
     sync_block();
     ALPHAPRUNE_UNROLL

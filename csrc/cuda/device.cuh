@@ -143,12 +143,13 @@ ALPHAPRUNE_DEVICE void wait_for_kernels_before() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// The same for all lanes, and known to the compiler to be so.
+// The same for all lanes, and known to the compiler to be so: all of them have to ask.
 ALPHAPRUNE_DEVICE int warp_index() {
 #ifdef __CUDACC__
   return __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarp, 0);
 #else
-  return thread_index() / kWarp;
+  const uint32_t mine = static_cast<uint32_t>(thread_index()) / kWarp;
+  return static_cast<int>(emulator::warp().slots[emulator::meet("warp_index", &mine, 1)][0][0]);
 #endif
 }
 
