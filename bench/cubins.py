@@ -83,7 +83,11 @@ SHARED = {
         "mma_shared_bytes<IntegerLane<Bfloat16>>({{1, 14 / {1}, 1, 2, 2}}, {1}, {0}, "
         "Copies::{copies}, {0} * 8, half(kChunk, 1))",
     ),
-    "sbt_wgmma": ("cuda/sbt_wgmma.cuh", "wide_shared_bytes({0}, 2, half(1))"),
+    "sbt_wgmma": (
+        "cuda/sbt_wgmma.cuh",
+        "[] {{ WideProblem p{{}}; p.row_tiles = p.clusters = p.slices = 1, p.stages = 2, p.groups = wide_groups({0}); "
+        "p.value_bytes = half(kChunk), p.stage_bytes = p.tiles() * p.tile_bytes(); return p.shared_bytes({0}); }}()",
+    ),
     "sbt_expand": ("cuda/sbt_expand.cuh", "expand_shared_bytes(half(kChunk))"),
     "nm_mma_sp": ("cuda/nm_mma_sp.cuh", "nm_shared_bytes({0})"),
     "nm_mma_sp_sm90": (

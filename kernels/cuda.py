@@ -162,11 +162,18 @@ def _biases(biases: Sequence[Tensor | None] | None) -> list[tuple[int, int]]:
 
 
 def joined(
-    made: Any, members: Sequence[int], cols: int, device: torch.device, outputs: int, *alive: Any, nbytes: int = 0
+    made: Any,
+    members: Sequence[int],
+    cols: int,
+    device: torch.device,
+    outputs: int,
+    *alive: Any,
+    nbytes: int = 0,
+    rows: Callable[[Tensor], Tensor] | None = None,
 ) -> Together:
     """The product with a native weight of several members, N_i = members[i], of which the first `outputs` have a y.
 
-    alive: what it reads.
+    alive: what it reads. rows: what it is given of x.
     """
 
     def run(
@@ -175,7 +182,8 @@ def joined(
         tokens, sizes = x.numel() // cols, members[:outputs]
         y = x.new_empty(tokens * sum(sizes))  # of the members one after the other
         around = () if norm is None else (norm[0].data_ptr(), norm[1])
-        made.multiply(x.data_ptr(), tokens, _biases(biases), 0, y.data_ptr(), stream(device), *around)
+        given = x if rows is None else rows(x)
+        made.multiply(given.data_ptr(), tokens, _biases(biases), 0, y.data_ptr(), stream(device), *around)
         parts = y.split([tokens * n for n in sizes])
         return [part.view(*x.shape[:-1], n) for part, n in zip(parts, sizes, strict=True)]
 
@@ -210,12 +218,28 @@ def _may_share(weights: Sequence[Packed]) -> bool:
 
 def bind_wide(packed: Packed) -> Bound:
     """sbt_wgmma with one packed weight."""
+    made, aligned = _wide(packed)
+    return _bound(made, packed, aligned, rows=_on_16_bytes)
+
+
+def bind_wide_group(weights: Sequence[Packed], swiglu: bool) -> Together | None:
+    """sbt_wgmma with up to 3 weights, where they lie."""
+    if swiglu or not _may_share(weights):
+        return None
+    made, alive = zip(*map(_wide, weights), strict=True)
+    rows, (_, cols) = [packed.shape[0] for packed in weights], weights[0].shape
+    found = load().WideWeight.joined(made)
+    return joined(found, rows, cols, weights[0].device, len(rows), *alive, rows=_on_16_bytes)
+
+
+def _wide(packed: Packed) -> tuple[Any, Packed]:
+    """The native weight, and what it reads."""
     index = packed.device.index or 0
     _device(index)
     aligned = packed.map(_aligned)
     addresses = aligned.weight.data_ptr(), aligned.mask.data_ptr(), aligned.offsets.data_ptr()
-    made = load().WideWeight(*addresses, *packed.shape, native.DTYPES[packed.dtype], stage_units(packed, 1), index)
-    return _bound(made, packed, aligned, rows=_on_16_bytes)
+    units = stage_units(packed, load().CHUNK_TILES)
+    return load().WideWeight(*addresses, *packed.shape, native.DTYPES[packed.dtype], units, index), aligned
 
 
 def bind_delta(packed: Packed) -> Bound:
@@ -325,6 +349,9 @@ KERNELS = (
         *("delta_spmv", "cuda", missing, supports_delta, bind_delta),
         **{"most_tokens": 2, "most_density": 0.5, "bind_group": bind_delta_group, "adds": True},
     ),
-    Kernel("sbt_wgmma", "cuda", missing_wide, supports, bind_wide, most_tokens=256, least_tokens=33, adds=True),
+    Kernel(
+        *("sbt_wgmma", "cuda", missing_wide, supports, bind_wide),
+        **{"most_tokens": 256, "least_tokens": 17, "bind_group": bind_wide_group, "adds": True},
+    ),
     Kernel("sbt_mma", "cuda", missing, supports_mma, bind, most_tokens=64, bind_group=bind_mma_group, adds=True),
 )

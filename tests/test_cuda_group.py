@@ -1,4 +1,4 @@
-"""Weights that share x in one launch of sbt_mma or nm_mma_sp: the kernels' own source, run on the CPU."""
+"""Weights that share x in one launch of sbt_mma, sbt_wgmma or nm_mma_sp: the kernels' own source, run on the CPU."""
 
 import gc
 import itertools
@@ -164,6 +164,23 @@ def test_panels_of_several_weights(emulator: ModuleType, poisoned: None, device:
         found = cuda.bind_nm_group(packed, False).run(x, biases, None)
         for y, weight, bias in zip(found, dense, biases, strict=True):
             assert_product(y, x, weight, bias)
+
+
+@pytest.mark.parametrize("multiprocessors", [132, 1])
+def test_many_tokens_of_several_weights(emulator: ModuleType, poisoned: None, multiprocessors: int) -> None:
+    """By sbt_wgmma: parts of row tiles, columns that are padded, more tokens than a call takes."""
+    emulator.emulate_device(90, multiprocessors, 232448)
+    for (rows, k), tokens in itertools.product((((40, 17, 64), 265), ((100, 3), 136)), (1, 33, 260)):
+        dtype = HALVES[tokens % 2]
+        dense, packed = weights(rows, k, DENSITIES, dtype)
+        x, biases = guarded(torch.randn(tokens, k).to(dtype)), biases_of(rows, dtype)
+        found = cuda.bind_wide_group(packed, False).run(x, biases, None)
+        for y, weight, bias in zip(found, dense, biases, strict=True):
+            assert_product(y, x, weight, bias)
+    assert cuda.bind_wide_group(packed[:2], True) is None
+    native = cuda._wide(packed[0])[0]
+    with pytest.raises(RuntimeError, match="sbt_wgmma"):
+        cuda.joined(native.by_ways(9, 9, 1), [100], k, x.device, 1).run(x[:, :136].contiguous(), None)
 
 
 @pytest.fixture

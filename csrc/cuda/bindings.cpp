@@ -110,6 +110,18 @@ void check_members(const std::vector<const Of*>& members, const Alike& alike) {
     throw std::invalid_argument("weights that share a product have the same columns, dtypes, scales and device");
 }
 
+// One that has all of these weights, which have one member each.
+template <class Of>
+Of join(const std::vector<const Of*>& members) {
+  Of all = *members[0];
+  for (size_t i = 1; i < members.size(); ++i) {
+    all.views_.push_back(members[i]->views_[0]);
+    all.rows_.push_back(members[i]->rows_[0]);
+    all.stage_units_ = std::max(all.stage_units_, members[i]->stage_units_);
+  }
+  return all;
+}
+
 // A validated SBT weight on a device, or several that share x. dtype: of x, and of the values where there is no scale;
 // with one they are int8.
 class Weight {
@@ -138,13 +150,7 @@ class Weight {
       return b.views_.size() == 1 && one.cols == other.cols && one.dtype == other.dtype && one.groups == other.groups &&
              a.dtype_ == b.dtype_ && a.index_ == b.index_;
     });
-    Weight all = *members[0];
-    for (size_t i = 1; i < members.size(); ++i) {
-      all.views_.push_back(members[i]->views_[0]);
-      all.rows_.push_back(members[i]->rows_[0]);
-      all.stage_units_ = std::max(all.stage_units_, members[i]->stage_units_);
-    }
-    return all;
+    return join(members);
   }
 
   void multiply(Address x, int64_t tokens, const Biases& biases, Address residual, Address y, Address stream) const {
@@ -180,6 +186,8 @@ class Weight {
   }
 
  private:
+  template <class Of>
+  friend Of join(const std::vector<const Of*>& members);
   std::vector<sbt::View> views_;  // of the members
   std::vector<int64_t> rows_;
   int row_tiles_ = 0;
@@ -189,14 +197,15 @@ class Weight {
   Device device_;
 };
 
-// A validated SBT weight on a device of compute capability 9.0, for many tokens.
+// A validated SBT weight on a device of compute capability 9.0, or several that share x.
 class WideWeight {
  public:
   WideWeight(Address values, Address mask, Address offsets, int64_t rows, int64_t cols, int32_t dtype,
-             uint32_t tile_units, int device)
-      : view_{at<const void>(values), at<const uint32_t>(mask), at<const uint32_t>(offsets), rows, cols,
-              half_of(dtype)},
-        tile_units_(tile_units),
+             uint32_t stage_units, int device)
+      : views_{{at<const void>(values), at<const uint32_t>(mask), at<const uint32_t>(offsets), rows, cols,
+                half_of(dtype)}},
+        rows_{rows},
+        stage_units_(stage_units),
         index_(device),
         device_(described(device)) {
     if (rows < 1 || cols < 1) throw std::invalid_argument("a packed weight has at least one row and one column");
@@ -208,18 +217,40 @@ class WideWeight {
                                   std::to_string(device_.capability % 10));
   }
 
+  // As of Weight.
+  static WideWeight joined(const std::vector<const WideWeight*>& members) {
+    check_members(members, [](const WideWeight& a, const WideWeight& b) {
+      const sbt::View &one = a.views_[0], &other = b.views_[0];
+      return b.views_.size() == 1 && one.cols == other.cols && one.dtype == other.dtype && a.index_ == b.index_;
+    });
+    return join(members);
+  }
+
   // Rows of x are padded to a multiple of 8 elements, and start on 16 bytes.
   void multiply(Address x, int64_t tokens, const Biases& biases, Address residual, Address y, Address stream) const {
-    const int64_t stride = ceil_div(view_.cols, 8) * 8;
+    const sbt::View& first = views_[0];
+    const int64_t stride = ceil_div(first.cols, 8) * 8;
     if (x % 16) throw std::invalid_argument("sbt_wgmma's x starts on 16 bytes");
-    launch(call_of(view_.dtype, {view_.rows}, {x, tokens, biases, residual, y, stream}), index_, kMostWideTokens,
-           stride,
-           [&](const Call& part) { check(sbt_wgmma(view_, tile_units_, 0, device_, part, stride), "sbt_wgmma"); });
+    launch(call_of(first.dtype, rows_, {x, tokens, biases, residual, y, stream}), index_, kMostWideTokens, stride,
+           [&](const Call& part) {
+             check(sbt_wgmma(views_.data(), stage_units_, ways_, device_, part, stride), "sbt_wgmma");
+           });
+  }
+
+  // The same, shared out so (WideWays); zeros for what is chosen.
+  WideWeight by_ways(int groups, int slices, int splits) const {
+    WideWeight other = *this;
+    other.ways_ = {groups, slices, splits};
+    return other;
   }
 
  private:
-  sbt::View view_;
-  uint32_t tile_units_;
+  template <class Of>
+  friend Of join(const std::vector<const Of*>& members);
+  std::vector<sbt::View> views_;  // of the members
+  std::vector<int64_t> rows_;
+  WideWays ways_{};
+  uint32_t stage_units_;
   int index_;
   Device device_;
 };
@@ -361,7 +392,9 @@ PYBIND11_MODULE(ALPHAPRUNE_MODULE, m) {
       .def("expand", &Weight::expand);
   py::class_<WideWeight>(m, "WideWeight")
       .def(py::init<Address, Address, Address, int64_t, int64_t, int32_t, uint32_t, int>())
-      .def("multiply", &WideWeight::multiply);
+      .def_static("joined", &WideWeight::joined)
+      .def("multiply", &WideWeight::multiply)
+      .def("by_ways", &WideWeight::by_ways);
   py::class_<DeltaWeight>(m, "DeltaWeight")
       .def(py::init<const std::array<Address, 8>&, std::vector<int64_t>, const std::array<int64_t, 6>&, bool, int32_t,
                     int>())

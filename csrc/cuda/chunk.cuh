@@ -104,18 +104,21 @@ ALPHAPRUNE_DEVICE void copy_values(const void* values, uint32_t first, uint32_t 
 // Neighbouring pairs change places in every other two steps, so that what one store writes is in different banks.
 ALPHAPRUNE_DEVICE constexpr uint32_t swap_of(int step) { return step / 2 % 2 * 16; }
 
-// Stores the mask words 2 * lane and 2 * lane + 1 of a chunk with the addresses of their values, which start at
-// `values`. Of a step, the words of one pair of rows and of the pair 8 rows below are neighbours, so that one load
-// gives a lane both.
-template <int kBytes>
-ALPHAPRUNE_DEVICE void store_meta(uint2 mask, uint32_t first_tile_bytes, uint32_t values, uint32_t meta, int lane) {
-  const uint32_t bytes0 = kBytes * popcount(mask.x), bytes = bytes0 + kBytes * popcount(mask.y);
-  const uint32_t before = scan_inclusive<kWarp / kChunk>(bytes) - bytes;
-  const uint32_t start = values + before + (lane >= kWarp / 2 ? first_tile_bytes : 0);
+// Stores the mask words 2 * lane and 2 * lane + 1 of a chunk with the addresses of their values, `start` and the next
+// one's `bytes0` further on. Of a step, the words of one pair of rows and of the pair 8 rows below are neighbours, so
+// that one load gives a lane both.
+ALPHAPRUNE_DEVICE void store_words(uint2 mask, uint32_t start, uint32_t bytes0, uint32_t meta, int lane) {
   // Word 2 * lane: step lane / 4, half lane / 2 % 2, pair 2 * (lane % 2) of the half.
   const uint32_t to = lane / 4 * kStepMeta + (lane % 2 * 32 ^ swap_of(lane / 4)) + lane / 2 % 2 * 8;
   store_shared_u64(meta + to, {mask.x, start});
   store_shared_u64(meta + (to ^ 16), {mask.y, start + bytes0});
+}
+// The same of a chunk whose values start at `values`.
+template <int kBytes>
+ALPHAPRUNE_DEVICE void store_meta(uint2 mask, uint32_t first_tile_bytes, uint32_t values, uint32_t meta, int lane) {
+  const uint32_t bytes0 = kBytes * popcount(mask.x), bytes = bytes0 + kBytes * popcount(mask.y);
+  const uint32_t before = scan_inclusive<kWarp / kChunk>(bytes) - bytes;
+  store_words(mask, values + before + (lane >= kWarp / kChunk ? first_tile_bytes : 0), bytes0, meta, lane);
 }
 
 // What a lane does with the words of every step: its weights become the operand a of mma.m16n8k16, with the step's

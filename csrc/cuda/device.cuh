@@ -470,40 +470,38 @@ ALPHAPRUNE_DEVICE void expand(const uint32_t (&mask)[2], const uint32_t (&bits)[
 #endif
 }
 
-// Four pairs of 16-bit weights, zero where the mask lacks a bit: the kept ones of bits[2 i] and bits[2 i + 1] lie one
-// after another from start[i] on. Pairs 0 and 2 are rows of one register each of a[0] and a[1], their neighbours 8
-// columns further on, pairs 1 and 3, of a[2] and a[3]. Halves and `spare` as in `expand`.
-ALPHAPRUNE_DEVICE void expand_pairs(uint32_t mask, const uint32_t (&bits)[8], const uint32_t (&start)[4],
-                                    const Opaque& number, uint32_t (&spare)[4], uint32_t (&a)[4]) {
+// Four pairs of 16-bit weights: a[i] has those of bits[i / 2 * 2] and the one after it of mask[i % 2], zeros where it
+// lacks them; the kept ones lie one after another from start[i] on. Halves and `spare` as in
+// `expand`; one: a number that the compiler does not know, 1.
+ALPHAPRUNE_DEVICE void expand_pairs(const uint32_t (&mask)[2], const uint32_t (&bits)[4], const uint32_t (&start)[4],
+                                    uint32_t one, uint32_t (&spare)[4], uint32_t (&a)[4]) {
 #ifdef __CUDACC__
-  uint32_t at0 = start[0], at1 = start[2], at2 = start[1], at3 = start[3];
+  uint32_t at0 = start[0], at1 = start[1], at2 = start[2], at3 = start[3];
   asm volatile(
       "{.reg .pred p0, p1, p2, p3, q0, q1, q2, q3; .reg .u32 bit;\n"
-      "and.b32 bit, %12, %13; setp.ne.u32 p0, bit, 0; and.b32 bit, %12, %17; setp.ne.u32 p1, bit, 0;\n"
-      "and.b32 bit, %12, %14; setp.ne.u32 q0, bit, 0; and.b32 bit, %12, %18; setp.ne.u32 q1, bit, 0;\n"
+      "and.b32 bit, %12, %14; setp.ne.u32 p0, bit, 0; and.b32 bit, %13, %14; setp.ne.u32 p1, bit, 0;\n"
+      "and.b32 bit, %12, %15; setp.ne.u32 q0, bit, 0; and.b32 bit, %13, %15; setp.ne.u32 q1, bit, 0;\n"
       "mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
-      "@p0 ld.shared.u16 %0, [%4]; @p0 mad.lo.u32 %4, %21, %22, %4;\n"
-      "@p1 ld.shared.u16 %1, [%5]; @p1 mad.lo.u32 %5, %21, %22, %5;\n"
+      "@p0 ld.shared.u16 %0, [%4]; @p0 mad.lo.u32 %4, %18, 2, %4;\n"
+      "@p1 ld.shared.u16 %1, [%5]; @p1 mad.lo.u32 %5, %18, 2, %5;\n"
       "@q0 ld.shared.u16 %8, [%4]; @q1 ld.shared.u16 %9, [%5];\n"
-      "and.b32 bit, %12, %15; setp.ne.u32 p2, bit, 0; and.b32 bit, %12, %19; setp.ne.u32 p3, bit, 0;\n"
-      "and.b32 bit, %12, %16; setp.ne.u32 q2, bit, 0; and.b32 bit, %12, %20; setp.ne.u32 q3, bit, 0;\n"
-      "@p2 ld.shared.u16 %2, [%6]; @p2 mad.lo.u32 %6, %21, %22, %6;\n"
-      "@p3 ld.shared.u16 %3, [%7]; @p3 mad.lo.u32 %7, %21, %22, %7;\n"
+      "and.b32 bit, %12, %16; setp.ne.u32 p2, bit, 0; and.b32 bit, %13, %16; setp.ne.u32 p3, bit, 0;\n"
+      "and.b32 bit, %12, %17; setp.ne.u32 q2, bit, 0; and.b32 bit, %13, %17; setp.ne.u32 q3, bit, 0;\n"
+      "@p2 ld.shared.u16 %2, [%6]; @p2 mad.lo.u32 %6, %18, 2, %6;\n"
+      "@p3 ld.shared.u16 %3, [%7]; @p3 mad.lo.u32 %7, %18, 2, %7;\n"
       "@q2 ld.shared.u16 %10, [%6]; @q3 ld.shared.u16 %11, [%7];\n"
       "@q0 mad.lo.u32 %0, %8, 65536, %0; @q1 mad.lo.u32 %1, %9, 65536, %1;\n"
       "@q2 mad.lo.u32 %2, %10, 65536, %2; @q3 mad.lo.u32 %3, %11, 65536, %3;}"
       : "=&r"(a[0]), "=&r"(a[1]), "=&r"(a[2]), "=&r"(a[3]), "+r"(at0), "+r"(at1), "+r"(at2), "+r"(at3), "+r"(spare[0]),
         "+r"(spare[1]), "+r"(spare[2]), "+r"(spare[3])
-      : "r"(mask), "r"(bits[0]), "r"(bits[1]), "r"(bits[2]), "r"(bits[3]), "r"(bits[4]), "r"(bits[5]), "r"(bits[6]),
-        "r"(bits[7]), "r"(number.one), "r"(number.two)
+      : "r"(mask[0]), "r"(mask[1]), "r"(bits[0]), "r"(bits[1]), "r"(bits[2]), "r"(bits[3]), "r"(one)
       : "memory");
 #else
   (void)spare;
   for (int i = 0; i < 4; ++i) {
-    const int pair = i / 2 + i % 2 * 2;  // of a[i]
-    const bool low = mask & bits[2 * pair], high = mask & bits[2 * pair + 1];
-    const uint32_t first = emulator::load_shared<uint16_t>(start[pair], low);
-    const uint32_t at = start[pair] + (low ? number.one * number.two : 0);
+    const bool low = mask[i % 2] & bits[i / 2 * 2], high = mask[i % 2] & bits[i / 2 * 2 + 1];
+    const uint32_t first = emulator::load_shared<uint16_t>(start[i], low);
+    const uint32_t at = start[i] + (low ? one * 2 : 0);
     a[i] = first | static_cast<uint32_t>(emulator::load_shared<uint16_t>(at, high)) << 16;
   }
 #endif

@@ -163,8 +163,11 @@ ALPHAPRUNE_DEVICE uint64_t operand_at(uint32_t at) {
   return static_cast<uint64_t>((at & 0x3ffffu) >> 4) | 1ull << 16 | static_cast<uint64_t>(kSwizzleAlign >> 4) << 32 |
          1ull << 62;
 }
-// Further along by `bytes`, a multiple of 16.
-ALPHAPRUNE_DEVICE uint64_t operand_further(uint64_t operand, uint32_t bytes) { return operand + (bytes >> 4); }
+ALPHAPRUNE_DEVICE uint64_t with_low(uint64_t operand, uint32_t low) { return (operand & ~0xffffffffull) | low; }
+// Further along by `bytes`, a multiple of 16; the lower half has room for it.
+ALPHAPRUNE_DEVICE uint64_t operand_further(uint64_t operand, uint32_t bytes) {
+  return with_low(operand, static_cast<uint32_t>(operand) + (bytes >> 4));
+}
 
 // Before products whose registers were written by anything but products.
 ALPHAPRUNE_DEVICE void wgmma_fence() {

@@ -65,12 +65,18 @@ Status sbt_mma(const sbt::View* weights, uint32_t stage_units, const Device& dev
                int row_tiles = 0);
 // The same of int8 values with their scales, where `call.dtype` is that of x, y and the residual only.
 Status sbt_mma_int8(const sbt::View* weights, uint32_t stage_units, const Device& device, const Call& call);
-// For sm_90a, of up to kMostWideTokens. tile_units: of the largest macro tile. splits: blocks that share the columns of
-// 128 rows, 1, 2, 4 or 8; 0 for as many as fill the device. x has rows of x_stride elements, a multiple of 8, zeros
-// past the weight's columns, and starts on 16 bytes; the mask does, too.
+// For sm_90a, of up to kMostWideTokens. weights: as many as the call has members, with the same columns and dtype;
+// stage_units as above. x has rows of x_stride elements, a multiple of 8, zeros past the weights' columns, and starts
+// on 16 bytes; masks do, too.
 constexpr int64_t kMostWideTokens = 256;
-Status sbt_wgmma(const sbt::View& weight, uint32_t tile_units, int splits, const Device& device, const Call& call,
-                 int64_t x_stride);
+// How sbt_wgmma shares the work; 0: chosen.
+struct WideWays {
+  int groups;  // warpgroups of a block with different rows, 1 to 6
+  int slices;  // warpgroups with the same ones
+  int splits;  // blocks of a cluster that share the columns: 1, 2, 4 or 8
+};
+Status sbt_wgmma(const sbt::View* weights, uint32_t stage_units, WideWays wanted, const Device& device,
+                 const Call& call, int64_t x_stride);
 // Rows [16 * begin, min(16 * end, rows)) dense from `out` on; 16-bit values only.
 Status sbt_expand(const sbt::View& weight, uint32_t stage_units, int64_t begin, int64_t end, void* out, void* stream);
 

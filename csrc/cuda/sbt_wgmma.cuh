@@ -1,290 +1,441 @@
-// y = x Wᵀ for 32 to 256 tokens on the tensor cores of sm_90a, straight from SBT. A block owns 128 rows: each warp of
-// its two warpgroups decodes a row tile into the registers of wgmma's operand a, for all tokens at once. One more warp
-// lets the memory system bring x (TMA, swizzled) and the packed weight into a ring of stages of 128 columns. The blocks
-// of a cluster share the columns between them and add up through each other's shared memory, in a fixed order.
+// y = x Wᵀ for up to 256 tokens on the tensor cores of sm_90a, straight from SBT. There is a block for each
+// multiprocessor, and it, or a cluster of them that shares the columns, owns an equal share of the row tiles, done in
+// rounds of as many as its warps have. Each warp decodes a row tile into the registers of wgmma's operand a, for all
+// tokens at once. One more warpgroup lets the memory system bring x (TMA, swizzled) and the packed weight into a ring
+// of stages of 128 columns through nearly all shared memory, from one round to the next without a pause: one warp alone
+// could not order so many copies in time, as those of its lanes go one after another. Where there are
+// several warpgroups for the same rows, `slices`, they take the stages in turn. At the end of a round they add up
+// through shared memory, and where a cluster shares the columns, through that of its blocks, in a fixed order.
 #pragma once
 
-#include "../layout.h"
+#include "chunk.cuh"
 #include "device_sm90.cuh"
 #include "output.cuh"
 
 namespace alphaprune::cuda {
 
-constexpr int kWideGroups = 2;               // warpgroups
-constexpr int kWideTiles = 4 * kWideGroups;  // row tiles of a block, one for each of their warps
-constexpr int kWideRows = 16 * kWideTiles;
-// With 256 tokens the sums leave too few registers for decoding, unless a whole warpgroup gives some of its own.
+// Warpgroups of a block that multiply: as many as the registers for sums leave room for.
+ALPHAPRUNE_BOTH constexpr int wide_groups(int tokens) { return tokens <= 64 ? 4 : tokens == 128 ? 3 : 2; }
+// With 256 tokens the sums leave too few registers for decoding, unless those who copy give some of their own.
 ALPHAPRUNE_BOTH constexpr bool wide_trades(int tokens) { return tokens > 128; }
-ALPHAPRUNE_BOTH constexpr int wide_threads(int tokens) {
-  return wide_trades(tokens) ? (kWideGroups + 1) * kWarpgroup : (kWideTiles + 1) * kWarp;
-}
-constexpr int kWideChunk = 2;  // macro tiles of a stage
-constexpr int kWideCols = kWideChunk * sbt::kTileCols;
-constexpr int kWideSteps = kWideChunk * sbt::kSteps;
-constexpr int kWideMostStages = 4;
-constexpr int kWideMostSplits = 8;                            // blocks of a cluster: all that every device has
-constexpr uint32_t kWideMaskBytes = sbt::kWords * 4;          // of a macro tile
-constexpr uint32_t kWideMeta = kWideChunk * sbt::kWords * 8;  // {mask word, address} of a warp's stage
-constexpr int kWideSumRow = kWideRows + 4;        // floats, so that the lanes of a fragment store to different banks
+ALPHAPRUNE_BOTH constexpr int wide_threads(int groups) { return (groups + 1) * kWarpgroup; }
+// Tokens whose sums are in shared memory at a time where other rounds follow.
+ALPHAPRUNE_BOTH constexpr int wide_room(int tokens) { return tokens <= 64 ? 8 : tokens / 8; }
+
+constexpr int kWideAtOnce = 2;  // steps that are decoded before their products begin
+constexpr int kWideMostStages = 16;
+constexpr int kWideMostSplits = 8;                   // blocks of a cluster: all that every device has
+constexpr uint32_t kWideTileMask = sbt::kWords * 4;  // bytes of a macro tile
+constexpr uint32_t kWideMaskBytes = kChunk * kWideTileMask;
 constexpr uint32_t kBoxCols = kSwizzleBytes / 2;  // columns of a box of x
 
-static_assert(kWideChunk * sbt::kWords == 2 * kWarp, "a lane holds two neighbouring mask words");
-static_assert(kSwizzleAlign % (2 * kWideMeta) == 0,
-              "of what a warp alternates between, the addresses differ in one bit");
+static_assert(kChunkSteps % (2 * kWideAtOnce) == 0, "two sets of operands by turns");
 static_assert(kBoxCols == sbt::kTileCols, "a box of x is as wide as a macro tile");
+static_assert(sbt::kUnit * 2 == 16, "the values of every macro tile start on 16 bytes");
 
-struct WideProblem {
+// One of the weights that share x, where it was packed.
+struct WideMember {
   const unsigned char* values;
   const uint32_t* mask;
   const uint32_t* offsets;
-  Output out;
-  int tokens, row_tiles, col_tiles;
-  int splits;  // blocks of a cluster
-  int stages;
-  uint32_t value_bytes;  // of the largest macro tile, a multiple of 16
-  bool fours;            // whether four neighbouring outputs can be stored at once
-  Opaque number;
 };
 
-ALPHAPRUNE_BOTH constexpr uint32_t wide_x_bytes(int tokens) { return kWideChunk * tokens * kSwizzleBytes; }
-ALPHAPRUNE_BOTH constexpr uint32_t wide_weight_bytes(uint32_t value_bytes) {
-  return kWideTiles * kWideChunk * (kWideMaskBytes + value_bytes);
-}
-ALPHAPRUNE_BOTH constexpr size_t wide_shared_bytes(int tokens, int stages, uint32_t value_bytes) {
-  const size_t ring = stages * (static_cast<size_t>(wide_x_bytes(tokens)) + wide_weight_bytes(value_bytes));
-  const size_t sums = static_cast<size_t>(tokens) * kWideSumRow * sizeof(float);
-  const size_t rest = 2 * kWideTiles * kWideMeta + 2 * kWideMostStages * kMbarrierBytes;
-  return kSwizzleAlign + (ring + rest > sums ? ring + rest : sums);
-}
+struct WideProblem {
+  WideMember of[kMostMembers];
+  Output out;  // which numbers rows as row tiles are
+  int tokens, row_tiles, col_tiles;
+  int clusters, splits;  // that share the row tiles; blocks of each, which share the columns
+  int groups, slices;    // warpgroups of different rows; for the same ones
+  int stages;            // more than slices
+  uint32_t value_bytes;  // of the largest chunk, a multiple of 16
+  uint32_t stage_bytes;  // of the weight
+  bool fours;            // whether four neighbouring outputs can be stored at once
+  uint32_t one;          // 1, which the compiler does not know
 
-// Where things lie in shared memory: stages of x; {mask word, address} of two stages for each warp, the second of which
-// differs from the first in one bit of the address; stages of the weight; barriers. After the last product the sums lie
-// over all of it.
+  ALPHAPRUNE_BOTH int tiles() const { return 4 * groups; }                              // of a round
+  ALPHAPRUNE_BOTH uint32_t tile_bytes() const { return kWideMaskBytes + value_bytes; }  // in a stage
+  ALPHAPRUNE_BOTH int warps() const { return tiles() * slices; }
+  ALPHAPRUNE_BOTH int sum_row() const { return groups * 64 + 4; }  // floats: lanes store to different banks
+  ALPHAPRUNE_BOTH uint32_t x_bytes(int box) const { return kChunk * box * kSwizzleBytes; }
+  ALPHAPRUNE_BOTH uint32_t sum_bytes(int count) const { return slices * count * sum_row() * sizeof(float); }
+  // The ring and the words of each warp; after the last product, sums over all of it.
+  ALPHAPRUNE_BOTH uint32_t ring_bytes(int box) const {
+    const uint32_t ring = stages * (x_bytes(box) + stage_bytes) + warps() * kMetaBytes, sums = sum_bytes(box);
+    return ring > sums ? ring : sums;
+  }
+  // Whether some share takes more than one round.
+  ALPHAPRUNE_BOTH bool repeats() const { return (row_tiles + clusters - 1) / clusters > tiles(); }
+  ALPHAPRUNE_BOTH size_t shared_bytes(int box) const {
+    return kSwizzleAlign + ring_bytes(box) + (repeats() ? sum_bytes(wide_room(box)) : 0) + stages * 2 * kMbarrierBytes;
+  }
+};
+
+// Where things lie in shared memory: stages of x; {mask word, address} of each warp; stages of the weight; sums of some
+// tokens; barriers. After the last product of all the sums lie over everything but barriers.
 struct WideShared {
-  uint32_t x, weight, meta, barriers;
-  uint32_t x_bytes, weight_bytes, value_bytes;
+  uint32_t x, meta, weight, sums, barriers;
+  uint32_t x_bytes;
 
-  ALPHAPRUNE_DEVICE WideShared(int tokens, int stages, uint32_t values)
-      : x((shared_start() + kSwizzleAlign - 1) / kSwizzleAlign * kSwizzleAlign),
-        x_bytes(wide_x_bytes(tokens)),
-        weight_bytes(wide_weight_bytes(values)),
-        value_bytes(values) {
-    meta = x + stages * x_bytes;
-    weight = meta + 2 * kWideTiles * kWideMeta;
-    barriers = weight + stages * weight_bytes;
+  ALPHAPRUNE_DEVICE WideShared(const WideProblem& p, int box)
+      : x((shared_start() + kSwizzleAlign - 1) / kSwizzleAlign * kSwizzleAlign), x_bytes(p.x_bytes(box)) {
+    meta = x + p.stages * x_bytes;
+    weight = meta + p.warps() * kMetaBytes;
+    sums = x + p.ring_bytes(box);
+    barriers = sums + (p.repeats() ? p.sum_bytes(wide_room(box)) : 0);
   }
   ALPHAPRUNE_DEVICE uint32_t full(int stage) const { return barriers + stage * 2 * kMbarrierBytes; }
   ALPHAPRUNE_DEVICE uint32_t empty(int stage) const { return full(stage) + kMbarrierBytes; }
-  // Of a row tile's macro tiles in a stage; their values, each `value_bytes` long, follow all masks.
-  ALPHAPRUNE_DEVICE uint32_t mask_at(int stage, int tile) const {
-    return weight + stage * weight_bytes + tile * kWideChunk * kWideMaskBytes;
+};
+
+// What a block does: row tiles by rounds, and of every one of them a range of chunks.
+struct WideShare {
+  int first, tiles, rounds;  // of the cluster
+  int begin, end, rank;      // chunks of this block; which one it is
+
+  ALPHAPRUNE_DEVICE explicit WideShare(const WideProblem& p) {
+    const int chunks = (p.col_tiles + kChunk - 1) / kChunk, cluster = opaque(block_x()) / p.splits;
+    rank = static_cast<int>(cluster_rank());
+    first = static_cast<int>(static_cast<int64_t>(p.row_tiles) * cluster / p.clusters);
+    tiles = static_cast<int>(static_cast<int64_t>(p.row_tiles) * (cluster + 1) / p.clusters) - first;
+    rounds = (tiles + p.tiles() - 1) / p.tiles();
+    begin = chunks * rank / p.splits;
+    end = chunks * (rank + 1) / p.splits;
   }
-  ALPHAPRUNE_DEVICE uint32_t values_at(int stage, int tile) const {
-    return weight + stage * weight_bytes + kWideTiles * kWideChunk * kWideMaskBytes + tile * kWideChunk * value_bytes;
-  }
+  ALPHAPRUNE_DEVICE int width() const { return end - begin; }
+  // The first row tile of a round, of all members; that of the one after the last is the share's end.
+  ALPHAPRUNE_DEVICE int round_at(int round) const { return first + tiles * round / rounds; }
 };
 
 // A place in the ring, and how often it came round.
 struct WideStage {
-  int index = 0;
+  int index;
   uint32_t parity = 0;
-  ALPHAPRUNE_DEVICE void next(int stages) {
-    if (++index == stages) {
-      index = 0;
+  ALPHAPRUNE_DEVICE void pass(int count, int stages) {
+    index += count;
+    if (index >= stages) {
+      index -= stages;
       parity ^= 1;
     }
   }
 };
 
-// Lane 2 r + i brings macro tile i of every stage of row tile r; lane 0 brings x besides.
-template <int kTokens>
-ALPHAPRUNE_DEVICE void bring(const WideProblem& p, const TensorMap& x, const WideShared& shared, int first_tile,
-                             int begin, int end, int lane) {
-  constexpr int kLanes = kWideTiles * kWideChunk;
-  const int tile = lane / kWideChunk, half = lane % kWideChunk;
-  const bool there = lane < kLanes && first_tile + tile < p.row_tiles;
-  const size_t row = static_cast<size_t>(there ? first_tile + tile : 0) * p.col_tiles;
-  uint32_t first = 0, last = 0;
-  const auto find = [&](int chunk) {
-    const int col = chunk * kWideChunk + half;
-    if (!there || chunk >= end || col >= p.col_tiles) return;
-    first = load_cached(p.offsets + row + col);
-    last = load_cached(p.offsets + row + col + 1);
-  };
-  find(begin);
-  WideStage stage;
-  ALPHAPRUNE_NO_UNROLL
-  for (int chunk = begin; chunk < end; ++chunk) {
-    const size_t at = static_cast<size_t>(first) * 16;
-    const uint32_t bytes = (last - first) * 16;
-    find(chunk + 1);
-    if (chunk - begin >= p.stages) mbarrier_wait(shared.empty(stage.index), stage.parity ^ 1);
-    const uint32_t full = shared.full(stage.index);
-    const int col = chunk * kWideChunk + half;
-    const bool kept = there && col < p.col_tiles;
-    if (lane < kLanes) {
-      mbarrier_arrive_expect(full, (kept ? kWideMaskBytes + bytes : 0) + (lane == 0 ? shared.x_bytes : 0));
-      if (kept) {
-        copy_bulk(shared.mask_at(stage.index, tile) + half * kWideMaskBytes, p.mask + (row + col) * sbt::kWords,
-                  kWideMaskBytes, full);
-        if (bytes)
-          copy_bulk(shared.values_at(stage.index, tile) + half * shared.value_bytes, p.values + at, bytes, full);
-      }
-      if (lane == 0) {
-        ALPHAPRUNE_UNROLL
-        for (int box = 0; box < kWideChunk; ++box)
-          copy_box(shared.x + stage.index * shared.x_bytes + box * kTokens * kSwizzleBytes, x,
-                   chunk * kWideCols + box * static_cast<int>(kBoxCols), 0, full);
+// What a lane brings of the weight: a row tile of every round, chunk by chunk. Of warp w, lane i has tile 4 i + w.
+struct WideCarrier {
+  static constexpr int kAtOnce = 4;  // chunks whose offsets are asked for together
+  const WideProblem& p;
+  const WideShared& shared;
+  int place;  // of the row tile in a round
+  bool mine, there = false;
+  const unsigned char* values = nullptr;
+  const uint32_t *mask = nullptr, *offsets = nullptr;  // of the chunk that is asked for next
+  int left = 0;                                        // macro tiles from there on
+
+  ALPHAPRUNE_DEVICE WideCarrier(const WideProblem& problem, const WideShared& at, int warp, int lane)
+      : p(problem), shared(at), place(4 * lane + warp), mine(lane < problem.groups) {}
+
+  ALPHAPRUNE_DEVICE void start(const WideShare& share, int round) {
+    const int first = share.round_at(round);
+    there = mine && place < share.round_at(round + 1) - first;
+    const int tile = first + (there ? place : 0), member = p.out.member_of(tile * static_cast<int>(sbt::kTileRows));
+    const WideMember& of = p.of[member];
+    const int in_member = tile - p.out.of[member].first / static_cast<int>(sbt::kTileRows);
+    const size_t macro = static_cast<size_t>(in_member) * p.col_tiles + share.begin * kChunk;
+    values = of.values;
+    mask = of.mask + macro * sbt::kWords;
+    offsets = of.offsets + macro;
+    left = p.col_tiles - share.begin * kChunk;
+  }
+  // Units of 8 values before the chunk and past it, `further` chunks on.
+  ALPHAPRUNE_DEVICE uint2 find(int further = 0) const {
+    uint2 found{0, 0};
+    const int macro = further * kChunk, past = left - macro < kChunk ? left - macro : kChunk;
+    if (there && past > 0) found = {load_cached(offsets + macro), load_cached(offsets + macro + past)};
+    return found;
+  }
+  ALPHAPRUNE_DEVICE void order(int stage, uint2 units) {
+    const int macro = left < kChunk ? left : kChunk;
+    if (mine) {
+      const uint32_t full = shared.full(stage), bytes = (units.y - units.x) * 16, masks = macro * kWideTileMask;
+      mbarrier_arrive_expect(full, there ? masks + bytes : 0);
+      if (there) {
+        const uint32_t to = shared.weight + stage * p.stage_bytes + place * p.tile_bytes();
+        copy_bulk(to, mask, masks, full);
+        if (bytes) copy_bulk(to + kWideMaskBytes, values + static_cast<size_t>(units.x) * 16, bytes, full);
       }
     }
-    stage.next(p.stages);
+    mask += kChunk * sbt::kWords;
+    offsets += kChunk;
+    left -= kChunk;
+  }
+};
+
+// Of the first warp, the lane after those that bring row tiles brings x.
+template <int kTokens>
+ALPHAPRUNE_DEVICE void bring(const WideProblem& p, const TensorMap& x, const WideShared& shared, int warp, int lane) {
+  const WideShare share(p);
+  // Of the first round, the weight of as many stages as the ring has: it does not depend on kernels before.
+  const int width = share.width(), ahead = width < p.stages ? width : p.stages;
+  WideCarrier carrier(p, shared, warp, lane);
+  carrier.start(share, 0);
+  ALPHAPRUNE_NO_UNROLL
+  for (int first = 0; first < ahead; first += WideCarrier::kAtOnce) {
+    uint2 units[WideCarrier::kAtOnce];
+    ALPHAPRUNE_UNROLL
+    for (int i = 0; i < WideCarrier::kAtOnce; ++i)
+      if (first + i < ahead) units[i] = carrier.find(i);
+    ALPHAPRUNE_UNROLL
+    for (int i = 0; i < WideCarrier::kAtOnce; ++i)
+      if (first + i < ahead) carrier.order(first + i, units[i]);
+  }
+  // Of the two chunks that come next: what is asked for now takes as long as to order one.
+  uint2 units = carrier.find(), later = carrier.find(1);
+  wait_for_kernels_before();
+
+  WideStage stage{0, 1};
+  int before = 0;  // stages
+  ALPHAPRUNE_NO_UNROLL
+  for (int round = 0; round < share.rounds; ++round) {
+    if (round) {
+      carrier.start(share, round);
+      units = carrier.find(), later = carrier.find(1);
+    }
+    ALPHAPRUNE_NO_UNROLL
+    for (int chunk = share.begin; chunk < share.end; ++chunk, ++before) {
+      if (before >= p.stages) mbarrier_wait(shared.empty(stage.index), stage.parity);
+      if (before >= ahead) {
+        carrier.order(stage.index, units);
+        units = later;
+        later = carrier.find(1);
+      }
+      if (warp == 0 && lane == p.groups) {
+        const uint32_t full = shared.full(stage.index), to = shared.x + stage.index * shared.x_bytes;
+        mbarrier_arrive_expect(full, shared.x_bytes);
+        ALPHAPRUNE_UNROLL
+        for (int box = 0; box < kChunk; ++box)
+          copy_box(to + box * kTokens * kSwizzleBytes, x, chunk * kChunkCols + box * static_cast<int>(kBoxCols), 0,
+                   full);
+      }
+      stage.pass(1, p.stages);
+    }
   }
 }
 
-// Where a lane finds its weights of a sub-tile step: those of a pair of rows, 2 g and 2 g + 1, in the columns 2 t,
-// 2 t + 1, 2 t + 8 and 2 t + 9. Rows 2 g are rows g of the operand and rows 2 g + 1 its rows g + 8, so that one mask
-// word serves a lane; the columns are those of the operand, so that x stays as it is.
+// Where a lane finds its weights of a step: those of the rows g and g + 8 of its row tile in the columns 2 t, 2 t + 1,
+// 2 t + 8 and 2 t + 9, as the operand a has them, so that x stays as it is. A load of all lanes is of four mask words,
+// whose values lie in different banks, mostly.
 struct WideLane {
-  uint32_t below[4], bits[8], spare[4] = {};
-  Opaque number;
-  ALPHAPRUNE_DEVICE WideLane(int lane, Opaque numbers) : number(numbers) {
+  uint32_t pair, below[2], bits[4], spare[4] = {}, one;
+  ALPHAPRUNE_DEVICE WideLane(int lane, uint32_t opaque_one) : pair(lane / 8 * 16), one(opaque_one) {
     ALPHAPRUNE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const int bit = 2 * (lane % 4) + 8 * i;
+    for (int i = 0; i < 2; ++i) {
+      const int bit = lane / 4 % 2 * static_cast<int>(sbt::kStepCols) + 2 * (lane % 4) + 8 * i;
       below[i] = shuffle((1u << bit) - 1, lane);
       bits[2 * i] = shuffle(1u << bit, lane);
       bits[2 * i + 1] = shuffle(2u << bit, lane);
     }
   }
-  // The operand a: {row 2 g, row 2 g + 1} of columns 2 t and 2 t + 1, then of the two 8 further on.
-  ALPHAPRUNE_DEVICE void decode(uint2 word, uint32_t (&a)[4]) {
+  // The words of this lane's rows in a step, and where their values start.
+  ALPHAPRUNE_DEVICE uint4 words(uint32_t meta, int step) const {
+    return load_shared_u128(meta + step * kStepMeta + (pair ^ swap_of(step)));
+  }
+  ALPHAPRUNE_DEVICE void decode(const uint4& words, uint32_t (&a)[4]) {
+    const uint32_t mask[2] = {words.x, words.z};
     uint32_t start[4];
     ALPHAPRUNE_UNROLL
-    for (int i = 0; i < 4; ++i) start[i] = word.y + 2 * popcount(word.x & below[i]);
-    expand_pairs(word.x, bits, start, number, spare, a);
+    for (int i = 0; i < 2; ++i) {
+      start[2 * i] = words.y + 2 * popcount(words.x & below[i]);
+      start[2 * i + 1] = words.w + 2 * popcount(words.z & below[i]);
+    }
+    expand_pairs(mask, bits, start, one, spare, a);
   }
 };
 
-// The mask words 2 * lane and 2 * lane + 1 of a stage beside the addresses of their values.
-ALPHAPRUNE_DEVICE void store_wide_meta(uint2 mask, uint32_t values, uint32_t meta, int lane) {
+// The words of a stage; the values of its second macro tile, for whose lanes `second` is 1 and not 0, follow the
+// first's on the next 16 bytes.
+ALPHAPRUNE_DEVICE void store_wide_meta(uint2 mask, uint32_t values, uint32_t second, uint32_t meta, int lane) {
   const uint32_t bytes0 = 2 * popcount(mask.x), bytes = bytes0 + 2 * popcount(mask.y);
-  const uint32_t start = values + scan_inclusive<kWarp / kWideChunk>(bytes) - bytes;
-  store_shared_u128(meta + lane * 16, {mask.x, start, mask.y, start + bytes0});
+  const uint32_t through = scan_inclusive<kWarp / kChunk>(bytes);
+  const uint32_t first = (shuffle(through, kWarp / kChunk - 1) + 15) & ~15u;
+  store_words(mask, first * second + (values + through - bytes), bytes0, meta, lane);
 }
 
-// y of the tokens from `first` on, `count` of them, four rows at a time: the sums of all blocks of the cluster.
-template <class Value>
-ALPHAPRUNE_DEVICE void store_wide(const WideProblem& p, uint32_t sums, int64_t first_row, int first, int count) {
-  constexpr int kFours = kWideRows / 4;
-  for (int index = thread_index(); index < kFours * count; index += kWideTiles * kWarp) {
-    const int token = first + index / kFours, in_block = index % kFours * 4;
-    const int64_t row = first_row + in_block;
-    if (row >= p.out.of[0].rows) continue;
+// y of `tokens` tokens from `first` on, a share of them for each block of the cluster, four rows at a time: what the
+// slices of all blocks summed, which begins at `sums`, of every slice `room` tokens. kParts: of an output, that are
+// loaded at once, as each takes its time.
+template <class Value, int kParts>
+ALPHAPRUNE_DEVICE void store_wide(const WideProblem& p, uint32_t sums, int room, int first_tile, int tiles, int rank,
+                                  int first, int tokens) {
+  const auto load = [&](uint32_t at, int from) {
+    return p.splits > 1 ? load_cluster_u128(at, from) : load_shared_u128(at);
+  };
+  const int fours = tiles * static_cast<int>(sbt::kTileRows) / 4, all = fours * tokens;
+  const int begin = all * rank / p.splits, end = all * (rank + 1) / p.splits;
+  for (int index = begin + thread_index(); index < end; index += p.warps() * kWarp) {
+    const int token = index / fours, in_round = (index - token * fours) * 4;
+    const int row = first_tile * static_cast<int>(sbt::kTileRows) + in_round;
+    if (!p.out.has(row)) continue;
     float total[4] = {};
-    for (int rank = 0; rank < p.splits; ++rank) {
-      const uint4 part = load_cluster_u128(sums + 4 * (token * kWideSumRow + in_block), rank);
+    int from = 0, slice = 0;
+    ALPHAPRUNE_NO_UNROLL
+    while (from < p.splits) {
+      uint4 part[kParts];
+      int count = 0;
       ALPHAPRUNE_UNROLL
-      for (int i = 0; i < 4; ++i) total[i] += float_of(word_of(part, i));
+      for (int i = 0; i < kParts; ++i) {
+        if (from == p.splits) continue;
+        part[i] = load(sums + 4 * ((slice * room + token) * p.sum_row() + in_round), from);
+        ++count;
+        if (++slice == p.slices) slice = 0, ++from;
+      }
+      ALPHAPRUNE_UNROLL
+      for (int i = 0; i < kParts; ++i) {
+        if (i >= count) continue;
+        ALPHAPRUNE_UNROLL
+        for (int j = 0; j < 4; ++j) total[j] += float_of(word_of(part[i], j));
+      }
     }
     if (p.fours) {
-      store_four_outputs<Value>(p.out, token, static_cast<int>(row), total);
+      store_four_outputs<Value>(p.out, first + token, row, total);
     } else {
-      for (int i = 0; i < 4 && row + i < p.out.of[0].rows; ++i)
-        store_output<Value>(p.out, token, static_cast<int>(row) + i, total[i]);
+      for (int i = 0; i < 4; ++i)
+        if (p.out.has(row + i)) store_output<Value>(p.out, first + token, row + i, total[i]);
     }
   }
 }
 
-// What a warp of the warpgroups does with the stages of its block, and with the sums of all blocks of the cluster.
+// What a warp of the warpgroups does. Where its rounds begin and end is worked out anew each time: the loop needs the
+// registers.
 template <class Value, int kTokens>
-ALPHAPRUNE_DEVICE void multiply_wide(const WideProblem& p, const WideShared& shared, int first_tile, int rank,
-                                     int begin, int end) {
-  const int lane = lane_index(), warp = warp_index(), group = lane / 4;
-  WideLane mine(lane, p.number);
-  float sum[kTokens / 2] = {};
-  uint32_t a[2][4] = {};
-  // Macro tiles that this lane's mask words may come from.
-  int left = first_tile + warp < p.row_tiles ? p.col_tiles - begin * kWideChunk - lane / (kWarp / kWideChunk) : 0;
-  const uint64_t ring = operand_at(shared.x);
-  WideStage stage;
-  uint32_t meta = shared.meta + warp * 2 * kWideMeta, before = 0;
-  // Every block has at least one stage: without that knowledge the sums would need registers twice.
-  int chunk = begin;
+ALPHAPRUNE_DEVICE void multiply_wide(const WideProblem& p, const WideShared& shared) {
+  const int lane = static_cast<int>(shuffle(lane_index(), lane_index())), warp = warp_index(), slice = warp / p.tiles(),
+            place = warp % p.tiles();
+  WideLane mine(lane, p.one);
+  // Shuffled from the lane itself, as numbers that the compiler keeps.
+  const uint32_t tile = shuffle(shared.weight + place * p.tile_bytes(), lane);
+  const uint32_t second = shuffle(lane / (kWarp / kChunk), lane);
+  const uint32_t meta = shuffle(shared.meta + warp * kMetaBytes, lane), full = shared.full(0);
+  const uint64_t ring = with_low(operand_at(shared.x), shuffle(static_cast<uint32_t>(operand_at(shared.x)), lane));
+  WideStage stage{slice};
+  int round = 0, number = slice, past = 0;  // of a stage, over all rounds
+  bool more;
   ALPHAPRUNE_NO_UNROLL
   do {
-    mbarrier_wait(shared.full(stage.index), stage.parity);
-    uint2 mask{0, 0};
-    if (left > 0) mask = load_shared_u64(shared.mask_at(stage.index, warp) + lane * 8);
-    left -= kWideChunk;
-    store_wide_meta(mask, shared.values_at(stage.index, warp) + lane / (kWarp / kWideChunk) * p.value_bytes, meta,
-                    lane);
-    sync_warp();  // the words are there, and every lane has decoded the stage before
-
-    const uint64_t boxes = operand_further(ring, stage.index * shared.x_bytes);
-    uint2 next = load_shared_u64(meta + group * 8);
-    ALPHAPRUNE_UNROLL
-    for (int step = 0; step < kWideSteps; ++step) {
-      const uint2 word = next;
-      if (step + 1 < kWideSteps) next = load_shared_u64(meta + (step + 1) * 64 + group * 8);
-      mine.decode(word, a[step % 2]);
-      wgmma_fence();
-      const int box = step / sbt::kSteps, at = step % sbt::kSteps * 32;  // bytes of 16 columns
-      wgmma<Value, kTokens>(sum, a[step % 2], operand_further(boxes, box * kTokens * kSwizzleBytes + at));
-      wgmma_commit();
-      wgmma_wait<1>();  // the step before is complete: its operand may be written again
-      if (step == 0 && chunk > begin && lane == 0) mbarrier_arrive(before);
+    int limit = 0;  // stages that have the macro tile of this lane's mask words
+    {
+      const WideShare share(p);
+      if (place < share.round_at(round + 1) - share.round_at(round))
+        limit = past - share.begin + (p.col_tiles - lane / (kWarp / kChunk) + kChunk - 1) / kChunk;
+      past += share.width();
     }
-    before = shared.empty(stage.index);
-    meta ^= kWideMeta;
-    stage.next(p.stages);
-  } while (++chunk < end);
-  wgmma_wait<0>();
+    float sum[kTokens / 2] = {};
+    uint32_t a[2][kWideAtOnce][4] = {};
+    ALPHAPRUNE_NO_UNROLL
+    for (; number < past; number += p.slices) {  // cubins: main: the loop around it runs once per round
+      const uint32_t barrier = full + stage.index * 2 * kMbarrierBytes;
+      mbarrier_wait(barrier, stage.parity);
+      uint2 mask{0, 0};
+      const uint32_t here = tile + stage.index * p.stage_bytes;
+      if (number < limit) mask = load_shared_u64(here + lane * 8);
+      store_wide_meta(mask, here + kWideMaskBytes, second, meta, lane);
+      sync_warp();  // the words are there
 
-  // The ring becomes sums[token][row].
-  sync_block();
-  ALPHAPRUNE_UNROLL
-  for (int j = 0; j < kTokens / 8; ++j) ALPHAPRUNE_UNROLL
-  for (int k = 0; k < 2; ++k) {
-    const int token = 8 * j + 2 * (lane % 4) + k, row = warp * 16 + 2 * group;
-    store_shared_u64(shared.x + 4 * (token * kWideSumRow + row),
-                     {bits_of(sum[4 * j + k]), bits_of(sum[4 * j + 2 + k])});
-  }
-  sync_cluster();
-  const int first = p.tokens * rank / p.splits, past = p.tokens * (rank + 1) / p.splits;
-  store_wide<Value>(p, shared.x, static_cast<int64_t>(first_tile) * 16, first, past - first);
-  sync_cluster();  // nobody leaves while others read its sums
+      const uint64_t boxes = operand_further(ring, stage.index * p.x_bytes(kTokens));
+      uint4 next = mine.words(meta, 0);
+      ALPHAPRUNE_UNROLL
+      for (int first = 0; first < kChunkSteps; first += kWideAtOnce) {
+        auto& set = a[first / kWideAtOnce % 2];
+        ALPHAPRUNE_UNROLL
+        for (int i = 0; i < kWideAtOnce; ++i) {
+          const uint4 words = next;
+          if (first + i + 1 < kChunkSteps) next = mine.words(meta, first + i + 1);
+          mine.decode(words, set[i]);
+        }
+        wgmma_fence();
+        ALPHAPRUNE_UNROLL
+        for (int i = 0; i < kWideAtOnce; ++i) {
+          const int box = (first + i) / sbt::kSteps, further = (first + i) % sbt::kSteps * 32;  // bytes of 16 columns
+          wgmma<Value, kTokens>(sum, set[i], operand_further(boxes, box * kTokens * kSwizzleBytes + further));
+        }
+        wgmma_commit();
+        // The steps before are complete: their operands may be written again. After the last ones, the stage.
+        if (first + kWideAtOnce == kChunkSteps) {
+          wgmma_wait<0>();
+        } else if (first) {
+          wgmma_wait<1>();
+        }
+      }
+      sync_warp();  // every lane has read
+      if (lane == 0) mbarrier_arrive(barrier + kMbarrierBytes);
+      stage.pass(p.slices, p.stages);
+    }
+
+    const WideShare share(p);
+    more = ++round < share.rounds;
+    // Sums in shared memory: [slice][token][row], those of `room` tokens. After the last round all of them lie over the
+    // ring, before that those of some tokens after others have a place of their own.
+    const int first_tile = share.round_at(round - 1), tiles = share.round_at(round) - first_tile;
+    const auto leave = [&](uint32_t sums, int first, int room) {
+      const uint32_t row_bytes = 4 * p.sum_row();
+      uint32_t to = opaque(sums + (slice * room + 2 * (lane % 4)) * row_bytes + 4 * (place * 16 + lane / 4));
+      ALPHAPRUNE_UNROLL
+      for (int j = 0; j < kTokens / 8; ++j) {
+        if (8 * j < first || 8 * j >= first + room) continue;
+        ALPHAPRUNE_UNROLL
+        for (int i = 0; i < 4; ++i) store_shared_f32(to + i % 2 * row_bytes + 4 * (i / 2 * 8), sum[4 * j + i]);
+        to += 8 * row_bytes;
+      }
+    };
+    if (!more) sync_block();    // nobody reads the ring any more
+    wait_for_kernels_before();  // they may still read what is written now
+    if (more) {
+      constexpr int kRoom = wide_room(kTokens);
+      ALPHAPRUNE_NO_UNROLL
+      for (int first = 0; first < p.tokens; first += kRoom) {
+        leave(shared.sums, first, kRoom);
+        sync_warps(1, p.warps() * kWarp);
+        const int count = p.tokens - first < kRoom ? p.tokens - first : kRoom;
+        store_wide<Value, 1>(p, shared.sums, kRoom, first_tile, tiles, share.rank, first, count);
+        sync_warps(1, p.warps() * kWarp);  // nobody writes over sums that are read
+      }
+    } else {
+      leave(shared.x, 0, kTokens);
+      if (p.splits > 1) {
+        sync_cluster();
+      } else {
+        sync_warps(1, p.warps() * kWarp);
+      }
+      store_wide<Value, kTokens <= 32 ? 4 : 2>(p, shared.x, kTokens, first_tile, tiles, share.rank, 0, p.tokens);
+    }
+  } while (more);
 }
 
 // kTokens: 32, 64, 128 or 256, at least p.tokens; boxes of x have so many rows.
 template <class Value, int kTokens>
-ALPHAPRUNE_KERNEL __launch_bounds__(wide_threads(kTokens), 1)
+ALPHAPRUNE_KERNEL __launch_bounds__(wide_threads(wide_groups(kTokens)), 1)
     sbt_wgmma(const WideProblem p, const __grid_constant__ TensorMap x) {
 #if ALPHAPRUNE_SM90
-  const int rank = static_cast<int>(cluster_rank()), first_tile = block_x() / p.splits * kWideTiles;
-  const int chunks = (p.col_tiles + kWideChunk - 1) / kWideChunk;
-  const int begin = chunks * rank / p.splits, end = chunks * (rank + 1) / p.splits;
-  const WideShared shared(kTokens, p.stages, p.value_bytes);
-
+  const WideShared shared(p, kTokens);
+  let_next_begin();
   if (thread_index() == 0) {
     ALPHAPRUNE_NO_UNROLL
     for (int i = 0; i < p.stages; ++i) {
-      mbarrier_init(shared.full(i), kWideTiles * kWideChunk);
-      mbarrier_init(shared.empty(i), kWideTiles);
+      mbarrier_init(shared.full(i), p.tiles() + 1);
+      mbarrier_init(shared.empty(i), p.tiles());
     }
     mbarrier_fence_init();
   }
   sync_block();
 
-  if (warp_index() < kWideTiles) {
+  if (warp_index() < p.warps()) {
     if constexpr (wide_trades(kTokens)) take_registers<232>();
-    multiply_wide<Value, kTokens>(p, shared, first_tile, rank, begin, end);
+    multiply_wide<Value, kTokens>(p, shared);
   } else {
     if constexpr (wide_trades(kTokens)) give_registers<40>();
-    if (warp_index() == kWideTiles) bring<kTokens>(p, x, shared, first_tile, begin, end, lane_index());
+    bring<kTokens>(p, x, shared, warp_index() - p.warps(), lane_index());
     sync_block();
-    sync_cluster();
-    sync_cluster();
+    if (p.splits > 1) sync_cluster();
   }
+  if (p.splits > 1) sync_cluster();  // nobody leaves while others read its sums
 #endif
 }
 

@@ -3,18 +3,33 @@
 
 using namespace alphaprune;
 
-// What went wrong, or an empty text. counts: rows, cols, units of the largest macro tile, blocks of a cluster, bytes of
-// shared memory, elements of a row of x, tokens, dtype, bias's dtype.
+// What went wrong, or an empty text. weight: values, mask and offsets of each member. counts: members, rows of each (of
+// three), cols, units of the largest chunk, groups, slices, splits, multiprocessors, bytes of shared memory, elements
+// of a row of x, tokens, dtype, bias's dtype. y: of the members one after the other; bias: of the first.
 extern "C" const char* sbt_wgmma_emulated(const void* const* weight, const int64_t* counts, const void* x,
                                           const void* bias, const void* residual, void* y, int order) {
   cuda::order() = static_cast<emulator::Order>(order);
-  const auto dtype = static_cast<Dtype>(counts[7]);
-  const sbt::View view{
-      weight[0], static_cast<const uint32_t*>(weight[1]), static_cast<const uint32_t*>(weight[2]), counts[0], counts[1],
-      dtype};
-  const cuda::Device device{90, 132, static_cast<int>(counts[4])};
-  cuda::sbt_wgmma(view, static_cast<uint32_t>(counts[2]), static_cast<int>(counts[3]), device,
-                  {x, {{y, view.rows, bias, static_cast<Dtype>(counts[8])}}, 1, residual, counts[6], dtype, nullptr},
-                  counts[5]);
+  const int members = static_cast<int>(counts[0]);
+  const int64_t cols = counts[4], tokens = counts[12];
+  const auto dtype = static_cast<Dtype>(counts[13]), bias_dtype = static_cast<Dtype>(counts[14]);
+  sbt::View views[cuda::kMostMembers];
+  cuda::Call call{x, {}, members, residual, tokens, dtype, nullptr};
+  auto* to = static_cast<uint16_t*>(y);
+  for (int i = 0; i < members; ++i) {
+    const int64_t rows = counts[1 + i];
+    views[i] = {weight[3 * i],
+                static_cast<const uint32_t*>(weight[3 * i + 1]),
+                static_cast<const uint32_t*>(weight[3 * i + 2]),
+                rows,
+                cols,
+                dtype};
+    call.out[i] = {to, rows, i ? nullptr : bias, bias_dtype};
+    to += tokens * rows;
+  }
+  const cuda::Device device{90, static_cast<int>(counts[9]), static_cast<int>(counts[10])};
+  const cuda::WideWays ways{static_cast<int>(counts[6]), static_cast<int>(counts[7]), static_cast<int>(counts[8])};
+  if (cuda::sbt_wgmma(views, static_cast<uint32_t>(counts[5]), ways, device, call, counts[11]) &&
+      cuda::last_failure().empty())
+    return "it does not fit";
   return cuda::last_failure().c_str();
 }

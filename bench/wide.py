@@ -1,0 +1,137 @@
+"""How sbt_wgmma shares its work on a GPU: every way to do it, the one that it chooses, sbt_mma and torch, by turns.
+
+python bench/wide.py --seconds 20                          on a GPU, the most important cases first
+python bench/wide.py --shape 28672x4096 --tokens 32,64     of one layer
+
+Rows, one JSON object each; a time is the median of graph replays over so many copies that the weights come from memory:
+
+machine's facts            as in bench/gpu.py
+shape, sparsity, tokens    of the layer [N, K] and its call, in bfloat16
+seconds                    by name: dense, sbt_mma, chosen, and "groups, slices, splits" of every way (WideWays)
+best, over_dense           the fastest way; dense over what is chosen
+
+A way whose product is not that of torch ends the script: what it took is then worth nothing.
+"""
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import gpu_cases
+import torch
+from gpu_cases import Kept, Shape
+from gpu_contenders import Weights
+from gpu_rig import Call, Cuda, Replay
+from rows import append
+from torch.nn import functional
+
+from alphaprune.formats import Packed
+from alphaprune.kernels import cuda, spmm
+
+LARGE, GATE_UP, QKV, OUT, DOWN = (28672, 4096), (22016, 4096), (12288, 4096), (4096, 4096), (4096, 11008)
+PLAN: tuple[tuple[Shape, float, tuple[int, ...]], ...] = (
+    *((shape, 0.5, (32, 64)) for shape in (LARGE, GATE_UP, OUT, DOWN, QKV)),
+    *((shape, 0.7, (32, 64)) for shape in (LARGE, GATE_UP)),
+    *((shape, 0.5, (128, 256, 16)) for shape in (LARGE, OUT, GATE_UP, QKV, DOWN)),
+    *((shape, 0.8, (32,)) for shape in (LARGE, OUT)),
+)
+GROUPS = {32: 4, 64: 4, 128: 3, 256: 2}  # wide_groups of csrc/cuda/sbt_wgmma.cuh, by tokens
+ALLOWED = 5e-3  # of the norm of y: rounding to bfloat16
+REPEATS = 7
+
+
+def ways(tokens: int) -> Iterator[tuple[int, int, int]]:
+    """(groups, slices, splits) that use most of the warps that a block may have."""
+    most = next(found for size, found in GROUPS.items() if tokens <= size)
+    for groups, slices, splits in itertools.product(range(1, most + 1), range(1, most + 1), (1, 2, 4, 8)):
+        if most - 1 <= groups * slices <= most:
+            yield groups, slices, splits
+
+
+def wide(packed: Packed, x: torch.Tensor, way: tuple[int, int, int]) -> Call:
+    made, alive = cuda._wide(packed)
+    bound = cuda.joined(made.by_ways(*way), [packed.shape[0]], packed.shape[1], x.device, 1, alive)
+    return lambda: bound.run(x, None, None)[0]
+
+
+def calls_of(name: str, copies: list[Packed], x: torch.Tensor) -> list[Call]:
+    """A call for each copy of the weight."""
+    if name == "sbt_mma":
+        return [spmm.prepare(one, "bench", name).__call__ for one in copies]
+    way = (0, 0, 0) if name == "chosen" else tuple(int(part) for part in name.split(", "))
+    return [wide(one, x, way) for one in copies]
+
+
+def measure(rig: Cuda, weights: Weights, sparsity: float, tokens: int) -> dict[str, object]:
+    """Seconds of each way."""
+    packed, x = weights.packed(Kept(sparsity)), weights.x(tokens)
+    pruned = weights.pruned(Kept(sparsity))
+    truth = functional.linear(x.float(), pruned.float())
+    copies = [packed.map(torch.Tensor.clone) for _ in range(max(1, -(-rig.rotate // packed.nbytes)))]
+    dense = [pruned.clone() for _ in range(max(1, -(-rig.rotate // pruned.nbytes)))]
+    replays: dict[str, tuple[Replay, int]] = {}
+    replays["dense"] = rig.record([lambda w=w: functional.linear(x, w) for w in dense]), len(dense)
+    names = ["chosen", *(", ".join(map(str, way)) for way in ways(tokens))]
+    for name in (["sbt_mma"] if tokens <= 64 else []) + names:
+        calls = [(lambda call=call: call(x)) if name == "sbt_mma" else call for call in calls_of(name, copies, x)]
+        try:
+            y = calls[0]().float()
+        except RuntimeError as error:
+            if "invalid" in str(error):  # it does not fit the device
+                continue
+            raise
+        wrong = ((y - truth).norm() / truth.norm()).item()
+        if not wrong < ALLOWED:
+            raise ValueError(f"{weights.shape}, {tokens} tokens, {name}: the product is off by {wrong:.3g}")
+        replays[name] = rig.record(calls), len(copies)
+    rig.time([replay for replay, _ in replays.values()], 2)  # wakes the clocks
+    times = rig.time([replay for replay, _ in replays.values()], REPEATS)
+    found = {name: statistics.median(t) / n for (name, (_, n)), t in zip(replays.items(), times, strict=True)}
+    best = min((name for name in names if name in found), key=lambda name: found[name])
+    over = found["dense"] / found["chosen"]
+    return {
+        **{"shape": list(weights.shape), "sparsity": sparsity, "tokens": tokens},
+        **{"seconds": found, "best": best, "over_dense": over},
+    }
+
+
+def line(row: dict) -> str:
+    micro = {name: f"{1e6 * seconds:.1f}" for name, seconds in row["seconds"].items()}
+    shape = "x".join(map(str, row["shape"]))
+    known = "  ".join(f"{name} {micro[name]}" for name in ("dense", "sbt_mma", "chosen") if name in micro)
+    return f"{shape:>12} {row['sparsity']:.0%} {row['tokens']:>4}  {known}  best ({row['best']}) {micro[row['best']]}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", type=gpu_cases.shapes_from, help="of these layers only")
+    parser.add_argument("--tokens", type=lambda text: [int(part) for part in text.split(",")], default=(32, 64))
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--seconds", type=float, default=20, help="after which no case is begun")
+    parser.add_argument("--out", type=Path, help="rows are appended to this file too")
+    options = parser.parse_args(arguments)
+    begin = time.monotonic()
+    if reason := cuda.missing_wide():
+        print(f"wide.py: no sbt_wgmma: {reason}", file=sys.stderr)
+        return 2
+    rig, made = Cuda(), {}
+    plan = [(shape, options.sparsity, options.tokens) for shape in options.shape or ()] or PLAN
+    for shape, sparsity, every in plan:
+        if time.monotonic() - begin > options.seconds:
+            break
+        weights = made.setdefault(shape, Weights(shape, torch.bfloat16, rig.device))
+        for tokens in every:
+            row = rig.facts() | measure(rig, weights, sparsity, tokens)
+            print(line(row), flush=True)
+            if options.out:
+                append(options.out, row)
+            rig.release()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
