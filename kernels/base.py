@@ -16,12 +16,12 @@ MEMBERS = (  # in order of preference, on each device
     *("amx", "avx512bf16", "avx512", "avx512vnni", "avx512bw", "avx2", "neon", "scalar", "expand"),
     *(
         "nm_mma_sp",
-        "nm_cusparselt",
         "delta_spmv",
         "triton_ell",
         "sbt_wgmma",
         "sbt_mma",
         "sbt_expand",
+        "nm_cusparselt",
         "triton",
         "triton_expand",
     ),

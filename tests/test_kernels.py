@@ -350,13 +350,14 @@ def test_packed_tensors_need_only_the_alignment_of_their_elements(kernel: str) -
         check(kernel, (dense, moved, x))
 
 
-def test_chunks_of_a_gpu_fit_its_cache_and_are_alike() -> None:
-    for n, k, cache in itertools.product((16, 1000, 4096, 28672), (64, 4096, 14336), (40 << 20, 50 << 20)):
-        step = expansion.chunk_rows((n, k), 2, cache)
+def test_chunks_of_a_gpu_are_large_and_alike() -> None:
+    for n, k in itertools.product((16, 1000, 4096, 28672, 128256), (64, 4096, 14336, 2 << 20)):
+        step = expansion.chunk_rows((n, k), 2, True)
         count = -(-n // step)
-        assert step % 128 == 0 and (step * k * 2 <= cache // 3 or step == 128)
+        assert step % 128 == 0 and (step * k * 2 <= expansion.GPU_CHUNK_BYTES or step == 128)
         assert n - (count - 1) * step > step - 128 * count, "the last chunk is nearly as large as the others"
-    assert expansion.chunk_rows((4096, 4096), 2, None) == 1024
+    assert expansion.chunk_rows((11008, 4096), 2, True) >= 11008, "one chunk"
+    assert expansion.chunk_rows((4096, 4096), 2, False) == 1024
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -95,12 +95,12 @@ def test_who_is_taken_on_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return kernel.name
 
     tokens = (1, 16, 17, 64, 65, 256, 257, 511, 512, 513, 4096)
-    hopper = ["sbt_mma"] * 3 + ["sbt_wgmma"] * 3 + ["sbt_expand"] * 5
+    hopper = ["sbt_mma"] * 2 + ["sbt_wgmma"] * 4 + ["sbt_expand"] * 5
     ampere = ["sbt_mma"] * 4 + ["sbt_expand"] * 7
     assert [chosen(True, False, t) for t in tokens] == hopper
     assert [chosen(False, False, t) for t in tokens] == ampere
-    assert [chosen(True, True, t) for t in tokens] == ["nm_mma_sp"] * 4 + hopper[4:8] + ["nm_cusparselt"] * 3
-    assert [chosen(False, True, t) for t in tokens] == ["nm_mma_sp"] * 4 + ampere[4:8] + ["nm_cusparselt"] * 3
+    assert [chosen(True, True, t) for t in tokens] == ["nm_mma_sp"] * 4 + hopper[4:]
+    assert [chosen(False, True, t) for t in tokens] == ["nm_mma_sp"] * 4 + ampere[4:]
 
 
 def test_a_capture_before_the_kernel_is_ready_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
