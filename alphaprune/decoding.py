@@ -93,7 +93,7 @@ def random_model(
     for full, layer in models.prunable(model, models.family_of(config, name)).items():
         shape = tuple(layer.weight.shape)
         if shape not in made:
-            made[shape] = _weight(shape, sparsity, dtype, values, pattern)
+            made[shape] = _weight(shape, sparsity, dtype, values, pattern, torch.device(device))
         weight, packed = made[shape]
         if packed is None:
             layer.weight = nn.Parameter(weight.to(device, copy=True), requires_grad=False)
@@ -101,25 +101,31 @@ def random_model(
             sparse = SparseLinear(packed.map(lambda tensor: tensor.to(device, copy=True)))
             sparse.name = full
             model.set_submodule(full, sparse)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(device).manual_seed(1)
     for module in model.modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:  # norms, embeddings, head
                 shape = parameter.shape
-                value = torch.ones(shape, dtype=dtype)
+                value = torch.ones(shape, dtype=dtype, device=device)
                 if len(shape) > 1:
                     value.normal_(0, DEVIATION, generator=generator)
-                setattr(module, key, nn.Parameter(value.to(device), requires_grad=False))
+                setattr(module, key, nn.Parameter(value, requires_grad=False))
     return pages.huge_pages(model.to(device))
 
 
 def _weight(
-    shape: tuple[int, int], sparsity: float | None, dtype: torch.dtype, values: torch.dtype | None, pattern: Pattern
+    shape: tuple[int, int],
+    sparsity: float | None,
+    dtype: torch.dtype,
+    values: torch.dtype | None,
+    pattern: Pattern,
+    device: torch.device,
 ) -> tuple[Tensor, formats.Packed | None]:
-    """A random weight, and packed where a sparsity is given."""
+    """A random weight, and packed where a sparsity is given; made on the device, which takes seconds less."""
     if sparsity is None:
-        return torch.empty(shape, dtype=dtype).normal_(0, DEVIATION, generator=torch.Generator().manual_seed(0)), None
-    _, packed = timing.random_packed(shape, sparsity, dtype, values or dtype, pattern)
+        generator = torch.Generator(device).manual_seed(0)
+        return torch.empty(shape, dtype=dtype, device=device).normal_(0, DEVIATION, generator=generator), None
+    _, packed = timing.random_packed(shape, sparsity, dtype, values or dtype, pattern, device)
     (packed.weight if packed.scale is None else packed.scale).mul_(DEVIATION)
     return packed.weight, packed
 

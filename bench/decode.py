@@ -29,13 +29,12 @@ one per pair; pairs.
 import argparse
 import itertools
 import json
-import shlex
 import statistics
 import subprocess
 import sys
 from typing import Any
 
-from rows import append
+from rows import append, command
 
 PROMPT = 16
 COLUMNS = ("model", "sparsity", "values", "decoder", "tokens/s", "step s", "over kernels", "weights GB", "GB/s")
@@ -74,8 +73,8 @@ def in_process(options: argparse.Namespace, sparsity: float | None, values: str)
     """`measure` in a process of its own, whose memory is free again afterwards."""
     asked = {"model": options.model, "sparsity": sparsity, "values": values, "new": options.new}
     asked["bandwidth_bytes"] = int(options.gigabytes * 1e9)
-    command = [sys.executable, __file__, "--measure", json.dumps(asked)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    asking = [sys.executable, __file__, "--measure", json.dumps(asked)]
+    done = subprocess.run(asking, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         sys.exit(done.returncode)  # it has said why
     return json.loads(done.stdout)
@@ -139,6 +138,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     gpu.add_argument("--sequences", type=_numbers, default=[1, 32], help="in a step, the most important number first")
     gpu.add_argument("--prefill", type=int, default=2048, help="tokens of the prompt")
     gpu.add_argument("--how", default="auto", choices=("auto", "graphs", "compile", "eager"), help="steps run")
+    gpu.add_argument(
+        "--decoder", default="both", choices=("both", "alphaprune"), help="beside ours transformers' generate"
+    )
     gpu.add_argument("--dry-run", action="store_true", help="all of it with a tiny model on the CPU")
     parser.add_argument("--json", action="store_true", help="one JSON object per row instead of the table")
     parser.add_argument("--out", help="append the rows to this file, one JSON object each")
@@ -152,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
         import decode_gpu
 
         given = sys.argv[1:] if arguments is None else arguments
-        options.command = shlex.join(["python", "bench/decode.py", *given])
+        options.command = command("bench/decode.py", list(given))
         return decode_gpu.main(options)
     options.model, options.sparsity = options.model or "llama2-7b", options.sparsity or "0.5,0.7,0.8"
     if options.measure:

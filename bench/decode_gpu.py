@@ -133,7 +133,7 @@ class Run:
         first, *others = self.options.sequences
         found = [("decode", first, "alphaprune"), ("prefill", self.options.prefill, "alphaprune")]
         found += [("decode", count, "alphaprune") for count in others]
-        if case.sparsity is None:
+        if case.sparsity is None and self.options.decoder == "both":
             found += [("decode", count, "transformers") for count in self.options.sequences]
         return found
 
