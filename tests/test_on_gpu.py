@@ -50,6 +50,13 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_next(on_gpu, tmp_path, cap
     assert {json.loads(line)["step"] for line in log.splitlines() if line.startswith("{")} == set(found)
 
 
+def test_a_step_past_its_limit_has_last_words(on_gpu, tmp_path, capsys) -> None:
+    code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('what was found')"
+    assert on_gpu.main(["--out", str(tmp_path)], (on_gpu.Step("slow", 2, python(code)),)) == 1
+    assert json.loads(capsys.readouterr().out)["status"] is None
+    assert "what was found" in (tmp_path / "log.txt").read_text()
+
+
 def test_what_there_is_no_time_for_is_named(on_gpu, tmp_path, capsys) -> None:
     steps = (on_gpu.Step("first", 60, python("import time; time.sleep(40)")), on_gpu.Step("second", 60, python("")))
     assert on_gpu.main(["--out", str(tmp_path), "--minutes", "0.04"], steps) == 1
