@@ -5,6 +5,8 @@ from figures import rows, table
 FRONT = (28672, 4096)  # the layer that README.md shows: gate and up of LLaMA 3 side by side
 KEPT = ((0.5, "unstructured"), (0.6, "unstructured"), (0.7, "unstructured"), (0.8, "unstructured"),
         (0.9, "unstructured"), (0.5, "2:4"))  # fmt: skip
+OURS = "alphaprune"
+MOST_MMA = 16  # tokens for which sbt_mma is taken where there is sbt_wgmma, whose rows are in wide.jsonl
 
 
 def found(name: str = "gpu.jsonl") -> list[dict]:
@@ -18,9 +20,22 @@ def fastest(shape: tuple[int, int], of: list[dict]) -> list[list[str]]:
     here = [row for row in of if tuple(row["shape"]) == shape]
     for tokens in sorted({row["tokens"] for row in here}):
         ours = [row for row in here if row["tokens"] == tokens and row["kind"] == "kernel" and row["values"] == "float"]
+        ours = [row for row in ours if row["name"] != "sbt_mma" or tokens <= MOST_MMA or row["capability"] != "9.0"]
         if not ours:
             continue
-        cells = [f"{tokens}", f"{1e6 * ours[0]['dense_seconds']:.1f}"]
+        dense = ours[0]["dense_seconds"]
+        ours += [
+            {
+                "name": "sbt_wgmma",
+                "pattern": "unstructured",
+                "sparsity": row["sparsity"],
+                "seconds": (seconds := row["seconds"][row["best"]]),
+                "ratio": min(dense, row["seconds"]["dense"]) / seconds,
+            }
+            for row in rows("wide.jsonl")
+            if (row["gpu"], tuple(row["shape"]), row["tokens"]) == (ours[0]["gpu"], shape, tokens)
+        ]
+        cells = [f"{tokens}", f"{1e6 * dense:.1f}"]
         for sparsity, pattern in KEPT:
             best = [r for r in ours if (r["sparsity"], r["pattern"]) == (sparsity, pattern)]
             row = min(best, key=lambda r: r["seconds"], default=None)
@@ -30,8 +45,30 @@ def fastest(shape: tuple[int, int], of: list[dict]) -> list[list[str]]:
 
 
 def gpu() -> str:
-    """One layer on the first GPU that has rows."""
-    return layers([FRONT])
+    """One layer on the GPUs that have rows, and whole models in a line."""
+    return " ".join([layers([FRONT]), *whole_models()])
+
+
+def whole_models() -> list[str]:
+    """A sentence for each GPU and model: steps of one sequence at each sparsity over those with dense weights."""
+    steps = [
+        row
+        for row in found("decode_gpu.jsonl")
+        if (row["load"], row["sequences"], row["decoder"]) == ("decode", 1, OURS)
+    ]
+    parts = []
+    for machine, model in dict.fromkeys((row["machine"], row["model"]) for row in steps):
+        here = sorted(
+            (row for row in steps if (row["machine"], row["model"]) == (machine, model) and row["sparsity"]),
+            key=lambda row: (":" in row["pattern"], row["sparsity"]),
+        )
+        names = [row["pattern"] if ":" in row["pattern"] else f"{row['sparsity']:.0%}" for row in here]
+        ratios = [f"{row['ratio']:.2f}" for row in here]
+        parts.append(
+            f"Whole models: {model} at {' / '.join(names)} decodes {' / '.join(ratios)} times as many tokens a second "
+            "as our own decoder with dense weights ([rows](RESULTS/decode_gpu.jsonl))."
+        )
+    return parts
 
 
 def gpus() -> str:
@@ -52,7 +89,37 @@ def layers(shapes: list[tuple[int, int]]) -> str:
             f"`python bench/gpu.py`, bfloat16, torch {first['torch']}, driver {first['driver']}, copies "
             f"{first['bandwidth'] / 1e9:.0f} GB/s: the fastest kernel of this package beside the fastest dense product "
             "of torch and of every algorithm that cuBLASLt proposes, weights from memory, medians of replayed graphs "
-            "([all rows](RESULTS/gpu.jsonl))."
+            "([all rows](RESULTS/gpu.jsonl)); `sbt_wgmma` in [a run of its own](RESULTS/wide.jsonl), over the faster "
+            "dense product of both."
+        )
+    return "\n\n".join(parts)
+
+
+def wide() -> str:
+    """sbt_wgmma by the fastest way to share its work, beside torch and sbt_mma."""
+    parts, of = [], rows("wide.jsonl")
+    for name in dict.fromkeys(row["gpu"] for row in of):
+        here = sorted(
+            (row for row in of if row["gpu"] == name),
+            key=lambda row: (row["tokens"], row["sparsity"], [-size for size in row["shape"]]),
+        )
+        lines = [
+            [
+                f"{row['tokens']}",
+                "×".join(map(str, row["shape"])),
+                f"{row['sparsity']:.0%}",
+                *(f"{1e6 * found:.1f}" if (found := row["seconds"].get(by)) else "" for by in ("dense", "sbt_mma")),
+                f"{1e6 * row['seconds'][row['best']]:.1f}",
+                row["best"],
+                f"{row['over_dense']:.2f}×",
+            ]
+            for row in here
+        ]
+        columns = ["tokens", "layer", "sparsity", "torch", "sbt_mma", "sbt_wgmma", "its way", "over torch"]
+        parts.append(
+            f"{table(columns, lines)}\n\nMicroseconds, bfloat16, weights from memory: `python bench/wide.py`, {name}, "
+            f"torch {here[0]['torch']}. A way: warpgroups of a block with different rows, with the same ones, blocks "
+            "that share the columns ([all of them](RESULTS/wide.jsonl))."
         )
     return "\n\n".join(parts)
 
