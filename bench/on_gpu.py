@@ -70,6 +70,7 @@ STEPS = (
     Step("decode", 150, bench("decode.py", *DECODE), "decode_gpu.jsonl"),
     Step("ways", 45, bench("wide.py", "--seconds", "25"), "wide.jsonl"),
     Step("tests", 240, pytest(*APART, *(f"tests/test_{name}.py" for name in TESTS))),
+    Step("variants", 80, bench("variants.py", "--seconds", "60")),
     Step("launches", 70, bench("launches.py", "--seconds", "55"), "launches.jsonl"),
     Step("layers", 160, bench("gpu.py", "--minutes", "2"), "gpu.jsonl"),
     Step("race", 45, checked("racecheck", "tests/test_triton_step.py", "-k", "several_ranges"), needs=CHECKER),

@@ -14,11 +14,12 @@ A way whose product is not that of torch ends the script: what it took is then w
 """
 
 import argparse
+import functools
 import itertools
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import gpu_cases
@@ -52,50 +53,60 @@ def ways(tokens: int) -> Iterator[tuple[int, int, int]]:
             yield groups, slices, splits
 
 
-def wide(packed: Packed, x: torch.Tensor, way: tuple[int, int, int]) -> Call:
-    made, alive = cuda._wide(packed)
-    bound = cuda.joined(made.by_ways(*way), [packed.shape[0]], packed.shape[1], x.device, 1, alive)
-    return lambda: bound.run(x, None, None)[0]
-
-
 def calls_of(name: str, copies: list[Packed], x: torch.Tensor) -> list[Call]:
-    """A call for each copy of the weight."""
+    """A call for each copy of the weight, by sbt_mma or by a way of sbt_wgmma."""
     if name == "sbt_mma":
-        return [spmm.prepare(one, "bench", name).__call__ for one in copies]
+        return [functools.partial(spmm.prepare(one, "bench", name), x) for one in copies]
     way = (0, 0, 0) if name == "chosen" else tuple(int(part) for part in name.split(", "))
     return [wide(one, x, way) for one in copies]
 
 
-def measure(rig: Cuda, weights: Weights, sparsity: float, tokens: int) -> dict[str, object]:
-    """Seconds of each way."""
+def wide(packed: Packed, x: torch.Tensor, way: tuple[int, int, int]) -> Call:
+    made, alive = cuda._wide(packed)
+    bound = cuda.joined(made.by_ways(*way), [packed.shape[0]], packed.shape[1], x.device, 1, alive)
+    return lambda: bound.run(x, None)[0]
+
+
+def measure(
+    rig: Cuda, weights: Weights, sparsity: float, tokens: int, names: Sequence[str], check: bool = True
+) -> dict[str, float]:
+    """Seconds of torch's product and of each of these names; those that do not fit the device are left out.
+
+    ValueError if one gives another product than torch, unless nobody is to check it.
+    """
     packed, x = weights.packed(Kept(sparsity)), weights.x(tokens)
     pruned = weights.pruned(Kept(sparsity))
     truth = functional.linear(x.float(), pruned.float())
     copies = [packed.map(torch.Tensor.clone) for _ in range(max(1, -(-rig.rotate // packed.nbytes)))]
     dense = [pruned.clone() for _ in range(max(1, -(-rig.rotate // pruned.nbytes)))]
     replays: dict[str, tuple[Replay, int]] = {}
-    replays["dense"] = rig.record([lambda w=w: functional.linear(x, w) for w in dense]), len(dense)
-    names = ["chosen", *(", ".join(map(str, way)) for way in ways(tokens))]
-    for name in (["sbt_mma"] if tokens <= 64 else []) + names:
-        calls = [(lambda call=call: call(x)) if name == "sbt_mma" else call for call in calls_of(name, copies, x)]
+    replays["dense"] = rig.record([functools.partial(functional.linear, x, weight) for weight in dense]), len(dense)
+    for name in names:
+        calls = calls_of(name, copies, x)
         try:
             y = calls[0]().float()
         except RuntimeError as error:
-            if "invalid" in str(error):  # it does not fit the device
+            if "invalid" in str(error):
                 continue
             raise
         wrong = ((y - truth).norm() / truth.norm()).item()
-        if not wrong < ALLOWED:
+        if check and not wrong < ALLOWED:
             raise ValueError(f"{weights.shape}, {tokens} tokens, {name}: the product is off by {wrong:.3g}")
         replays[name] = rig.record(calls), len(copies)
     rig.time([replay for replay, _ in replays.values()], 2)  # wakes the clocks
     times = rig.time([replay for replay, _ in replays.values()], REPEATS)
-    found = {name: statistics.median(t) / n for (name, (_, n)), t in zip(replays.items(), times, strict=True)}
+    return {name: statistics.median(t) / n for (name, (_, n)), t in zip(replays.items(), times, strict=True)}
+
+
+def row(rig: Cuda, weights: Weights, sparsity: float, tokens: int) -> dict[str, object]:
+    """Of every way."""
+    names = ["chosen", *(", ".join(map(str, way)) for way in ways(tokens))]
+    found = measure(rig, weights, sparsity, tokens, (["sbt_mma"] if tokens <= 64 else []) + names)
     best = min((name for name in names if name in found), key=lambda name: found[name])
-    over = found["dense"] / found["chosen"]
     return {
+        **rig.facts(),
         **{"shape": list(weights.shape), "sparsity": sparsity, "tokens": tokens},
-        **{"seconds": found, "best": best, "over_dense": over},
+        **{"seconds": found, "best": best, "over_dense": found["dense"] / found["chosen"]},
     }
 
 
@@ -125,10 +136,10 @@ def main(arguments: list[str] | None = None) -> int:
             break
         weights = made.setdefault(shape, Weights(shape, torch.bfloat16, rig.device))
         for tokens in every:
-            row = rig.facts() | measure(rig, weights, sparsity, tokens)
-            print(line(row), flush=True)
+            found = row(rig, weights, sparsity, tokens)
+            print(line(found), flush=True)
             if options.out:
-                append(options.out, row)
+                append(options.out, found)
             rig.release()
     return 0
 

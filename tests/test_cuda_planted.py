@@ -114,7 +114,7 @@ PLANTED = {
     "a tile too far": ("chunk.cuh", "offsets = all_offsets + first;", "offsets = all_offsets + first + 1;", WRONG),
     "the second tile's start forgotten": (
         "chunk.cuh",
-        "kWarp / 2 ? first_tile_bytes : 0",
+        "kWarp / kChunk ? first_tile_bytes : 0",
         "kWarp ? first_tile_bytes : 0",
         WRONG,
     ),

@@ -19,7 +19,7 @@ from alphaprune.kernels import cuda
 
 HALVES = (torch.float16, torch.bfloat16)
 SHARED = 232448  # bytes that a block of an H100 may have
-FEW = 60 << 10  # too few for more than two or three stages
+FEW = 84 << 10  # too few for more than four stages
 # rows, columns, tokens, density; groups, slices, splits; multiprocessors, bytes of shared memory: parts of a tile, of a
 # stage and of a round; rounds; a ring that goes round; several products' worth of tokens
 CASES = [
@@ -225,11 +225,11 @@ PLANTED = {
         "if (i == 0) wgmma_fence();\n          mine.decode(words, set[i]);\n        }",
         "fence is missing",
     ),
-    "an operand written too early": ("a[first / kWideAtOnce % 2]", "a[0]", "operand|error is"),
-    "a wait for too few products": ("wgmma_wait<1>();", "wgmma_wait<2>();", "under way"),
+    "an operand written too early": ("a[first / kWideAtOnce % kWideSets]", "a[0]", "operand|error is"),
+    "a wait for too few products": ("wgmma_wait<kWideSets - 1>();", "wgmma_wait<kWideSets>();", "under way"),
     "products never waited for": (
-        "wgmma_commit();\n        // The steps",
-        "// The steps",
+        "wgmma_commit();\n        // Those",
+        "// Those",
         "under way|NaN",
     ),
     "an operand without a swizzle": ("1ull << 62", "2ull << 62", "error is"),

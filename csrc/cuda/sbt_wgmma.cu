@@ -15,10 +15,10 @@ constexpr int64_t kAlone = 2155, kBusy = 142, kBusyTokens = 8, kOrder = 167, kOr
 // Bytes that a multiprocessor gets in a clock: of weights, from memory, and of x, from the cache.
 constexpr int64_t kWeightBytes = 18, kActivationBytes = 100;
 
-// Chooses the ring; false where fewer stages than slices and one more fit the device.
+// Chooses the ring; false where fewer than two stages of each slice fit the device.
 bool arrange(WideProblem* p, int box, const Device& device) {
   p->stage_bytes = p->tiles() * p->tile_bytes();
-  for (p->stages = kWideMostStages; p->stages > p->slices; --p->stages)
+  for (p->stages = kWideMostStages / p->slices * p->slices; p->stages >= 2 * p->slices; p->stages -= p->slices)
     if (p->shared_bytes(box) <= static_cast<size_t>(device.shared_bytes)) return true;
   return false;
 }

@@ -22,14 +22,15 @@ ALPHAPRUNE_BOTH constexpr int wide_threads(int groups) { return (groups + 1) * k
 // Tokens whose sums are in shared memory at a time where other rounds follow.
 ALPHAPRUNE_BOTH constexpr int wide_room(int tokens) { return tokens <= 64 ? 8 : tokens / 8; }
 
-constexpr int kWideAtOnce = 2;  // steps that are decoded before their products begin
+// Steps that are decoded before their products begin; sets of operands of so many, which are decoded by turns.
+constexpr int kWideAtOnce = 2, kWideSets = 2;
 constexpr int kWideMostStages = 16;
 constexpr int kWideMostSplits = 8;                   // blocks of a cluster: all that every device has
 constexpr uint32_t kWideTileMask = sbt::kWords * 4;  // bytes of a macro tile
 constexpr uint32_t kWideMaskBytes = kChunk * kWideTileMask;
 constexpr uint32_t kBoxCols = kSwizzleBytes / 2;  // columns of a box of x
 
-static_assert(kChunkSteps % (2 * kWideAtOnce) == 0, "two sets of operands by turns");
+static_assert(kChunkSteps % (kWideSets * kWideAtOnce) == 0, "a chunk begins with the first set");
 static_assert(kBoxCols == sbt::kTileCols, "a box of x is as wide as a macro tile");
 static_assert(sbt::kUnit * 2 == 16, "the values of every macro tile start on 16 bytes");
 
@@ -46,7 +47,7 @@ struct WideProblem {
   int tokens, row_tiles, col_tiles;
   int clusters, splits;  // that share the row tiles; blocks of each, which share the columns
   int groups, slices;    // warpgroups of different rows; for the same ones
-  int stages;            // more than slices
+  int stages;            // a multiple of slices: the same warps wait for a barrier in all of its phases
   uint32_t value_bytes;  // of the largest chunk, a multiple of 16
   uint32_t stage_bytes;  // of the weight
   bool fours;            // whether four neighbouring outputs can be stored at once
@@ -328,7 +329,7 @@ ALPHAPRUNE_DEVICE void multiply_wide(const WideProblem& p, const WideShared& sha
       past += share.width();
     }
     float sum[kTokens / 2] = {};
-    uint32_t a[2][kWideAtOnce][4] = {};
+    uint32_t a[kWideSets][kWideAtOnce][4] = {};
     ALPHAPRUNE_NO_UNROLL
     for (; number < past; number += p.slices) {  // cubins: main: the loop around it runs once per round
       const uint32_t barrier = full + stage.index * 2 * kMbarrierBytes;
@@ -343,7 +344,7 @@ ALPHAPRUNE_DEVICE void multiply_wide(const WideProblem& p, const WideShared& sha
       uint4 next = mine.words(meta, 0);
       ALPHAPRUNE_UNROLL
       for (int first = 0; first < kChunkSteps; first += kWideAtOnce) {
-        auto& set = a[first / kWideAtOnce % 2];
+        auto& set = a[first / kWideAtOnce % kWideSets];
         ALPHAPRUNE_UNROLL
         for (int i = 0; i < kWideAtOnce; ++i) {
           const uint4 words = next;
@@ -357,11 +358,11 @@ ALPHAPRUNE_DEVICE void multiply_wide(const WideProblem& p, const WideShared& sha
           wgmma<Value, kTokens>(sum, set[i], operand_further(boxes, box * kTokens * kSwizzleBytes + further));
         }
         wgmma_commit();
-        // The steps before are complete: their operands may be written again. After the last ones, the stage.
+        // Those that took the operands which are decoded next are complete; after the last ones, all of the stage.
         if (first + kWideAtOnce == kChunkSteps) {
           wgmma_wait<0>();
-        } else if (first) {
-          wgmma_wait<1>();
+        } else if (first + 2 * kWideAtOnce > kWideSets * kWideAtOnce) {
+          wgmma_wait<kWideSets - 1>();
         }
       }
       sync_warp();  // every lane has read
