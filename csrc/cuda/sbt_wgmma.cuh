@@ -3,9 +3,9 @@
 // rounds of as many as its warps have. Each warp decodes a row tile into the registers of wgmma's operand a, for all
 // tokens at once. One more warpgroup lets the memory system bring x (TMA, swizzled) and the packed weight into a ring
 // of stages of 128 columns through nearly all shared memory, from one round to the next without a pause: one warp alone
-// could not order so many copies in time, as those of its lanes go one after another. Where there are
-// several warpgroups for the same rows, `slices`, they take the stages in turn. At the end of a round they add up
-// through shared memory, and where a cluster shares the columns, through that of its blocks, in a fixed order.
+// could not order so many copies in time, as those of its lanes go one after another. Where there are several
+// warpgroups for the same rows, `slices`, they take the stages in turn. At the end of a round they add up through
+// shared memory, and where a cluster shares the columns, through that of its blocks, in a fixed order.
 #pragma once
 
 #include "chunk.cuh"
