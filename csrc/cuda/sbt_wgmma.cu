@@ -6,8 +6,8 @@
 namespace alphaprune::cuda {
 namespace {
 
-// Clocks of an H200, fitted to what bench/wide.py measured: to begin and end a block; to end a round, and, more, one
-// whose sums go through the shared memory of a cluster, each for 8 tokens besides.
+// Clocks of an H200, fitted to what bench/wide.py measured (bench/wide_fit.py): to begin and end a block; to end a
+// round, and, more, one whose sums go through the shared memory of a cluster, each for 8 tokens besides.
 constexpr int64_t kBlock = 1855, kRound = 9461, kRoundTokens = 213, kCluster = 41, kClusterTokens = 1;
 // For a chunk: of a row tile, by a warp alone; of a row tile, where all warps are busy, for 8 tokens besides; to order
 // its copies, for four row tiles besides.

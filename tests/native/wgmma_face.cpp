@@ -33,3 +33,18 @@ extern "C" const char* sbt_wgmma_emulated(const void* const* weight, const int64
     return "it does not fit";
   return cuda::last_failure().c_str();
 }
+
+// How the work of a layer would be shared: counts: rows, cols, units of the largest chunk, tokens, multiprocessors,
+// bytes of shared memory; way: groups, slices, splits, or zeros where nothing fits.
+extern "C" void sbt_wgmma_way(const int64_t* counts, int64_t* way) {
+  cuda::WideProblem p{};
+  p.row_tiles = static_cast<int>(ceil_div(counts[0], sbt::kTileRows));
+  p.col_tiles = static_cast<int>(ceil_div(counts[1], sbt::kTileCols));
+  p.value_bytes = static_cast<uint32_t>(counts[2]) * 16;
+  const cuda::Device device{90, static_cast<int>(counts[4]), static_cast<int>(counts[5])};
+  const bool fits =
+      cuda::by_tokens(counts[3], [&](auto box) { return cuda::share(&p, box(), device, {}) ? 0 : 1; }) == 0;
+  way[0] = fits ? p.groups : 0;
+  way[1] = fits ? p.slices : 0;
+  way[2] = fits ? p.splits : 0;
+}
