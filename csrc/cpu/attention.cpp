@@ -11,7 +11,8 @@ namespace alphaprune {
 namespace {
 
 // Vectors that every CPU of the compiler's baseline has: SSE2, or those of aarch64.
-const AttentionLoop kAttendAny = {"any", AnyLoop<Lanes<4, 8>>::rotate, AnyLoop<Lanes<4, 8>>::chunk};
+const AttentionLoop kAttendAny = {"any", AnyLoop<Lanes<4, 8>>::rotate, AnyLoop<Lanes<4, 8>>::chunk,
+                                  AnyLoop<Lanes<4, 8>>::norm};
 
 // How the work on the keys is cut: a task is a chunk of one sequence for some queries of one key head.
 class Tasks {
@@ -99,16 +100,6 @@ void join(const Attention& p, const Tasks& tasks, const Tasks::Task& task, int64
   store(p, task, queries, all, total);
 }
 
-const AttentionLoop& loop_named(const std::string& name) {
-  for (const AttentionLoop* const* loop = attention_loops(); *loop; ++loop) {
-    if (!name.empty() && name != (*loop)->name) continue;
-    const std::string reason = unavailable(**loop);
-    if (reason.empty()) return **loop;
-    if (!name.empty()) throw std::invalid_argument(name + ": " + reason);
-  }
-  throw std::invalid_argument(name + " was not compiled in");
-}
-
 // Memory of one call: each part on 64 bytes.
 template <class T>
 T* take(char*& at, int64_t count) {
@@ -140,10 +131,20 @@ std::string unavailable(const AttentionLoop& loop) {
   return {};
 }
 
+const AttentionLoop& attention_loop(const std::string& name) {
+  for (const AttentionLoop* const* loop = attention_loops(); *loop; ++loop) {
+    if (!name.empty() && name != (*loop)->name) continue;
+    const std::string reason = unavailable(**loop);
+    if (reason.empty()) return **loop;
+    if (!name.empty()) throw std::invalid_argument(name + ": " + reason);
+  }
+  throw std::invalid_argument(name + " was not compiled in");
+}
+
 void attend(const Attention& p, const std::string& name) {
   if (p.sequences == 0) return;
-  static const AttentionLoop& best = loop_named({});
-  const AttentionLoop& loop = name.empty() ? best : loop_named(name);
+  static const AttentionLoop& best = attention_loop();
+  const AttentionLoop& loop = name.empty() ? best : attention_loop(name);
   const int64_t shared = p.heads / p.key_heads;
 
   thread_local Buffer index, memory;

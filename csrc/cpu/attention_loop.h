@@ -1,5 +1,5 @@
-// The loops of attention.h for any width of vectors, by the compiler's own vector types. An ISA's file replaces what
-// the compiler does badly. Nothing that the C++ library defines inline is called: see convert.h.
+// The loops of attention.h, and of norm.h, for any width of vectors, by the compiler's own vector types. An ISA's file
+// replaces what the compiler does badly. Nothing that the C++ library defines inline is called: see convert.h.
 #pragma once
 
 #include <math.h>
@@ -284,9 +284,69 @@ struct Loop {
   }
 };
 
-// The loop of an ISA, whatever the dtype is.
+// One number beside the vectors, as they have it.
+inline float one_of(float value) { return value; }
+inline float one_of(uint16_t half) { return bfloat16_to_float(half); }
+inline float rounded_one(float value, float) { return value; }
+inline float rounded_one(float value, uint16_t) { return bfloat16_to_float(float_to_bfloat16(value)); }
+inline void store_one(float* to, float value) { *to = value; }
+inline void store_one(uint16_t* to, float value) { *to = float_to_bfloat16(value); }
+
+// RMSNorm of a row. There are 16 sums side by side for vectors of any width, so that they are added in one order.
+template <class L, class T>
+struct NormLoop {
+  using V = typename L::V;
+  static constexpr int64_t kLanes = L::kLanes, kStep = 16, kVectors = kStep / kLanes;
+
+  static void row(const Norm& p, int64_t row) {
+    T* h = static_cast<T*>(p.h) + row * p.cols;
+    const T* delta = p.delta ? static_cast<const T*>(p.delta) + row * p.cols : nullptr;
+    const T* weight = static_cast<const T*>(p.weight);
+    T* out = static_cast<T*>(p.out) + row * p.cols;
+    V squares[kVectors] = {};
+    const int64_t whole = p.cols / kStep * kStep;
+    for (int64_t k = 0; k < whole; k += kStep)
+      for (int64_t i = 0; i < kVectors; ++i) {
+        V v = L::load(h + k + i * kLanes);
+        if (delta) {
+          v = L::round(v + L::load(delta + k + i * kLanes), T{});
+          L::store(h + k + i * kLanes, v);
+        }
+        squares[i] += v * v;
+      }
+    float sums[kStep];
+    for (int64_t i = 0; i < kVectors; ++i) L::store(sums + i * kLanes, squares[i]);
+    for (int64_t k = whole; k < p.cols; ++k) {
+      float one = one_of(h[k]);
+      if (delta) {
+        one = rounded_one(one + one_of(delta[k]), T{});
+        store_one(h + k, one);
+      }
+      sums[k % kStep] += one * one;
+    }
+    for (int64_t width = kStep / 2; width > 0; width /= 2)
+      for (int64_t i = 0; i < width; ++i) sums[i] += sums[i + width];
+    const float scale = 1.0f / sqrtf(sums[0] / static_cast<float>(p.cols) + p.epsilon);
+    const V factor = L::splat(scale);
+    for (int64_t k = 0; k < whole; k += kLanes)
+      L::store(out + k, L::round(L::round(L::load(h + k) * factor, T{}) * L::load(weight + k), T{}));
+    for (int64_t k = whole; k < p.cols; ++k)
+      store_one(out + k, rounded_one(one_of(h[k]) * scale, T{}) * one_of(weight[k]));
+  }
+};
+
+// The loops of an ISA, whatever the dtype is.
 template <class L>
 struct AnyLoop {
+  static void norm(const Norm& p) {
+    for (int64_t row = 0; row < p.rows; ++row) {
+      if (p.dtype == Dtype::float32) {
+        NormLoop<L, float>::row(p, row);
+      } else {
+        NormLoop<L, uint16_t>::row(p, row);
+      }
+    }
+  }
   static void rotate(const Attention& p, int64_t sequence, int64_t key_head, float* q) {
     if (p.dtype == Dtype::float32) return Loop<L, float>::rotate(p, sequence, key_head, q);
     Loop<L, uint16_t>::rotate(p, sequence, key_head, q);

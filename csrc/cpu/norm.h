@@ -1,6 +1,8 @@
 // RMSNorm of a few rows: one call, where a library takes a dozen small ones.
 #pragma once
 
+#include <string>
+
 #include "../layout.h"
 
 namespace alphaprune {
@@ -17,7 +19,8 @@ struct Norm {
 };
 
 // h += delta, in place and rounded; out = h / sqrt(mean(h^2) + epsilon) * weight, in half precision rounded before the
-// weight, too (Zhang and Sennrich, NeurIPS 2019, as transformers rounds it).
-void rms_norm(const Norm& p);
+// weight, too (Zhang and Sennrich, NeurIPS 2019, as transformers rounds it). By the widest loop of attention.h that
+// runs here, or that of the name.
+void rms_norm(const Norm& p, const std::string& loop = {});
 
 }  // namespace alphaprune

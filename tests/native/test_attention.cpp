@@ -303,6 +303,48 @@ void check_large(const char* loop, uint32_t& seed) {
   }
 }
 
+// RMSNorm of rows of any length: h is the exact sum, rounded once, and out within the roundings of its own steps.
+void check_norm(const char* loop, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal(0, 1);
+  for (const Dtype dtype : kDtypes)
+    for (const int64_t cols : {1, 3, 15, 16, 17, 40, 4096})
+      for (const bool added : {false, true}) {
+        const int64_t rows = 1 + cols % 3, all = rows * cols;
+        const Guarded h(all * size_of(dtype)), delta(all * size_of(dtype)), out(all * size_of(dtype));
+        const Guarded weight(cols * size_of(dtype));
+        std::vector<double> wanted(all);
+        for (int64_t i = 0; i < cols; ++i) store_float(weight.as<void>(), i, dtype, normal(random));
+        for (int64_t i = 0; i < all; ++i) {
+          store_float(h.as<void>(), i, dtype, normal(random));
+          store_float(delta.as<void>(), i, dtype, normal(random));
+          const float before = load_float(h.as<void>(), i, dtype), more = load_float(delta.as<void>(), i, dtype);
+          float sum = before + (added ? more : 0.0f);
+          if (dtype == Dtype::bfloat16) sum = bfloat16_to_float(float_to_bfloat16(sum));
+          wanted[i] = sum;
+        }
+        const Norm p{
+            h.as<void>(), added ? delta.as<void>() : nullptr, weight.as<void>(), out.as<void>(), rows, cols, dtype,
+            1e-5f};
+        rms_norm(p, loop);
+        for (int64_t row = 0; row < rows; ++row) {
+          double squares = 0;
+          for (int64_t i = 0; i < cols; ++i) squares += wanted[row * cols + i] * wanted[row * cols + i];
+          const double scale = 1 / std::sqrt(squares / static_cast<double>(cols) + 1e-5);
+          for (int64_t i = 0; i < cols; ++i) {
+            const int64_t at = row * cols + i;
+            EXPECT(load_float(h.as<void>(), at, dtype) == static_cast<float>(wanted[at]), "%s: h[%ld]", loop, at);
+            const double y = wanted[at] * scale * load_float(weight.as<void>(), i, dtype);
+            const double got = load_float(out.as<void>(), at, dtype);
+            // The sum of squares of one sign, its root and quotient, two products; of bfloat16 two roundings more.
+            const double bound = std::fabs(y) * (static_cast<double>(cols) / 16 + 12) * kUnit;
+            const double rounding = dtype == Dtype::bfloat16 ? 2 * 0x1.02p-8 * std::fabs(y) : 0;
+            EXPECT(std::fabs(got - y) <= bound + rounding, "%s: norm of %ld: %g, wanted %g", loop, cols, got, y);
+          }
+        }
+      }
+}
+
 // What attention.h's loops say of exp: scores that are exact numbers, and values that keep the weights apart.
 void check_exp(const char* loop) {
   constexpr int64_t kDim = 64, kSteps = 200;  // 1 / sqrt(64) is exact; a key for each dimension
@@ -394,6 +436,7 @@ int main(int count, char** names) {
     check_shapes(name, seed, quick);
     check_large(name, seed);
     check_exp(name);
+    check_norm(name, seed++);
     check_same_bits(name);
     std::printf("%s: %u steps\n", name, seed);
   }
