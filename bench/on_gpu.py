@@ -66,7 +66,7 @@ APART = ("-n", "6", "-o", "faulthandler_timeout=60") if importlib.util.find_spec
 SERVE = ["--device", "cuda", "--engine", "alphaprune", "--clients", "1,8", "--rounds", "1"]
 TUNE = ["-m", "alphaprune", "bench", "--tune", "--quick", "--minutes", "0.8", "--device", "cuda"]
 STEPS = (
-    Step("steps", 60, pytest("-n", "4", "tests/test_decoder_gpu.py") if APART else pytest("tests/test_decoder_gpu.py")),
+    Step("steps", 60, pytest(*APART, "tests/test_decoder_gpu.py")),
     Step("decode", 150, bench("decode.py", *DECODE), "decode_gpu.jsonl"),
     Step("ways", 45, bench("wide.py", "--seconds", "25"), "wide.jsonl"),
     Step("tests", 240, pytest(*APART, *(f"tests/test_{name}.py" for name in TESTS))),

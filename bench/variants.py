@@ -14,7 +14,6 @@ tokens, seconds, dense          of sbt_wgmma as it shares the work by itself; of
 
 import argparse
 import importlib.util
-import itertools
 import json
 import os
 import shutil
@@ -159,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
                 break
             asked = ["--time", modules[variant], *(["--nonsense"] if variant in NONSENSE else [])]
             done = subprocess.run([sys.executable, __file__, *asked], stdout=subprocess.PIPE, text=True, check=False)
-            for text in itertools.takewhile(bool, done.stdout.splitlines()):
+            for text in done.stdout.splitlines():
                 row = {"variant": variant} | json.loads(text)
                 print(line(row), flush=True)
                 if options.out:

@@ -234,11 +234,9 @@ def bind_wide_group(weights: Sequence[Packed], swiglu: bool) -> Together | None:
 
 def _wide(packed: Packed) -> tuple[Any, Packed]:
     """The native weight, and what it reads."""
-    index = packed.device.index or 0
-    _device(index)
-    aligned = packed.map(_aligned)
+    _, aligned = handles(packed)  # those of sbt_mma, which has fewer tokens of it
     addresses = aligned.weight.data_ptr(), aligned.mask.data_ptr(), aligned.offsets.data_ptr()
-    units = stage_units(packed, load().CHUNK_TILES)
+    units, index = stage_units(packed, load().CHUNK_TILES), packed.device.index or 0
     return load().WideWeight(*addresses, *packed.shape, native.DTYPES[packed.dtype], units, index), aligned
 
 

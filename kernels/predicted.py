@@ -95,9 +95,8 @@ COUNTS: dict[str, dict[tuple[str, int], tuple[float, float]]] = {
     },
 }
 MOST = {"delta_spmv": 4, "nm_mma_sp": 64, "sbt_mma": 64, "sbt_wgmma": 256}  # tokens of one call
-# What an H200 took over what the parts say, 28672x4096 at 50 % (bench/results/gpu.jsonl and wide.jsonl):
-# latencies are not hidden. Of
-# int8 values it is a guess.
+# What an H200 took over what the parts say, 28672x4096 at 50 % (bench/results/gpu.jsonl and wide.jsonl): latencies are
+# not hidden. Of int8 values it is a guess.
 OVER = {
     ("sbt_mma", 32): 1.4,
     ("sbt_mma", 64): 2.4,
