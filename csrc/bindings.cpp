@@ -51,7 +51,7 @@ Dtype float_of(int32_t code) {
 class Weight {
  public:
   Weight(Address values, Address mask, Address offsets, Address scale, int64_t rows, int64_t cols, int64_t groups,
-         int32_t dtype, const std::string& isa)
+         int32_t dtype, bool to_bytes, const std::string& isa)
       : view_{at<const void>(values),
               at<const uint32_t>(mask),
               at<const uint32_t>(offsets),
@@ -59,13 +59,15 @@ class Weight {
               cols,
               dtype_of(dtype),
               at<const float>(scale),
-              groups},
+              groups,
+              to_bytes},
         isa_(isa_named(isa)) {
     if (rows < 1 || cols < 1) throw std::invalid_argument("a packed weight has at least one row and one column");
     const bool scaled = view_.dtype == Dtype::int8;
     if (scaled ? groups != 1 && groups != ceil_div(cols, sbt::kScaleCols) : groups != 0)
       throw std::invalid_argument("scales come with int8 values, one per row or per 128 columns of a row");
     if (scaled && !scale) throw std::invalid_argument("int8 values need scales");
+    if (to_bytes && !scaled) throw std::invalid_argument("activations are rounded to 8 bits beside int8 values only");
   }
 
   void multiply(Address x, int32_t dtype, int64_t tokens, int64_t stride, Address bias, int32_t bias_dtype,
@@ -251,7 +253,7 @@ PYBIND11_MODULE(_native, m) {
     return count_bits(at<const uint32_t>(words), count);
   });
   py::class_<Weight>(m, "Weight")
-      .def(py::init<Address, Address, Address, Address, int64_t, int64_t, int64_t, int32_t, const std::string&>())
+      .def(py::init<Address, Address, Address, Address, int64_t, int64_t, int64_t, int32_t, bool, const std::string&>())
       .def("multiply", &Weight::multiply)
       .def("expand", &Weight::expand);
   py::class_<Group>(m, "Group")

@@ -58,6 +58,7 @@ struct View {
   Dtype dtype;
   const float* scale = nullptr;  // int8: [N, groups], W = value * scale; null for floats
   int64_t groups = 0;            // int8: 1, or ceil(K / 128); 0 for floats
+  bool to_bytes = false;         // int8: activations may be rounded to 8 bits
 
   // Whether scales change along a row, so that they cannot wait until a row is summed.
   bool grouped() const { return groups > 1; }

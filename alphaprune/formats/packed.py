@@ -18,6 +18,8 @@ class Packed:
     offsets: int32 [R * C + 1], bit patterns of u32, units of 8 values.
     shape: (N, K).
     scale: of int8 values, float32 [N] or [N, ceil(K / 128)]: W[n, k] = value * scale[n, k // 128]. None for floats.
+    activations: torch.int8 where kernels may round x to 8 bits beside int8 values: each token's in units of 1 / 127 of
+        the largest of 128 columns. None: they round no coarser than to 16 bits. Nothing of it is stored.
     """
 
     weight: Tensor
@@ -25,6 +27,7 @@ class Packed:
     offsets: Tensor
     shape: tuple[int, int]
     scale: Tensor | None = None
+    activations: torch.dtype | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -63,7 +66,8 @@ class Packed:
 
     def of(self, tensors: Sequence[Tensor]) -> "Packed":
         """The same packed weight made of others, which come in the order of `tensors`."""
-        return Packed(*tensors[:3], self.shape, *tensors[3:])
+        scale = None if self.scale is None else tensors[3]
+        return Packed(*tensors[:3], self.shape, scale, self.activations)
 
     def to(self, device: torch.device | str) -> "Packed":
         """The same packed weight on another device."""
