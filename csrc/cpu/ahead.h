@@ -6,10 +6,14 @@
 namespace alphaprune {
 namespace {
 
+template <int kLines, int kWords, int64_t kBy>
+struct AsksFar;
+
 // Both ways have start(tile's mask, values, their bytes) and then word(q, values) at the mask words, where q is known
 // to the compiler. Near: into L1, from where the words lie; kEach: not only for every other word.
 template <bool kEach = false>
 struct AsksNear {
+  using There = AsksFar<16, sbt::kWords, 0>;
   static constexpr bool kAgain = true;  // whether it helps those who read the same once more
   void start(const uint32_t* mask, const void*, int64_t) {
     prefetch(mask);
@@ -23,12 +27,14 @@ struct AsksNear {
 // Far: into L2, at even distances over what the values of a tile take, so that no line is left out where more than one
 // lies between two words. On a Zen 4, whose L1 waits for few lines at a time, one token took 1.2 to 1.3 times as long
 // with Near at 50 and 70 %; 4 KB ahead was slower, 12 and 16 as fast, and so were 32 lines a tile instead of 24.
-struct Far {
-  static constexpr int64_t kFar = 8192;
+// Not ahead, by 0: what `start` is given is then not read yet.
+constexpr int64_t kFarBytes = 8192;
+template <int64_t kBy>
+struct AsksBy {
   const char* next = nullptr;
   int64_t step = 0;
 
-  static void line(const void* p) { _mm_prefetch(static_cast<const char*>(p) + kFar, _MM_HINT_T1); }
+  static void line(const void* p) { _mm_prefetch(static_cast<const char*>(p) + kBy, _MM_HINT_T1); }
   void start(const uint32_t* mask, const void* value, int64_t bytes, int64_t lines) {
     line(mask);
     line(mask + 16);
@@ -41,14 +47,17 @@ struct Far {
   }
 };
 
+using Far = AsksBy<kFarBytes>;
+
 // kLines of a tile, kWords of it that `word` is called at.
-template <int kLines, int kWords = sbt::kWords>
-struct AsksFar : Far {
+template <int kLines, int kWords = sbt::kWords, int64_t kBy = kFarBytes>
+struct AsksFar : AsksBy<kBy> {
   static_assert(kLines * 4 == kWords * 3 || kWords % kLines == 0, "at three of four words, or at one of several");
   static constexpr bool kAgain = false;
-  void start(const uint32_t* mask, const void* value, int64_t bytes) { Far::start(mask, value, bytes, kLines); }
+  using There = AsksFar<kLines, kWords, 0>;  // the same of tiles that do not follow one another
+  void start(const uint32_t* mask, const void* value, int64_t bytes) { AsksBy<kBy>::start(mask, value, bytes, kLines); }
   void word(int q, const void*) {
-    if (kLines * 4 == kWords * 3 ? q % 4 != 3 : q % (kWords / kLines) == 0) more();
+    if (kLines * 4 == kWords * 3 ? q % 4 != 3 : q % (kWords / kLines) == 0) this->more();
   }
 };
 

@@ -29,7 +29,7 @@ void dense_tokens(const Product& p, int64_t row_tile, int64_t token) {
     for (auto& of_row : sum)
       for (auto& of_token : of_row)
         for (auto& v : of_token) v = _mm512_setzero_ps();
-    const int64_t ahead = kRows == 1 ? Far::kFar / static_cast<int64_t>(sizeof(Element)) : kRows * cols;
+    const int64_t ahead = kRows == 1 ? kFarBytes / static_cast<int64_t>(sizeof(Element)) : kRows * cols;
     int64_t k = 0;
     for (; k + kSums * kStep <= cols; k += kSums * kStep) {
 #pragma GCC unroll 4

@@ -105,7 +105,7 @@ class Forms {
   }
 
  private:
-  static constexpr int kDtypes = 4, kMostLayouts = 3;  // per dtype
+  static constexpr int kDtypes = 4, kMostLayouts = 4;  // per dtype
 
   struct Form {
     int key;

@@ -20,7 +20,7 @@ constexpr int64_t kResident = 1 << 20;  // or 2, where the activations of a pass
 
 constexpr int64_t kTokens = 16;                  // of a tile
 constexpr int64_t kTileBytes = 1024;             // 16 rows x 64 bytes
-constexpr int64_t kMacroBytes = 2 * kTileBytes;  // activations of 64 columns: bfloat16, or high and low bytes
+constexpr int64_t kMacroBytes = 2 * kTileBytes;  // activations of 64 columns: bfloat16, or low and high bytes
 constexpr int64_t kPairRows = 2;                 // row tiles that are multiplied together
 static_assert(kTokens == kTokenBlock && kPanelTiles * sbt::kTileCols % kGroupCols == 0, "panels hold whole groups");
 
@@ -112,15 +112,16 @@ class Feed {
 struct Layout {
   explicit Layout(const sbt::View& weight)
       : tiles(weight.col_tiles()),
+        macro_bytes(rounds_to_bytes(weight) ? kTileBytes : kMacroBytes),
         groups(weight.dtype == Dtype::int8 ? ceil_div(weight.padded_cols(), kGroupCols) : 0),
-        stride(tiles * kMacroBytes + (weight.dtype == Dtype::int8 ? (groups + 1) * 64 : 0)) {}
+        stride(tiles * macro_bytes + (weight.dtype == Dtype::int8 ? (groups + 1) * 64 : 0)) {}
 
   uint8_t* block(const void* base, int64_t token) const {
     return const_cast<uint8_t*>(static_cast<const uint8_t*>(base)) + token / kTokens * stride;
   }
-  float* units(uint8_t* block) const { return reinterpret_cast<float*>(block + tiles * kMacroBytes); }
+  float* units(uint8_t* block) const { return reinterpret_cast<float*>(block + tiles * macro_bytes); }
 
-  int64_t tiles, groups, stride;
+  int64_t tiles, macro_bytes, groups, stride;
 };
 
 // One panel and the tokens of a pass.
@@ -216,9 +217,12 @@ struct Bfloat16Tiles {
 
 // int8: two words are a quarter of four rows. The sums of a group, exact integers per byte of the activations, are
 // folded into those of the token tile while the next group is multiplied.
+template <int kBytes>
 struct IntegerTiles {
   static constexpr int64_t kPanelBytes = kTileBytes, kRowBytes = kPanelTiles * kPanelBytes;
-  static constexpr int64_t kStageBytes = 2 * kPairRows * kTileBytes;  // [row tile][high, low]
+  static constexpr int64_t kStageBytes = kBytes * kPairRows * kTileBytes;  // [row tile][low, high]
+  static constexpr int64_t kFoldRows = 8 / kBytes;                         // between two products
+  static constexpr int64_t kXBytes = kBytes * kTileBytes;                  // activations of 64 columns
 
   static void expand(const sbt::View& weight, int64_t tile, uint8_t* panel) {
     const uint8_t* value = tile_values<uint8_t>(weight, tile);
@@ -250,10 +254,11 @@ struct IntegerTiles {
     void step(int64_t count) {
       for (const int64_t end = row + count < rows ? row + count : rows; row < end; ++row) {
         const int64_t r = row % 16;
-        const int32_t* from = stage + row / 16 * 512 + r * 16;
+        const int32_t* from = stage + row / 16 * (kXBytes / 4) + r * 16;
         float* to = sums + row / 16 * (kSumsRow / 4) + r * 16;
-        const __m512i high = _mm512_slli_epi32(_mm512_load_si512(from), 8);
-        __m512 total = _mm512_cvtepi32_ps(_mm512_add_epi32(high, _mm512_load_si512(from + 256)));
+        __m512i sum = _mm512_load_si512(from);
+        if (kBytes == 2) sum = _mm512_add_epi32(sum, _mm512_slli_epi32(_mm512_load_si512(from + 256), 8));
+        __m512 total = _mm512_cvtepi32_ps(sum);
         if (scales) total = _mm512_mul_ps(total, _mm512_set1_ps(scales[row]));
         _mm512_store_ps(to, _mm512_fmadd_ps(total, unit, _mm512_load_ps(to)));
       }
@@ -265,35 +270,35 @@ struct IntegerTiles {
   static void group(const uint8_t* panel, int64_t width, const uint8_t* x, uint8_t* stage, Fold& fold,
                     Feed<IntegerTiles>& feed) {
     _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (kRows > 1) {
-      _tile_zero(2);
-      _tile_zero(3);
-    }
-    for (int64_t i = 0; i < width; ++i, panel += kPanelBytes, x += kMacroBytes) {
+    if constexpr (kBytes > 1) _tile_zero(1);
+    if constexpr (kRows > 1) _tile_zero(2);
+    if constexpr (kRows > 1 && kBytes > 1) _tile_zero(3);
+    for (int64_t i = 0; i < width; ++i, panel += kPanelBytes, x += kXBytes) {
       _tile_loadd(4, panel, 64);
       _tile_loadd(6, x, 64);
       _tile_dpbssd(0, 4, 6);
-      fold.step(4);
-      _tile_loadd(7, x + kTileBytes, 64);
-      _tile_dpbsud(1, 4, 7);
-      fold.step(4);
+      fold.step(kFoldRows);
+      if constexpr (kBytes > 1) {
+        _tile_loadd(7, x + kTileBytes, 64);
+        _tile_dpbssd(1, 4, 7);
+        fold.step(kFoldRows);
+      }
       if constexpr (kRows > 1) {
         _tile_loadd(5, panel + kRowBytes, 64);
         _tile_dpbssd(2, 5, 6);
-        fold.step(4);
-        _tile_dpbsud(3, 5, 7);
-        fold.step(4);
+        fold.step(kFoldRows);
+      }
+      if constexpr (kRows > 1 && kBytes > 1) {
+        _tile_dpbssd(3, 5, 7);
+        fold.step(kFoldRows);
       }
       feed.offer();
     }
     fold.step(fold.rows);
     _tile_stored(0, stage, 64);
-    _tile_stored(1, stage + kTileBytes, 64);
-    if constexpr (kRows > 1) {
-      _tile_stored(2, stage + 2 * kTileBytes, 64);
-      _tile_stored(3, stage + 3 * kTileBytes, 64);
-    }
+    if constexpr (kBytes > 1) _tile_stored(1, stage + kTileBytes, 64);
+    if constexpr (kRows > 1) _tile_stored(2, stage + kXBytes, 64);
+    if constexpr (kRows > 1 && kBytes > 1) _tile_stored(3, stage + 3 * kTileBytes, 64);
   }
 
   template <int kRows>
@@ -311,7 +316,7 @@ struct IntegerTiles {
       uint8_t* block = turn.layout.block(p.x, turn.token + b * kTokens);
       for (int64_t c = 0; c < turn.width; c += 2, stage ^= kStageBytes) {
         const int64_t col_tile = turn.col_tile + c;
-        group<kRows>(turn.panel + c * kPanelBytes, turn.width - c < 2 ? 1 : 2, block + col_tile * kMacroBytes,
+        group<kRows>(turn.panel + c * kPanelBytes, turn.width - c < 2 ? 1 : 2, block + col_tile * kXBytes,
                      turn.stages + stage, fold, feed);
         fold.stage = reinterpret_cast<const int32_t*>(turn.stages + stage);
         fold.sums = reinterpret_cast<float*>(turn.sums + b * kTileBytes);
@@ -332,22 +337,22 @@ struct IntegerTiles {
     for (int64_t t = 0; t < kTokens; ++t) exact[t] = 0;
     for (int64_t g = 0; g < layout.groups; ++g) {
       const int64_t col = g * kGroupCols;
-      alignas(64) uint8_t bytes[2][kTokens][kGroupCols] = {};  // high, low
+      alignas(64) uint8_t bytes[kTokens][kBytes][kGroupCols] = {};
       for (int64_t t = 0; t < kTokens; ++t) {
         float unit = 0;
         if (first + t < last) {
           const char* from = static_cast<const char*>(x.data) + (first + t) * x.stride * size_of(x.dtype);
-          unit = round_group<0>(from, x.dtype, col, weight.cols, padded, bytes[0][t], bytes[1][t]).unit;
+          unit = round_group<kBytes>(from, x.dtype, col, weight.cols, padded, bytes[t][0]).unit;
         }
         if (is_nan(unit)) exact[t] = 1;
         units[g * kTokens + t] = is_nan(unit) ? 0 : unit;
       }
       for (int64_t c = 0; c < 2 && col + c * sbt::kTileCols < padded; ++c)
-        for (int64_t half = 0; half < 2; ++half) {
+        for (int64_t b = 0; b < kBytes; ++b) {
           __m512i v[16];
-          for (int64_t t = 0; t < kTokens; ++t) v[t] = _mm512_load_si512(bytes[half][t] + c * sbt::kTileCols);
+          for (int64_t t = 0; t < kTokens; ++t) v[t] = _mm512_load_si512(bytes[t][b] + c * sbt::kTileCols);
           transpose(v);
-          uint8_t* to = block + (2 * g + c) * kMacroBytes + half * kTileBytes;
+          uint8_t* to = block + (2 * g + c) * kXBytes + b * kTileBytes;
           for (int64_t i = 0; i < 16; ++i) _mm512_store_si512(to + i * 64, v[i]);
         }
     }
@@ -365,7 +370,8 @@ class Sweep {
  public:
   static constexpr int64_t kSumsBytes = kGroupRows * kSumsRow;
   static constexpr int64_t kPanelBytes = kPairRows * Kind::kRowBytes;
-  static_assert(kSumsBytes + 2 * kPanelBytes + 2 * IntegerTiles::kStageBytes <= kScratchBytes, "all fits the scratch");
+  static_assert(kSumsBytes + 2 * kPanelBytes + 2 * IntegerTiles<2>::kStageBytes <= kScratchBytes,
+                "all fits the scratch");
 
   Sweep(const Product& p, int64_t begin, int64_t end, void* scratch)
       : p_(p), layout_(p.weight), end_(end), job_{begin, 0, 0, begin}, sums_(static_cast<uint8_t*>(scratch)) {
@@ -458,14 +464,18 @@ class Sweep {
 // Whether the tiles compute this product.
 bool tiled(const Activations& x, const sbt::View& weight) {
   if (x.tokens < kLeastTokens) return false;
-  if (weight.dtype == Dtype::int8) return x.dtype != Dtype::float32;
+  if (weight.dtype == Dtype::int8) return rounds(x, weight);
   return weight.dtype == Dtype::bfloat16 && x.dtype == Dtype::bfloat16;
 }
 
 void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
   if (!tiled(p.given, p.weight)) return kAvx512.product(p, begin, end, scratch);
   if (p.weight.dtype != Dtype::int8) return Sweep<Bfloat16Tiles>(p, begin, end, scratch).run();
-  Sweep<IntegerTiles>(p, begin, end, scratch).run();
+  if (rounds_to_bytes(p.weight)) {
+    Sweep<IntegerTiles<1>>(p, begin, end, scratch).run();
+  } else {
+    Sweep<IntegerTiles<2>>(p, begin, end, scratch).run();
+  }
   const Layout layout(p.weight);
   for (int64_t t = 0; t < p.tokens; ++t)
     if (layout.units(layout.block(p.x, t))[layout.groups * kTokens + t % kTokens] != 0)
@@ -483,11 +493,14 @@ int64_t prepared_bytes(const Activations& x, const sbt::View& weight) {
 
 void prepare(const Activations& x, const sbt::View& weight, int64_t first, int64_t last, void* to) {
   if (!tiled(x, weight)) return kAvx512.prepare(x, weight, first, last, to);
-  if (weight.dtype == Dtype::int8) return IntegerTiles::prepare(x, weight, first, last, to);
+  if (rounds_to_bytes(weight)) return IntegerTiles<1>::prepare(x, weight, first, last, to);
+  if (weight.dtype == Dtype::int8) return IntegerTiles<2>::prepare(x, weight, first, last, to);
   Bfloat16Tiles::prepare(x, weight, first, last, to);
 }
 
-int layout(const Activations& x, const sbt::View& weight) { return tiled(x, weight) ? 2 : kAvx512.layout(x, weight); }
+int layout(const Activations& x, const sbt::View& weight) {
+  return tiled(x, weight) && !rounds_to_bytes(weight) ? 2 : kAvx512.layout(x, weight);
+}
 
 }  // namespace
 

@@ -157,7 +157,7 @@ void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
     if (p.tokens == 4) return fused_pairs<SplitBfloat16, 4>(p, begin, end, scratch);
     return Panel<SplitBfloat16>::product(p, begin, end, scratch);
   }
-  if (rounds(p.given, p.weight)) return Integer<NearBytes>::product(p, begin, end, scratch);
+  if (rounds(p.given, p.weight)) return integer_product<NearBytes>(p, begin, end, scratch);
   if (p.tokens > 1) return Panel<Float32>::product(p, begin, end, scratch);
   if (p.weight.dtype == Dtype::int8) return exact_integers<NearBytes>(p, begin, end, 0);
   if (p.weight.dtype == Dtype::float32) return fused_float32<Float32Value, uint32_t>(p, begin, end);
@@ -197,23 +197,21 @@ void convert(const void* from, Dtype dtype, int64_t count, int64_t padded, float
 
 int64_t prepared_bytes(const Activations& x, const sbt::View& weight) {
   if (skips_zeros(x, weight)) return kSkips->prepared_bytes(x, weight);
-  if (rounds(x, weight)) return Rounded(weight, x.tokens).bytes();
+  if (rounds(x, weight)) return integer_bytes(x, weight);
   if (weight.dtype != Dtype::bfloat16) return row_bytes(x, weight);
   return x.tokens * weight.padded_cols() * static_cast<int64_t>(sizeof(float));
 }
 
 void prepare(const Activations& x, const sbt::View& weight, int64_t first, int64_t last, void* to) {
   if (skips_zeros(x, weight)) return kSkips->prepare(x, weight, first, last, to);
-  if (rounds(x, weight)) {
-    const Rounded rounded(weight, x.tokens);
-    for (int64_t t = first; t < last; ++t) rounded.prepare(x, weight.cols, t, to);
-    return;
-  }
+  if (rounds(x, weight)) return prepare_integers(x, weight, first, last, to);
   if (weight.dtype == Dtype::bfloat16) return prepare_rows<convert<true>>(x, weight, first, last, to);
   prepare_rows<convert<false>>(x, weight, first, last, to);
 }
 
-int layout(const Activations& x, const sbt::View& weight) { return skips_zeros(x, weight); }
+int layout(const Activations& x, const sbt::View& weight) {
+  return rounds_to_bytes(weight) ? kBytesLayout : skips_zeros(x, weight);
+}
 
 }  // namespace
 

@@ -45,6 +45,8 @@ class ShuffledBytes {
     Half first, second;
   };
 
+  using There = ShuffledBytes;
+
   ShuffledBytes(const sbt::View& weight, int64_t begin, int64_t end, Notes& notes)
       : weight_(weight),
         mask_(weight.mask + begin * sbt::kWords),
@@ -54,7 +56,7 @@ class ShuffledBytes {
     take();
   }
 
-  void start(int64_t tile) {
+  void start(int64_t tile, int64_t = 0) {
     value_ = tile_values<uint8_t>(weight_, tile);
     prefetch(weight_.mask + tile * sbt::kWords);
     prefetch(weight_.mask + tile * sbt::kWords + kHalfWords);
@@ -122,7 +124,7 @@ class ShuffledBytes {
 
 void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
   if (!rounds(p.given, p.weight)) return kAvx512bw.product(p, begin, end, scratch);
-  Integer<ShuffledBytes>::product(p, begin, end, scratch);
+  integer_product<ShuffledBytes>(p, begin, end, scratch);
 }
 
 void expand(const sbt::View& weight, int64_t begin, int64_t end, Dtype out_dtype, void* out) {
@@ -130,17 +132,16 @@ void expand(const sbt::View& weight, int64_t begin, int64_t end, Dtype out_dtype
 }
 
 int64_t prepared_bytes(const Activations& x, const sbt::View& weight) {
-  return rounds(x, weight) ? Rounded(weight, x.tokens).bytes() : kAvx512bw.prepared_bytes(x, weight);
+  return rounds(x, weight) ? integer_bytes(x, weight) : kAvx512bw.prepared_bytes(x, weight);
 }
 
 void prepare(const Activations& x, const sbt::View& weight, int64_t first, int64_t last, void* to) {
   if (!rounds(x, weight)) return kAvx512bw.prepare(x, weight, first, last, to);
-  const Rounded rounded(weight, x.tokens);
-  for (int64_t t = first; t < last; ++t) rounded.prepare(x, weight.cols, t, to);
+  prepare_integers(x, weight, first, last, to);
 }
 
 int layout(const Activations& x, const sbt::View& weight) {
-  return rounds(x, weight) ? 0 : kAvx512bw.layout(x, weight);
+  return rounds(x, weight) ? kBytesLayout * rounds_to_bytes(weight) : kAvx512bw.layout(x, weight);
 }
 
 }  // namespace

@@ -63,12 +63,15 @@ template <class Asks>
 class ExpandedBytes {
  public:
   struct Notes {};
+  using There = ExpandedBytes<typename Asks::There>;  // whose `start` is told what to ask for
   ExpandedBytes(const sbt::View& weight, int64_t, int64_t, Notes&) : weight_(weight) {}
 
-  void start(int64_t tile) {
+  void start(int64_t tile) { start(tile, tile); }
+  void start(int64_t tile, int64_t asked) {
     value_ = tile_values<uint8_t>(weight_, tile);
     mask_ = weight_.mask + tile * sbt::kWords;
-    asks_.start(mask_, value_, tile_values<uint8_t>(weight_, tile + 1) - value_);
+    const uint8_t* values = tile_values<uint8_t>(weight_, asked);
+    asks_.start(weight_.mask + asked * sbt::kWords, values, tile_values<uint8_t>(weight_, asked + 1) - values);
   }
   __m512i next(int vector) {
     asks_.word(2 * vector, value_);

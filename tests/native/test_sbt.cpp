@@ -34,6 +34,7 @@ struct Case {
   Dtype weight, x, bias;
   bool grouped = false;  // int8: a scale per 128 columns instead of one per row
   bool special = false;  // infinities, NaN and very small numbers among weights and activations
+  bool bytes = false;    // int8: activations may be rounded to 8 bits
 };
 
 struct Problem {
@@ -110,7 +111,8 @@ struct Problem {
             c.cols,
             c.weight,
             scale ? scale->as<float>() : nullptr,
-            groups};
+            groups,
+            c.bytes};
   }
   Item item(void* y, bool with_bias) const {
     return {view(), {with_bias ? bias->as<void>() : nullptr, c.bias}, y, c.rows};
@@ -129,9 +131,22 @@ double ulp(double value, Dtype dtype) {
   return std::fmax(std::ldexp(1.0, std::ilogb(value == 0 ? least : value) - bits), least);
 }
 
+// What an ISA may round the activations of int8 weights by, in the largest of 128 columns: half a unit of 1 / 32639 or
+// 1 / 127, and what the quotient is rounded by.
+double rounding_of(const Isa& isa, const Case& c) {
+  if (c.weight != Dtype::int8) return 0;
+  for (const char* name : {"avx512vnni", "avx512", "avx512bf16", "amx"})
+    if (c.bytes && !std::strcmp(isa.name, name)) return 0x1.03p-8;
+  return c.x == Dtype::float32 ? 0 : 0x1.04p-16;
+}
+
 // Every output, or of many every `step`-th.
 void check_outputs(const Isa& isa, const Problem& p, const Guarded& y, bool with_bias, int64_t step) {
   const Case& c = p.c;
+  const double by = rounding_of(isa, c);
+  // VDPBF16PS and AMX make zero of what is subnormal: of products, of a sum that comes near zero, and of what they are
+  // given, which beside an infinity is NaN.
+  const bool flushes = !std::strcmp(isa.name, "avx512bf16") || !std::strcmp(isa.name, "amx");
   for (int64_t t = 0; t < c.tokens; ++t) {
     for (int64_t n = 0; n < c.rows; ++n) {
       if ((t * c.rows + n) % step) continue;
@@ -139,15 +154,16 @@ void check_outputs(const Isa& isa, const Problem& p, const Guarded& y, bool with
       for (int64_t first = 0; first < c.cols; first += sbt::kScaleCols) {
         double weights = 0, largest = 0;
         for (int64_t k = first; k < first + sbt::kScaleCols && k < c.cols; ++k) {
-          const double a = load_float(p.x->as<void>(), t * c.cols + k, c.x), w = p.weight(n, k);
+          const double w = p.weight(n, k);
+          double a = load_float(p.x->as<void>(), t * c.cols + k, c.x);
+          if (flushes && std::isinf(w) && std::fabs(a) < 0x1p-126) a = 0;
           sum += w * a;
           terms += std::fabs(w * a);
           if (std::fabs(w * a) < 0x1p-126) flushed += std::fabs(w * a);
           weights += std::fabs(w);
           largest = std::fmax(largest, std::fabs(a));
         }
-        // An ISA may round the activations of int8 weights to 16-bit integers, 128 columns at a time.
-        if (c.weight == Dtype::int8 && c.x != Dtype::float32) rounding += weights * largest * 0x1.02p-16;
+        rounding += weights * largest * by;
       }
       if (with_bias) {
         const double b = load_float(p.bias->as<void>(), n, c.bias);
@@ -160,8 +176,6 @@ void check_outputs(const Isa& isa, const Problem& p, const Guarded& y, bool with
                isa.name, c.rows, c.cols, c.tokens, t, n, got, sum);
         continue;
       }
-      // VDPBF16PS and AMX make zero of what would be subnormal: of products, and of a sum that comes near zero.
-      const bool flushes = !std::strcmp(isa.name, "avx512bf16") || !std::strcmp(isa.name, "amx");
       if (flushes && terms < 0x1p-100) rounding += flushed + 0x1p-126;
       const double bound = static_cast<double>(c.cols + 2) * 0x1p-24 * terms + rounding + ulp(sum, c.x);
       EXPECT(std::fabs(got - sum) <= bound, "%s [%ld, %ld] x %ld: y[%ld, %ld] = %g, wanted %g within %g", isa.name,
@@ -225,10 +239,11 @@ void check_expand(const Isa& isa, const Problem& p) {
 // Weights that share their activations give what each gives alone, whatever their dtypes and sizes.
 void check_group(const Isa& isa, Dtype x, int64_t tokens) {
   std::vector<std::unique_ptr<Problem>> problems;
-  const int64_t rows[] = {300, 17, 1, 640};
-  const Dtype weights[] = {Dtype::bfloat16, Dtype::float32, Dtype::int8, Dtype::bfloat16};
-  for (uint32_t i = 0; i < 4; ++i)
-    problems.push_back(std::make_unique<Problem>(Case{rows[i], 200, tokens, 0.2 + 0.2 * i, weights[i], x, x}, i));
+  const int64_t rows[] = {300, 17, 1, 640, 50};
+  const Dtype weights[] = {Dtype::bfloat16, Dtype::float32, Dtype::int8, Dtype::bfloat16, Dtype::int8};
+  for (uint32_t i = 0; i < 5; ++i)
+    problems.push_back(std::make_unique<Problem>(
+        Case{rows[i], 200, tokens, 0.2 + 0.2 * i, weights[i], x, x, false, false, i == 4}, i));
   std::vector<Item> items;
   std::vector<std::unique_ptr<Guarded>> together;
   for (const auto& p : problems) {
@@ -322,16 +337,22 @@ void check_threads_and_fork(const Isa& isa) {
 }
 
 constexpr Dtype kFloats[] = {Dtype::float32, Dtype::float16, Dtype::bfloat16};
-constexpr Dtype kValues[] = {Dtype::float32, Dtype::float16, Dtype::bfloat16, Dtype::int8};
+// Weights, and whether activations beside them may be rounded to 8 bits.
+constexpr std::pair<Dtype, bool> kKinds[] = {{Dtype::float32, false},
+                                             {Dtype::float16, false},
+                                             {Dtype::bfloat16, false},
+                                             {Dtype::int8, false},
+                                             {Dtype::int8, true}};
 
 void check_shapes(const Isa& isa, uint32_t& seed) {
-  for (const Dtype weight : kValues)
+  for (const auto& [weight, bytes] : kKinds)
     for (const Dtype x : kFloats)
       for (const double density : {0.0, 0.45, 1.0})
         for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{1, 1}, {16, 64}, {19, 70}, {40, 333}})
-          for (const int64_t tokens : {1, 2, 3, 4, 5, 17, 67}) {
+          for (const int64_t tokens : {1, 2, 3, 4, 5, 7, 17, 67}) {
             if (density != 0.45 && (quick || (tokens > 16 && density == 0))) continue;
-            const Problem p({rows, cols, tokens, density, weight, x, kFloats[seed % 3], seed % 4 > 1}, seed);
+            const Problem p({rows, cols, tokens, density, weight, x, kFloats[seed % 3], seed % 4 > 1, false, bytes},
+                            seed);
             check_product(isa, p, seed++ % 2);
             if (tokens == 1) check_expand(isa, p);
             if (tokens == 2) check_damage(p);
@@ -347,8 +368,9 @@ void check_random(const Isa& isa, uint32_t& seed, int count) {
   for (int i = 0; i < count; ++i) {
     omp_set_num_threads(threads[i % 4]);
     const double density = std::uniform_real_distribution<double>()(random);
-    const Problem p({up_to(300), up_to(300), up_to(i % 3 ? 4 : 40), density, kValues[up_to(4) - 1],
-                     kFloats[up_to(3) - 1], kFloats[up_to(3) - 1], i % 2 == 0},
+    const auto& [weight, bytes] = kKinds[up_to(5) - 1];
+    const Problem p({up_to(300), up_to(300), up_to(i % 3 ? 9 : 40), density, weight, kFloats[up_to(3) - 1],
+                     kFloats[up_to(3) - 1], i % 2 == 0, false, bytes},
                     seed);
     check_product(isa, p, seed++ % 2);
   }
@@ -357,32 +379,32 @@ void check_random(const Isa& isa, uint32_t& seed, int count) {
 
 // Infinities and NaN come out where the dense product, zeros included, has them; tokens beside them are not touched.
 void check_special(const Isa& isa, uint32_t& seed) {
-  for (const Dtype weight : kValues)
+  for (const auto& [weight, bytes] : kKinds)
     for (const Dtype x : kFloats)
-      for (const int64_t tokens : {1, 2, 5, 21}) {
-        const Problem p({40, 333, tokens, 0.5, weight, x, kFloats[seed % 3], seed % 2 == 0, true}, seed);
+      for (const int64_t tokens : {1, 2, 5, 8, 21}) {
+        const Problem p({40, 333, tokens, 0.5, weight, x, kFloats[seed % 3], seed % 2 == 0, true, bytes}, seed);
         check_product(isa, p, seed++ % 4 < 2);
       }
 }
 
 // Many tokens of weights of which few are kept, where zeros are skipped; once with infinities and NaN.
 void check_sparse(const Isa& isa, uint32_t& seed) {
-  for (const Dtype weight : {Dtype::bfloat16, Dtype::int8})
+  for (const auto& [weight, bytes] : {kKinds[2], kKinds[3], kKinds[4]})
     for (const double density : {0.0, 0.1, 0.3})
       for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{1, 1}, {19, 70}, {40, 333}})
         for (const int64_t tokens : {17, 24, 33, 64, 81}) {
           if (quick && (density != 0.1 || tokens == 64)) continue;
-          const Problem p(
-              {rows, cols, tokens, density, weight, Dtype::bfloat16, kFloats[seed % 3], seed % 2 == 0, density == 0.3},
-              seed);
+          const Problem p({rows, cols, tokens, density, weight, Dtype::bfloat16, kFloats[seed % 3], seed % 2 == 0,
+                           density == 0.3, bytes},
+                          seed);
           check_product(isa, p, seed++ % 4 < 2);
         }
 }
 
 // More rows, columns and tokens than any kernel takes at once.
 void check_large(const Isa& isa, uint32_t& seed) {
-  for (const Dtype weight : {Dtype::bfloat16, Dtype::int8}) {
-    const Problem p({150, 2100, 300, 0.3, weight, Dtype::bfloat16, Dtype::float32, true}, seed);
+  for (const auto& [weight, bytes] : {kKinds[2], kKinds[3], kKinds[4]}) {
+    const Problem p({150, 2100, 300, 0.3, weight, Dtype::bfloat16, Dtype::float32, true, false, bytes}, seed);
     check_product(isa, p, seed++ % 2, 23);
   }
 }
