@@ -11,7 +11,6 @@ import argparse
 import functools
 import itertools
 import json
-import math
 import platform
 import re
 import shutil
@@ -100,16 +99,17 @@ class Loop:
 
     @property
     def tokens(self) -> int | None:
-        """M of a fused loop. Activations rounded to integers are two bytes; one more product corrects their sign."""
+        """M of a fused loop. Activations rounded to integers are one byte or two, each with a product of its own."""
         if self.part != "fused":
             return None
-        ratio = self.products / self.weights
-        return max(1, math.floor(ratio / 2) if self.integers else round(ratio))
+        return round(self.products / self.weights / (self.integers or 1))
 
     @property
-    def integers(self) -> bool:
-        """Whether activations are integers, too."""
-        return any(opcode.startswith("vpdp") for opcode in self.opcodes)
+    def integers(self) -> int:
+        """Bytes of activations that are integers, too; 0 where they are floats."""
+        if not any(opcode.startswith("vpdp") for opcode in self.opcodes):
+            return 0
+        return 1 if re.search(r"\bInteger<.*, 1>", self.function) else 2
 
     @property
     def dtype(self) -> str | None:

@@ -104,10 +104,10 @@ def test_innermost_loops() -> None:
 
 
 def test_tokens_of_rounded_activations() -> None:
-    for products, tokens in ((3, 1), (5, 2), (9, 4)):  # high and low bytes of each token, and one correction
+    for nbytes, products, tokens in ((2, 2, 1), (2, 4, 2), (1, 1, 1), (1, 6, 6)):
         body = ("vpexpandb (%rax),%zmm0{%k1}{z}", *["vpdpbusd %zmm0,%zmm1,%zmm2"] * products, "jne 0 <f>")
-        loop = Loop("avx512", "f", body)
-        assert (loop.weights, loop.tokens, loop.dtype) == (64, tokens, "int8")
+        loop = Loop("avx512", f"Integer<ExpandedBytes<AsksNear<false> >, {nbytes}>::fused", body)
+        assert (loop.weights, loop.tokens, loop.integers, loop.dtype) == (64, tokens, nbytes, "int8")
 
 
 def test_names_without_their_surroundings() -> None:
