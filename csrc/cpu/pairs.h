@@ -3,7 +3,7 @@
 // first turned into a list of values and columns per row, so that the loop over them runs without branches that depend
 // on the mask; a list serves all tokens.
 //
-// Activations are laid out in blocks of tokens, each [spans of kSpan macro tiles][their columns and one of zeros]
+// Activations are laid out in blocks of tokens, each [spans of a few macro tiles][their columns and one of zeros]
 // [tokens], in the order of the tokens in which interleaving leaves the sums in theirs. Of each kTokenBlock tokens a
 // mark says whether all are finite, because a zero times infinity is NaN and zeros were skipped.
 #pragma once
@@ -21,37 +21,46 @@ namespace pairs {
 
 constexpr int64_t kLanes = 32;  // tokens of a vector of activations
 constexpr int64_t kMostVectors = 2;
-constexpr int64_t kSpan = 2;  // tiles along a row that are taken together: their activations are half of an L1
-constexpr int64_t kSpanCols = kSpan * sbt::kTileCols;
-constexpr int64_t kRun = 4;                         // lists are filled up to a multiple of so many
-constexpr int64_t kCapacity = kSpanCols + 16 + 16;  // of a list: 16 may be written past its last
+constexpr int64_t kMostSpan = 4;
+constexpr int64_t kRun = 8;                                     // lists are filled up to a multiple of so many
+constexpr int64_t kCapacity = kMostSpan * sbt::kTileCols + 32;  // of a list: 32 may be written past its last
+
+// Tiles along a row that are taken together: their activations are two thirds of the L1 of a Zen 5, half of a Zen 4's.
+inline int64_t tiles_at_once() { return multiplies_twice() ? kMostSpan : 2; }
 
 // Blocks of tokens. The last one has fewer vectors where it has fewer tokens.
 struct Blocks {
-  int64_t tokens, width, count;
+  int64_t tokens, width, count, tiles, cols;                 // tiles, cols: of a span
+  alignas(64) uint16_t offsets[kMostSpan * sbt::kTileCols];  // of the columns of a span, in bytes
 
   explicit Blocks(int64_t tokens)
-      : tokens(tokens), width(tokens <= kLanes ? kLanes : kMostVectors * kLanes), count(ceil_div(tokens, width)) {}
+      : tokens(tokens),
+        width(tokens <= kLanes ? kLanes : kMostVectors * kLanes),
+        count(ceil_div(tokens, width)),
+        tiles(tiles_at_once()),
+        cols(tiles * sbt::kTileCols) {
+    for (int64_t i = 0; i < kMostSpan * sbt::kTileCols; ++i) offsets[i] = static_cast<uint16_t>(i * column());
+  }
   int64_t column() const { return width * static_cast<int64_t>(sizeof(uint16_t)); }
-  int64_t span() const { return (kSpanCols + 1) * column(); }
+  int64_t span() const { return (cols + 1) * column(); }
   // Where in a block column `col` of the activations stands; that of the zeros stands after the last of its span.
-  int64_t at(int64_t col) const { return (col / kSpanCols * (kSpanCols + 1) + col % kSpanCols) * column(); }
-  int64_t zeros_of(int64_t span) const { return (span * (kSpanCols + 1) + kSpanCols) * column(); }
+  int64_t at(int64_t col) const { return (col / cols * (cols + 1) + col % cols) * column(); }
+  int64_t zeros_of(int64_t span) const { return (span * (cols + 1) + cols) * column(); }
   int64_t left(int64_t b) const { return std::min(width, tokens - b * width); }
   int64_t header() const { return 64; }
-  int64_t bytes(const sbt::View& weight) const { return header() + ceil_div(weight.col_tiles(), kSpan) * span(); }
+  int64_t bytes(const sbt::View& weight) const { return header() + ceil_div(weight.col_tiles(), tiles) * span(); }
 };
 
 // Whether skipping the zeros is faster than the panel, in the time that the panel takes for a token, as measured at 17
-// to 256 tokens: on a Zen 4 the lists cost 11, a vector of tokens 3 and 40 times the density; on a Zen 5 the lists 12
-// and 22 times the density, a vector 6 and 51 times, the panel 3 for its expansion. With activations of 8 bits the
-// panel takes 0.54 a token.
+// to 256 tokens: on a Zen 4 the lists cost 11, a vector of tokens 3 and 40 times the density; on a Zen 5 the lists 8.5,
+// two vectors 7.3 and 88 times the density, one alone 4.6 and 55 times, and the panel 1 for its expansion. With
+// activations of 8 bits the panel takes 0.6 a token.
 inline bool pays(const sbt::View& weight, int64_t tokens) {
-  const auto vectors = static_cast<double>(ceil_div(tokens, kLanes)),
-             panel = static_cast<double>(tokens) * (weight.to_bytes ? 0.54 : 1);
-  const double density = density_of(weight);
-  if (multiplies_twice()) return 12 + 22 * density + vectors * (6 + 51 * density) < panel + 3;
-  return 10 + vectors * (3 + 40 * density) < 1.05 * panel;
+  const double panel = static_cast<double>(tokens) * (weight.to_bytes ? 0.6 : 1), density = density_of(weight);
+  const int64_t vectors = ceil_div(tokens, kLanes);
+  if (!multiplies_twice()) return 10 + static_cast<double>(vectors) * (3 + 40 * density) < 1.05 * panel;
+  const auto twos = static_cast<double>(vectors / 2), ones = static_cast<double>(vectors % 2);
+  return 8.5 + twos * (7.3 + 88 * density) + ones * (4.6 + 55 * density) < panel + 1;
 }
 
 // The non-zeros of a few macro tiles: per row, values and the byte offsets of their columns in a block of activations.
@@ -135,7 +144,7 @@ inline void prepare_tokens(const Activations& x, const sbt::View& weight, int64_
       }
     }
   }
-  for (int64_t span = 0; span < ceil_div(padded, kSpanCols); ++span) {
+  for (int64_t span = 0; span < ceil_div(padded, blocks.cols); ++span) {
     char* zeros = vector + blocks.zeros_of(span);
     for (int64_t i = 0; i < 8; i += 2) {
       std::memset(zeros + (i + upper) * 8, 0, 8);
@@ -154,44 +163,88 @@ inline __m256i sixteen(const uint8_t* p) {
   return _mm512_castsi512_si256(reinterpret_cast<const __m512i&>(halves));
 }
 
+// The masks of the rows of a macro tile, 64 bits each, from words of two rows and 16 columns.
+inline void mask_rows(const uint32_t* words, uint16_t (*rows)[sbt::kSteps]) {
+  alignas(64) static constexpr struct Order {
+    uint16_t from[2][32];
+    constexpr Order() : from() {
+      for (int i = 0; i < 64; ++i) from[i / 32][i % 32] = static_cast<uint16_t>(i % 4 * 16 + i / 4);
+    }
+  } kOrder;
+  const __m512i low = _mm512_loadu_si512(words), high = _mm512_loadu_si512(words + 16);
+  for (int i = 0; i < 2; ++i)
+    _mm512_store_si512(rows + 8 * i, _mm512_permutex2var_epi16(low, _mm512_load_si512(kOrder.from[i]), high));
+}
+
+// Where the values of the next row begin, of each step of 16 columns.
+template <class Value>
+struct Places {
+  const Value* step[sbt::kSteps];
+
+  Places(const Value* value, const uint32_t* words) {
+    for (int64_t s = 0; s < sbt::kSteps; ++s, words += sbt::kPairs) {
+      step[s] = value;
+      for (int64_t i = 0; i < sbt::kPairs; i += 2) {
+        const Kept kept(words + i);
+        value += kept.first + kept.second;
+      }
+    }
+  }
+};
+
+// Appends the non-zeros of a row of a macro tile to its list; returns the list's end.
+template <class Value>
+inline uint16_t* append_row(const uint16_t* bits, const __m512i (&here)[2], Places<Value>& places, uint16_t* to) {
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    uint32_t mask;
+    std::memcpy(&mask, bits + 2 * half, sizeof mask);
+    _mm512_storeu_si512(to + kOffsets, _mm512_mask_compress_epi16(fresh_zeros(), mask, here[half]));
+#pragma GCC unroll 2
+    for (int s = 2 * half; s < 2 * half + 2; ++s) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), sixteen(places.step[s]));
+      uint32_t word = bits[s];
+      asm("" : "+r"(word));  // or 16 bits would be counted, and each count wait for the one before
+      const int more = __builtin_popcount(word);
+      places.step[s] += more;
+      to += more;
+    }
+  }
+  return to;
+}
+
+// Appends the non-zeros of one macro tile to the lists, whose ends are `end`; `here` the offsets of its columns.
+template <class Value>
+inline void append(const sbt::View& weight, int64_t tile, const __m512i (&here)[2], uint16_t** end) {
+  const uint32_t* words = weight.mask + tile * sbt::kWords;
+  alignas(64) uint16_t rows[sbt::kTileRows][sbt::kSteps];
+  mask_rows(words, rows);
+  Places<Value> places(tile_values<Value>(weight, tile), words);
+  prefetch(words);
+  prefetch(words + 16);
+  for (int64_t row = 0; row < sbt::kTileRows; row += sbt::kSteps) {
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < sbt::kSteps; ++i) {
+      prefetch(places.step[i]);
+      end[row + i] = append_row(rows[row + i], here, places, end[row + i]);
+    }
+  }
+}
+
 // The lists of `span` tiles of a row tile, filled up with zeros that meet the column of zeros.
 template <class Value>
-inline void gather(const sbt::View& weight, int64_t tile, int64_t span, int64_t column, Lists& lists) {
-  const __m256i lanes = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m256i apart = _mm256_mullo_epi16(lanes, _mm256_set1_epi16(static_cast<short>(column)));
+inline void gather(const sbt::View& weight, int64_t tile, int64_t span, const Blocks& blocks, Lists& lists) {
   uint16_t* end[sbt::kTileRows];
   for (int64_t row = 0; row < sbt::kTileRows; ++row) end[row] = lists.value[row];
   for (int64_t i = 0; i < span; ++i) {
-    const auto* value = tile_values<Value>(weight, tile + i);
-    const uint32_t* mask = weight.mask + (tile + i) * sbt::kWords;
-    prefetch(mask);
-    prefetch(mask + 16);
-    for (int64_t step = 0; step < sbt::kSteps; ++step) {
-      const auto first = static_cast<short>((i * sbt::kTileCols + step * 16) * column);
-      const __m256i here = _mm256_add_epi16(apart, _mm256_set1_epi16(first));
-#pragma GCC unroll 8
-      for (int64_t pair = 0; pair < sbt::kPairs; ++pair) {
-        const uint32_t word = mask[step * sbt::kPairs + pair];
-        prefetch(value);
-#pragma GCC unroll 2
-        for (int64_t half = 0; half < 2; ++half) {
-          const auto bits = static_cast<__mmask16>(word >> 16 * half);
-          uint16_t*& to = end[2 * pair + half];
-          const __m256i kept = _mm256_mask_compress_epi16(_mm512_castsi512_si256(fresh_zeros()), bits, here);
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), sixteen(value));
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + kOffsets), kept);
-          const int more = __builtin_popcount(bits);
-          value += more;
-          to += more;
-        }
-      }
-    }
+    const uint16_t* columns = blocks.offsets + i * sbt::kTileCols;
+    append<Value>(weight, tile + i, {_mm512_load_si512(columns), _mm512_load_si512(columns + 32)}, end);
   }
   for (int64_t row = 0; row < sbt::kTileRows; ++row) {
     lists.count[row] = static_cast<int32_t>(end[row] - lists.value[row]);
     for (int64_t i = 0; i < kRun; ++i) {
       end[row][i] = 0;
-      end[row][kOffsets + i] = static_cast<uint16_t>(kSpanCols * column);
+      end[row][kOffsets + i] = static_cast<uint16_t>(blocks.cols * blocks.column());
     }
   }
 }
@@ -209,21 +262,29 @@ inline __m512i loaded(const char* p) {
   return v;
 }
 
-// One row's list times V vectors of tokens; two sums each, or products would wait for one another.
+// One row's list times V vectors of tokens; four sums each, or products would wait for one another.
 template <int V>
 inline void multiply_row(const uint16_t* entry, int32_t count, const char* x, float* sums) {
-  __m512 sum[2][2 * V];
+  constexpr int kChains = 4;
+  static_assert(kRun == 2 * kChains, "a run is a pair for each sum");
+  __m512 sum[kChains][2 * V];
+#pragma GCC unroll 4
   for (int v = 0; v < 2 * V; ++v) {
     sum[0][v] = _mm512_load_ps(sums + v * 16);
-    sum[1][v] = _mm512_setzero_ps();
+#pragma GCC unroll 4
+    for (int c = 1; c < kChains; ++c) sum[c][v] = _mm512_setzero_ps();
   }
   for (const uint16_t* end = entry + count; entry < end; entry += kRun) {
-#pragma GCC unroll 2
-    for (int c = 0; c < 2; ++c) {
+    uint64_t offsets[2];  // four at a time: loads are what bounds this loop
+    std::memcpy(offsets, entry + kOffsets, sizeof offsets);
+    asm("" : "+r"(offsets[0]), "+r"(offsets[1]));
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) {
       int32_t two;
       std::memcpy(&two, entry + 2 * c, sizeof(two));
       const __m512i w = _mm512_set1_epi32(two);
-      const char *first = x + entry[kOffsets + 2 * c], *second = x + entry[kOffsets + 2 * c + 1];
+      const uint64_t both = offsets[c / 2] >> 32 * (c % 2);
+      const char *first = x + static_cast<uint16_t>(both), *second = x + static_cast<uint16_t>(both >> 16);
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
         const __m512i a = loaded(first + v * 64), b = loaded(second + v * 64);
@@ -232,7 +293,10 @@ inline void multiply_row(const uint16_t* entry, int32_t count, const char* x, fl
       }
     }
   }
-  for (int v = 0; v < 2 * V; ++v) _mm512_store_ps(sums + v * 16, _mm512_add_ps(sum[0][v], sum[1][v]));
+#pragma GCC unroll 4
+  for (int v = 0; v < 2 * V; ++v)
+    _mm512_store_ps(sums + v * 16,
+                    _mm512_add_ps(_mm512_add_ps(sum[0][v], sum[1][v]), _mm512_add_ps(sum[2][v], sum[3][v])));
 }
 
 // The rows of a row tile, whose sums are `width` apart.
@@ -278,32 +342,33 @@ inline void finish_block(const Product& p, const Blocks& blocks, int64_t b, int6
   }
 }
 
-// Sums of a few row tiles and blocks of tokens wait in the scratch while their columns pass by. Of more blocks the
-// activations would not stay in L2; of the row tiles all meet them there.
+// Lists of a few row tiles, and their sums with a few blocks of tokens, wait in the scratch while their columns pass
+// by: the activations of a block stay in L1 while all these row tiles meet them, those of all the blocks in L2.
 template <class Value>
 inline void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
   constexpr int64_t kListBytes = ceil_div(static_cast<int64_t>(sizeof(Lists)), 64) * 64, kMostTiles = 4,
                     kMostBlocks = 4;
-  auto* lists = new (scratch) Lists;
-  auto* sums = reinterpret_cast<float*>(static_cast<char*>(scratch) + kListBytes);
+  auto* lists = new (scratch) Lists[kMostTiles];
+  auto* sums = reinterpret_cast<float*>(static_cast<char*>(scratch) + kMostTiles * kListBytes);
   const Blocks blocks(p.tokens);
   const int64_t tiles = p.weight.col_tiles(), block_sums = sbt::kTileRows * blocks.width;
-  static_assert(
-      kListBytes + kMostTiles * kMostBlocks * sbt::kTileRows * kMostVectors * kLanes * sizeof(float) <= kScratchBytes,
-      "lists and sums fit the scratch");
+  static_assert(sizeof(Lists) % 64 == 0 &&
+                    kMostTiles * (kListBytes + kMostBlocks * sbt::kTileRows * kMostVectors * kLanes * sizeof(float)) <=
+                        kScratchBytes,
+                "lists and sums fit the scratch");
   for (int64_t b = 0; b < blocks.count; b += kMostBlocks) {
     const int64_t some = std::min(kMostBlocks, blocks.count - b);
     for (int64_t first = begin; first < end; first += kMostTiles) {
       const int64_t last = std::min(first + kMostTiles, end);
       std::fill(sums, sums + (last - first) * some * block_sums, 0.0f);
-      for (int64_t c = 0; c < tiles; c += kSpan) {
-        for (int64_t r = first; r < last; ++r) {
-          gather<Value>(p.weight, r * tiles + c, std::min(kSpan, tiles - c), blocks.column(), *lists);
-          for (int64_t i = 0; i < some; ++i) {
-            const char* x = static_cast<const char*>(p.x) + (b + i) * blocks.bytes(p.weight) + blocks.header();
-            multiply_rows(*lists, x + c / kSpan * blocks.span(), blocks.left(b + i), blocks.width,
+      for (int64_t c = 0; c < tiles; c += blocks.tiles) {
+        for (int64_t r = first; r < last; ++r)
+          gather<Value>(p.weight, r * tiles + c, std::min(blocks.tiles, tiles - c), blocks, lists[r - first]);
+        for (int64_t i = 0; i < some; ++i) {
+          const char* x = static_cast<const char*>(p.x) + (b + i) * blocks.bytes(p.weight) + blocks.header();
+          for (int64_t r = first; r < last; ++r)
+            multiply_rows(lists[r - first], x + c / blocks.tiles * blocks.span(), blocks.left(b + i), blocks.width,
                           sums + ((r - first) * some + i) * block_sums);
-          }
         }
       }
       for (int64_t r = first; r < last; ++r)

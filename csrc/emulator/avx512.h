@@ -123,6 +123,18 @@ inline Vector compress(Vector other, Mask mask, Vector v) {
   return vector<Vector>(out);
 }
 
+// Of the lanes of two, which the lower bits of the index name.
+template <class T, class Vector>
+inline Vector permute_two(Vector a, Vector index, Vector b) {
+  const auto low = lanes<T>(a), high = lanes<T>(b);
+  auto out = lanes<T>(index);
+  for (T& lane : out) {
+    const size_t from = lane % (2 * out.size());
+    lane = from < out.size() ? low[from] : high[from - out.size()];
+  }
+  return vector<Vector>(out);
+}
+
 // Subnormals count as zero, in and out.
 inline float flushed(float v) { return std::fabs(v) < 0x1p-126f ? std::copysign(0.0f, v) : v; }
 
@@ -173,6 +185,7 @@ inline __m512i _mm512_loadu_si512(const void* p) { return twin::load<__m512i>(p)
 inline void _mm512_storeu_ps(void* p, __m512 v) { std::memcpy(p, &v, 64); }
 inline void _mm512_store_ps(void* p, __m512 v) { twin::require_aligned(p, 64), std::memcpy(p, &v, 64); }
 inline void _mm512_store_si512(void* p, __m512i v) { twin::require_aligned(p, 64), std::memcpy(p, &v, 64); }
+inline void _mm512_storeu_si512(void* p, __m512i v) { std::memcpy(p, &v, 64); }
 inline __m512 _mm512_maskz_loadu_ps(__mmask16 m, const void* p) { return twin::load_lanes<__m512, float>(m, p); }
 inline __m512i _mm512_maskz_loadu_epi16(__mmask32 m, const void* p) { return twin::load_lanes<__m512i, int16_t>(m, p); }
 inline __m256i _mm256_maskz_loadu_epi16(__mmask16 m, const void* p) { return twin::load_lanes<__m256i, int16_t>(m, p); }
@@ -220,8 +233,11 @@ inline __m512i _mm512_mask_expand_epi16(__m512i other, __mmask32 m, __m512i v) {
 inline __m512i _mm512_mask_expand_epi32(__m512i other, __mmask16 m, __m512i v) {
   return twin::expand<uint32_t>(other, m, v);
 }
-inline __m256i _mm256_mask_compress_epi16(__m256i other, __mmask16 m, __m256i v) {
+inline __m512i _mm512_mask_compress_epi16(__m512i other, __mmask32 m, __m512i v) {
   return twin::compress<uint16_t>(other, m, v);
+}
+inline __m512i _mm512_permutex2var_epi16(__m512i a, __m512i index, __m512i b) {
+  return twin::permute_two<uint16_t>(a, index, b);
 }
 inline __m512i _mm512_unpacklo_epi16(__m512i a, __m512i b) { return twin::unpack<int16_t>(a, b, 0); }
 inline __m512i _mm512_unpackhi_epi16(__m512i a, __m512i b) { return twin::unpack<int16_t>(a, b, 1); }

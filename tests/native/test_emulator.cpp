@@ -112,9 +112,8 @@ OPERATION(extract_floats, F, put(out, _mm512_extractf32x8_ps(AF, 1)))
 OPERATION(expand32, F, put(out, _mm512_mask_expand_epi32(B, MASK16, A)))
 OPERATION(expand16, F ",avx512vbmi2", put(out, _mm512_mask_expand_epi16(B, static_cast<__mmask32>(in.mask), A)))
 OPERATION(expand8, F ",avx512vbmi2", put(out, _mm512_mask_expand_epi8(B, in.mask, A)))
-OPERATION(compress16, F ",avx512vbmi2,avx512vl",
-          put(out, _mm512_broadcast_i64x4(_mm256_mask_compress_epi16(_mm512_castsi512_si256(B), MASK16,
-                                                                     _mm512_castsi512_si256(A)))))
+OPERATION(compress16, F ",avx512vbmi2", put(out, _mm512_mask_compress_epi16(B, static_cast<__mmask32>(in.mask), A)))
+OPERATION(permute_two, F, put(out, _mm512_permutex2var_epi16(A, B, C)))
 OPERATION(unpack_low16, F, put(out, _mm512_unpacklo_epi16(A, B)))
 OPERATION(unpack_high16, F, put(out, _mm512_unpackhi_epi16(A, B)))
 OPERATION(unpack_low, F, put(out, _mm512_unpacklo_epi32(A, B)))
@@ -180,6 +179,7 @@ void compare_vectors() {
   COMPARE(expand16, false, vbmi2);
   COMPARE(expand8, false, vbmi2);
   COMPARE(compress16, false, vbmi2);
+  COMPARE(permute_two, false, f);
   COMPARE(unpack_low16, false, f);
   COMPARE(unpack_high16, false, f);
   COMPARE(unpack_low, false, f);
