@@ -113,8 +113,7 @@ def bench_model(
 
     generation: rows of weights and decoder; where the twin does not fit into memory, `skipped` says so. Then rows for
     the shapes of its layers at the model's own sparsity (where nothing is packed, at those asked for), or, per_layer,
-    `layers`, a row for each. device: as above. activations: int8 where the model has int8 values, as the rows for
-    shapes then have, too.
+    `layers`, a row for each. device: as above. activations: int8 beside the model's int8 values, and those of the rows.
 
     ValueError if prompt and new tokens do not fit into the context, or the model has no int8 values for activations.
     """
@@ -134,10 +133,9 @@ def bench_model(
         competitors |= {("dense", decoder): dense for decoder in throughput.decoders(dense)}
     found = throughput.time_models({key: (one, key[1]) for key, one in competitors.items()}, load, bar)
     result: dict[str, Any] = {"model": str(Path(folder)), "packed_layers": len(packed), "load": asdict(load)}
-    allowed = {"packed": activations, "dense": None}
+    allowed = {"packed": activations}
     result["generation"] = [
-        {"weights": kind, "activations": allowed[kind], "decoder": decoder} | row
-        for (kind, decoder), row in found.items()
+        {"weights": key[0], "activations": allowed.get(key[0]), "decoder": key[1]} | row for key, row in found.items()
     ]
     if skipped:
         result["generation"].append({"weights": "dense", "decoder": "", "skipped": skipped})
@@ -151,8 +149,8 @@ def bench_model(
         sparsity = f"{1 - kept / sum(m.out_features * m.in_features for m in packed.values()):.4f}"
     del loaded, dense, competitors  # the rows below need the memory
     named = ",".join(f"{n}x{k}" for n, k in sorted(shapes))
-    asked = {"values": values or activations, "device": device, "activations": activations}
-    return result | bench_shapes(named, sparsity, pattern, tokens, dtype, kernel, bar, **asked)
+    given = named, sparsity, pattern, tokens, dtype, kernel, bar, values or activations
+    return result | bench_shapes(*given, device=device, activations=activations)
 
 
 def _load(
@@ -242,7 +240,7 @@ def _layer_cells(row: dict[str, Any]) -> list[str]:
         return [row["name"], "", "", "", "", *times, "", ""]
     shape = f"{row['shape'][0]}×{row['shape'][1]}"
     dense = ["", ""] if row["ratio"] is None else [f"{row['dense_seconds']:.2e}", f"{row['ratio']:.2f}×"]
-    return [row["name"], shape, row["stored"], f"{row['sparsity']:.2f}", row["kernel"], *times, *dense]
+    return [row["name"], shape, row["stored"] + _beside(row), f"{row['sparsity']:.2f}", row["kernel"], *times, *dense]
 
 
 def _decoding_cells(row: dict[str, Any]) -> list[str]:

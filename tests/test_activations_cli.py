@@ -136,7 +136,9 @@ def test_rows_of_models(run, integers: Path, loaded: list, cheap: None) -> None:
     }
     assert {(row["values"], row["activations"]) for row in found["rows"]} == {("int8", "int8")}
     status, out, _ = run("bench", integers, *QUICK, "--activations", "int8", "--per-layer")
-    assert status == 0 and "packed, x in int8" in out
+    assert status == 0 and "packed, x in int8" in out and "sbt int8, x in int8" in out
+    rows = json.loads(run("bench", integers, *QUICK, "--activations", "int8", "--per-layer", "--json")[1])["layers"]
+    assert {(row["stored"], row["activations"]) for row in rows[:-1]} == {("sbt int8", "int8"), ("dense float32", None)}
     decoded = ("bench", "--shape", "tiny", "--sparsity", "0.5", "--decode")
     out = run(*decoded, "--values", "int8", "--activations", "int8", "--json")[1]
     assert [(row["values"], row["activations"]) for row in json.loads(out)["decoding"]] == [
