@@ -193,8 +193,8 @@ def _differences(times: list[float]) -> tuple[float, list[float]]:
 def time_layers(
     model: nn.Module, dense: nn.Module | None, load: Load, step_seconds: float, bar: Bar
 ) -> list[dict[str, Any]]:
-    """A row per layer of a step: name, shape, stored, activations (int8 where x may be rounded), sparsity, kernel, nbytes,
-    seconds, share, dense_seconds, ratio.
+    """A row per layer of a step: name, shape, stored, activations, sparsity, kernel, nbytes, seconds, share,
+    dense_seconds, ratio.
 
     Medians of calls with random x [batch, K], one layer after the other as in a step, so that each finds its weight
     where a step would; dense layers by turns with them. share: of `step_seconds`, of a whole step; the last row is its
