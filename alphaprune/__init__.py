@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the names below, for those who read types
     from alphaprune.hf import AlphaPruneConfig as AlphaPruneConfig
     from alphaprune.hf import load as load
     from alphaprune.layer import SparseLinear as SparseLinear
+    from alphaprune.layer import round_activations as round_activations
     from alphaprune.layer import sparsify as sparsify
     from alphaprune.pages import huge_pages as huge_pages
     from alphaprune.plan_file import Plan as Plan
@@ -44,6 +45,7 @@ _PUBLIC = {
     "SparseLinear": "layer",
     "save": "checkpoint",
     "load": "hf",
+    "round_activations": "layer",
     "huge_pages": "pages",
     "AlphaPruneConfig": "hf",
     "TextGeneration": "textgen",

@@ -49,14 +49,18 @@ def bench_shapes(
     values: str | None = None,
     decode: bool = False,
     device: str = "cpu",
+    activations: str | None = None,
 ) -> dict[str, Any]:
     """Rows for every shape × tokens × sparsity with random weights read from memory (see timing.time_linear).
 
     bar: (total, description, unit) → context that yields what to call after each step. values: int8, or as `dtype`.
     decode: time whole models in the shapes of `shape` afterwards, on the CPU. device: "cpu", "cuda" or "cuda:N".
+    activations: int8 beside int8 values, where kernels can.
 
     ValueError if an argument is no list of what it should be, or kernel or device cannot run here.
     """
+    kinds = values and torch.int8, activations and torch.int8
+    timing.check_activations(*kinds)
     shapes, chosen, clock = parse_shapes(shape), parse(pattern), timing.clock(device)
     if decode and clock.device.type != "cpu":
         raise ValueError(f"--decode times whole models on the CPU: leave out --device {device}")
@@ -76,13 +80,14 @@ def bench_shapes(
         for one, count, share in problems:
             found = timing.time_linear(
                 *(one, share, count, kind, kernel),
-                **{"bandwidth": bandwidth, "pattern": chosen, "values": values and torch.int8, "device": device},
+                **{"bandwidth": bandwidth, "pattern": chosen, "device": device},
+                **{"values": kinds[0], "activations": kinds[1]},
             )
             rows.append(asdict(found) | {name: getattr(found, name) for name in DERIVED})
             tick("×".join(map(str, one)))
     found = {"machine": str(clock.machine), "threads": clock.threads, "bandwidth": bandwidth, "rows": rows}
     if decode:
-        found["decoding"] = decoding.time_models(shape, sparsities, kind, values and torch.int8, bar)
+        found["decoding"] = decoding.time_models(shape, sparsities, kind, kinds[0], bar, kinds[1])
     return found
 
 
@@ -102,19 +107,20 @@ def bench_model(
     seconds: float = 5.0,
     warmup: float = 1.0,
     per_layer: bool = False,
+    activations: str | None = None,
 ) -> dict[str, Any]:
     """Reading prompts and writing tokens with a packed model beside its dense twin, see throughput.time_models.
 
     generation: rows of weights and decoder; where the twin does not fit into memory, `skipped` says so. Then rows for
     the shapes of its layers at the model's own sparsity (where nothing is packed, at those asked for), or, per_layer,
-    `layers`, a row for each. device: as above.
+    `layers`, a row for each. device: as above. activations: int8 beside the model's int8 values, and those of the rows.
 
-    ValueError if prompt and new tokens do not fit into the context.
+    ValueError if prompt and new tokens do not fit into the context, or the model has no int8 values for activations.
     """
     folder, where = models.resolve(model), timing.clock(device).device
     if kernel is not None:
         base.on(kernel, where)
-    loaded = hf.load(folder, device=str(where), tokens=batch)
+    loaded = hf.load(folder, device=str(where), tokens=batch, activations=activations)
     load = _load(loaded, prompt, new, batch, seconds, warmup)
     packed = {n: m for n, m in loaded.named_modules() if isinstance(m, SparseLinear)}
     prefix = models.family_of(loaded.config, str(folder))
@@ -127,7 +133,10 @@ def bench_model(
         competitors |= {("dense", decoder): dense for decoder in throughput.decoders(dense)}
     found = throughput.time_models({key: (one, key[1]) for key, one in competitors.items()}, load, bar)
     result: dict[str, Any] = {"model": str(Path(folder)), "packed_layers": len(packed), "load": asdict(load)}
-    result["generation"] = [{"weights": key[0], "decoder": key[1]} | row for key, row in found.items()]
+    allowed = {"packed": activations}
+    result["generation"] = [
+        {"weights": key[0], "activations": allowed.get(key[0]), "decoder": key[1]} | row for key, row in found.items()
+    ]
     if skipped:
         result["generation"].append({"weights": "dense", "decoder": "", "skipped": skipped})
     if per_layer:
@@ -140,7 +149,8 @@ def bench_model(
         sparsity = f"{1 - kept / sum(m.out_features * m.in_features for m in packed.values()):.4f}"
     del loaded, dense, competitors  # the rows below need the memory
     named = ",".join(f"{n}x{k}" for n, k in sorted(shapes))
-    return result | bench_shapes(named, sparsity, pattern, tokens, dtype, kernel, bar, values, device=device)
+    given = named, sparsity, pattern, tokens, dtype, kernel, bar, values or activations
+    return result | bench_shapes(*given, device=device, activations=activations)
 
 
 def _load(
@@ -189,7 +199,7 @@ def tables(result: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[s
             f"{row['shape'][0]}×{row['shape'][1]}",
             str(row["tokens"]),
             f"{row['sparsity']:.2f}",
-            row["values"],
+            values_cell(row),
             row["kernel"],
             f"{row['seconds']:.3e}",
             f"{row['dense_seconds']:.3e}",
@@ -205,6 +215,15 @@ def tables(result: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[s
         yield "whole models, greedy decoding of 1 sequence", DECODING, rows
 
 
+def values_cell(row: dict[str, Any]) -> str:
+    """What a row was measured with: dtype of the values, and of x where kernels might round it."""
+    return row["values"] + _beside(row)
+
+
+def _beside(row: dict[str, Any]) -> str:
+    return f", x in {row['activations']}" if row.get("activations") else ""
+
+
 def _generation_cells(row: dict[str, Any]) -> list[str]:
     if "skipped" in row:
         return [row["weights"], row["skipped"], *[""] * (len(GENERATION) - 2)]
@@ -212,7 +231,7 @@ def _generation_cells(row: dict[str, Any]) -> list[str]:
     prefill = [f"{row['prefill_tokens_per_second']:.1f}", *itertools.islice(latencies, 3)]
     decode = [f"{row['decode_tokens_per_second']:.1f}", *latencies]
     read = [f"{row['bytes_per_step'] / 1e6:.1f}", f"{row['bytes_per_second'] / 1e9:.1f}"]
-    return [row["weights"], row["decoder"], *prefill, *decode, *read]
+    return [row["weights"] + _beside(row), row["decoder"], *prefill, *decode, *read]
 
 
 def _layer_cells(row: dict[str, Any]) -> list[str]:
@@ -221,12 +240,12 @@ def _layer_cells(row: dict[str, Any]) -> list[str]:
         return [row["name"], "", "", "", "", *times, "", ""]
     shape = f"{row['shape'][0]}×{row['shape'][1]}"
     dense = ["", ""] if row["ratio"] is None else [f"{row['dense_seconds']:.2e}", f"{row['ratio']:.2f}×"]
-    return [row["name"], shape, row["stored"], f"{row['sparsity']:.2f}", row["kernel"], *times, *dense]
+    return [row["name"], shape, row["stored"] + _beside(row), f"{row['sparsity']:.2f}", row["kernel"], *times, *dense]
 
 
 def _decoding_cells(row: dict[str, Any]) -> list[str]:
     weights = "dense" if row["sparsity"] is None else f"packed, {row['sparsity']:.2f}"
-    cells = [weights, row["values"], row["decoder"]]
+    cells = [weights, values_cell(row), row["decoder"]]
     if "skipped" in row:
         return [*cells, "", "", row["skipped"]]
     over = f"{row['step_over_kernels']:.3f}" if "step_over_kernels" in row else ""

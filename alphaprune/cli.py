@@ -77,6 +77,11 @@ def _memory_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--spill", metavar="DIR", help="for a file of those beyond it (default: beside the output)")
 
 
+def _activations_option(command: argparse.ArgumentParser) -> None:
+    what = "beside int8 values, kernels of CPUs may round activations to 8 bits: faster; kernels of GPUs keep them"
+    command.add_argument("--activations", choices=("int8",), help=what)
+
+
 def _plan_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--allocator", default="alpha", help="uniform, ramp, alpha, …: a wrong name lists all")
     command.add_argument("--epsilon", default="auto", help="spread of the sparsities, 0…1, or auto")
@@ -212,6 +217,7 @@ def _use_commands(sub) -> None:
     evaluate.add_argument("--shots", type=int, metavar="N", help="with --tasks: examples before each question")
     evaluate.add_argument("--limit", type=int, metavar="N", help="with --tasks: documents of each at most")
     evaluate.add_argument("--batch", type=int, metavar="N", help="with --tasks: requests at a time (default 1)")
+    _activations_option(evaluate)
     evaluate.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     evaluate.add_argument("--json", action="store_true")
 
@@ -225,6 +231,7 @@ def _use_commands(sub) -> None:
     generate.add_argument("--repetition-penalty", type=float, help="above 1: tokens that were there get less likely")
     generate.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     generate.add_argument("--seed", type=int, default=0)
+    _activations_option(generate)
     generate.add_argument("--json", action="store_true")
 
 
@@ -235,6 +242,7 @@ def _chat_command(sub) -> None:
     chat.add_argument("--max-new", type=int, help="tokens of an answer (default: 512, or a quarter of the context)")
     chat.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token each time")
     chat.add_argument("--seed", type=int, default=0)
+    _activations_option(chat)
     chat.add_argument("--chat-template", metavar="FILE", help="Jinja template in place of the tokenizer's")
     chat.add_argument("--plain", action="store_true", help="a transcript of User and Assistant, for models without one")
 
@@ -275,6 +283,7 @@ def _serve_command(sub) -> None:
     serve.add_argument("--drain", type=float, default=30, metavar="SECONDS", help="after SIGTERM, for running answers")
     serve.add_argument("--threads", type=int, help="of the kernels (default: torch's)")
     shared = "on the CPU, weights stay in their file's pages, which servers share, and decode slower"
+    _activations_option(serve)
     serve.add_argument("--mapped", action="store_true", help=shared)
     serve.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     serve.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
@@ -289,6 +298,7 @@ def _measure_commands(sub) -> None:
     bench.add_argument("--tokens", default="1", help="rows of x, such as 1,4,16")
     bench.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
     bench.add_argument("--values", choices=("int8",), help="of the packed weights; without it those of --dtype")
+    _activations_option(bench)
     bench.add_argument("--kernel", help="time this kernel only; see `alphaprune info`")
     bench.add_argument("--decode", action="store_true", help="with --shape llama2-7b: whole models too, some minutes")
     bench.add_argument("--prompt", type=int, help="with MODEL: prompt tokens (default 128, or half the context)")

@@ -75,11 +75,13 @@ def random_model(
     values: torch.dtype | None = None,
     pattern: Pattern = UNSTRUCTURED,
     device: str = "cpu",
+    activations: torch.dtype | None = None,
 ) -> nn.Module:
     """A model in the shapes of `name`: blocks dense in `dtype`, or with a `sparsity` packed with `values`.
 
     Layers of one shape are copies of one another in distinct memory, so that a step reads all of them.
-    pattern: of the packed weights. ValueError naming the bytes if they do not fit into the memory of the device.
+    pattern: of the packed weights; activations: as `Packed` has it. ValueError naming the bytes if they do not fit into
+    the memory of the device.
     """
     config = config_of(name)
     needed, free = nbytes(config, sparsity, dtype, values), memory(device)
@@ -99,7 +101,7 @@ def random_model(
             layer.weight = nn.Parameter(weight.to(device, copy=True), requires_grad=False)
         else:
             sparse = SparseLinear(packed.map(lambda tensor: tensor.to(device, copy=True)))
-            sparse.name = full
+            sparse.name, sparse.activations = full, activations
             model.set_submodule(full, sparse)
     generator = torch.Generator(device).manual_seed(1)
     for module in model.modules():
@@ -156,19 +158,27 @@ def time_generation(model: nn.Module, ours: bool, prompt: int = 16, new: int = 3
 
 
 def time_models(
-    name: str, sparsities: Sequence[float], dtype: torch.dtype, values: torch.dtype | None, bar: Bar
+    name: str,
+    sparsities: Sequence[float],
+    dtype: torch.dtype,
+    values: torch.dtype | None,
+    bar: Bar,
+    activations: torch.dtype | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of decoding with the weights of `name`: packed at each sparsity, then dense, one model in memory at a time.
 
-    weights, values, sparsity, decoder, and what `time_generation` and `time_kernels` give; or `skipped`, the reason.
+    weights, values, activations, sparsity, decoder, and what `time_generation` and `time_kernels` give; or `skipped`,
+    the reason. activations: as `Packed` has it, None in the rows of dense models.
     """
     rows = []
     with bar(len(sparsities) + 1, "decode", "model") as tick:
         for sparsity in (*sparsities, None):
             stored = values if values and sparsity is not None else dtype
             row = {"sparsity": sparsity, "values": str(stored).removeprefix("torch.")}
+            allowed = None if sparsity is None else activations
+            row["activations"] = allowed and str(allowed).removeprefix("torch.")
             try:
-                model = random_model(name, sparsity, dtype, values)
+                model = random_model(name, sparsity, dtype, values, activations=allowed)
             except ValueError as error:
                 rows.append(row | {"decoder": "", "skipped": str(error)})
                 continue

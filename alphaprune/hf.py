@@ -21,7 +21,16 @@ from alphaprune.experts import FUSED, separate
 from alphaprune.files import first_line
 from alphaprune.formats import quantize
 from alphaprune.kernels import base
-from alphaprune.layer import SparseLinear, check_tokens, expand_losers, pack_weight, replace_each, worth_packing
+from alphaprune.layer import (
+    SparseLinear,
+    check_activations,
+    check_tokens,
+    expand_losers,
+    pack_weight,
+    replace_each,
+    round_activations,
+    worth_packing,
+)
 from alphaprune.model import check_places, family_of, prunable, read_config, resolve
 from alphaprune.shards import Shards, read_header
 from alphaprune.stored import check_entries, check_version
@@ -327,18 +336,20 @@ def load(
     device: str = "cpu",
     tokens: int | None = 1,
     huge_pages: bool = False,
+    activations: str | None = None,
 ) -> "PreTrainedModel":
     """The model of a directory (ours or any of transformers) or hub id, ready to run: this is `from_pretrained`.
 
     dtype: "auto" keeps that of the file. tokens: rows of x to be fast at; where this machine has a time table, packed
     layers that are faster dense are expanded; None keeps all packed, as from_pretrained does. huge_pages: moves weights
     on the CPU as the function of that name does; otherwise they stay in the pages of their file, which processes share
-    and which are read when they are first used.
+    and which are read when they are first used. activations: "int8" lets kernels round x, see `round_activations`.
     Raises ValueError in one sentence if the files are unreadable, there is no such device, or too little memory on it.
     """
     from transformers.utils import logging
 
     check_tokens(tokens)
+    check_activations(activations)
     devices.named(device)
     folder = resolve(path)
     config = read_config(folder)
@@ -363,6 +374,8 @@ def load(
         if bar:
             logging.enable_progress_bar()
     check_loaded(folder, model, found)
+    if activations is not None:
+        round_activations(model, activations)
     made = expand_losers(memory.moved(model, device, str(folder)).eval(), tokens)
     return pages.huge_pages(made) if huge_pages else made
 

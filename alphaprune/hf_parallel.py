@@ -51,7 +51,7 @@ class SlicedLinear(SparseLinear):
     @property
     def packed(self) -> Packed:
         values, mask, offsets, scale = (self._buffers[suffix] for suffix in PACKED_SUFFIXES)
-        return Packed(values, mask, offsets, self.held, scale)
+        return Packed(values, mask, offsets, self.held, scale, self.activations)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         raise ValueError(f"{self.name}: one rank holds {self.held} of it; load the model on one rank to expand it")

@@ -13,6 +13,7 @@ from alphaprune.kernels import base
 from alphaprune.kernels import spmm as op
 from alphaprune.trees import Matrix, open_source
 
+ACTIVATIONS = ("int8",)
 Model = TypeVar("Model", bound=nn.Module)
 NOISE = 1.05  # a table's medians wander by so much: a layer that is within it stays packed, which is smaller
 
@@ -25,7 +26,8 @@ class SparseLinear(nn.Module):
     [R·C + 1] int32 with R = ceil(N/16), C = ceil(K/64).   bias: [N] parameter or None.
     With int8 values: weight [n] int8, and weight_scale float32 [N] or [N, ceil(K/128)], otherwise None. `.to(dtype)`
     casts float values and the bias; integers and their scale keep dtype and bits.
-    Differentiable in x and bias.
+    activations: torch.int8 lets kernels round x to 8 bits beside int8 values, see `round_activations`; or None.
+    Differentiable in x and bias; gradients are those of x as it is.
     """
 
     weight: Tensor
@@ -33,6 +35,7 @@ class SparseLinear(nn.Module):
     weight_offsets: Tensor
     weight_scale: Tensor | None
     bias: nn.Parameter | None
+    activations: torch.dtype | None = None  # here, too, for layers that were pickled before there was such a choice
 
     def __init__(self, packed: Packed, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -42,6 +45,7 @@ class SparseLinear(nn.Module):
         self.register_buffer("weight_offsets", packed.offsets)
         self.register_buffer("weight_scale", packed.scale)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad)
+        self.activations = packed.activations
         self.name = ""  # of the layer in its model, for error messages
         self.quantization_error: quantize.Error | None = None  # of int8 values, where they were made here
         self._prepared: op.Prepared | None = None
@@ -93,7 +97,7 @@ class SparseLinear(nn.Module):
     @property
     def packed(self) -> Packed:
         shape = self.out_features, self.in_features
-        return Packed(self.weight, self.weight_mask, self.weight_offsets, shape, self.weight_scale)
+        return Packed(self.weight, self.weight_mask, self.weight_offsets, shape, self.weight_scale, self.activations)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """The dense twin: the kept weights, int8 values times their scale, and zeros.
@@ -113,7 +117,7 @@ class SparseLinear(nn.Module):
         return linear
 
     def prepared(self) -> "op.Prepared":
-        """The packed weight, validated once for as long as its tensors stay the same objects."""
+        """The packed weight, validated once for as long as its tensors stay the same objects and `activations` so."""
         found, buffers = self._prepared, self._buffers
         if (
             found is None
@@ -121,6 +125,7 @@ class SparseLinear(nn.Module):
             or found.packed.mask is not buffers["weight_mask"]
             or found.packed.offsets is not buffers["weight_offsets"]
             or found.packed.scale is not buffers["weight_scale"]
+            or found.packed.activations is not self.activations
         ):
             found = op.prepare(self.packed, self.name or "SparseLinear")
             self._prepared = found
@@ -138,6 +143,7 @@ class SparseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"format=sbt, bytes={self.packed.nbytes}"
             + ("" if self.weight_scale is None else ", values=int8")
+            + (", activations=int8" if self.packed.bytes_allowed else "")
             + ("" if error is None else f", quantization_error={error.relative:.2g}")
         )
 
@@ -257,6 +263,32 @@ def put(model: nn.Module, names: list[str], new: nn.Module) -> None:
         model.set_submodule(name, new)
 
 
+def check_activations(to: str | None) -> None:
+    """ValueError unless `to` is None or int8."""
+    if to is not None and to not in ACTIVATIONS:
+        raise ValueError(f"activations {to!r}: wanted {', '.join(ACTIVATIONS)}, or None to leave them as they are")
+
+
+def round_activations(model: Model, to: str | None = "int8") -> Model:
+    """Lets kernels round x to 8 bits in the layers with int8 values, in place; returns the model. None takes it back.
+
+    Each token's x is rounded in units of 1/127 of the largest magnitude among 128 columns, while it is multiplied:
+    faster for a few tokens and more, and less exact. It is a permission: CPUs with AMX or AVX-512 VNNI use it; other
+    kernels, those of GPUs among them, compute as before. Nothing of it is saved.
+    ValueError if the model has no layer with int8 values, or `to` is anything else.
+    """
+    check_activations(to)
+    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    if to is not None and not any(layer.weight_scale is not None for layer in layers):
+        raise ValueError(
+            f"activations {to!r}: no layer of this model has int8 values, and only beside them x is rounded; "
+            f"`alphaprune convert MODEL NEW --values int8`, or sparsify with values='int8', makes them"
+        )
+    for layer in layers:
+        layer.activations = None if to is None or layer.weight_scale is None else getattr(torch, to)
+    return model
+
+
 def check_tokens(tokens: int | None) -> None:
     """ValueError unless tokens is None or a whole number from 1."""
     if tokens is not None and tokens < 1:
@@ -269,6 +301,7 @@ def sparsify(
     values: str | None = None,
     group: int | None = None,
     tokens: int | None = 1,
+    activations: str | None = None,
 ) -> Model:
     """Replaces nn.Linear layers by SparseLinear, in place, where that is smaller; returns the model.
 
@@ -277,13 +310,17 @@ def sparsify(
     by it, too. What each layer lost stands in its `quantization_error`.
     tokens: rows of x to be fast at. Where this machine has a time table, layers that are faster dense stay so, with
     their zeros; None packs all that get smaller.
+    activations: "int8", with values="int8": as `round_activations` has it.
     Convolutions stay dense, with their zeros: nothing here runs them sparse.
     A module that the model has under several names is replaced under all of them, by one.
     Raises ValueError if a mask names no linear layer or has another shape, two masks are of one module, or int8 is
-    asked of NaN or infinity.
+    asked of NaN or infinity, or of activations alone.
     """
     quantize.check(values, group)
     check_tokens(tokens)
+    check_activations(activations)
+    if activations is not None and values is None:
+        raise ValueError(f"activations {activations!r}: are rounded beside int8 values only; give values='int8', too")
     layers: dict[str, nn.Module | None] = {}
     if masks is None:
         for block in open_source(model).blocks():
@@ -313,4 +350,6 @@ def sparsify(
             put(model, names[layer], sparse)
         elif mask is not None:
             layer.weight.data = layer.weight.data.masked_fill(~mask, 0)
+    if activations is not None:
+        round_activations(model, activations)
     return pages.huge_pages(expand_losers(model, tokens), SparseLinear)

@@ -68,7 +68,7 @@ class TextGeneration:
 
     model: folder, hub id, or a loaded model with its tokenizer. generation_config: for every call; a GenerationConfig,
     a dict, or a JSON file or a folder with one. Greedy unless sampling is asked for, whatever the checkpoint says; its
-    other settings hold.
+    other settings hold. dtype, device, activations: as `load` takes them, of a folder or hub id.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class TextGeneration:
         generation_config: Config = None,
         dtype: "torch.dtype | str" = "auto",
         device: str = "cpu",
+        activations: str | None = None,
     ) -> None:
         self._given = text_request.read(generation_config)
         if isinstance(model, nn.Module):
@@ -87,7 +88,7 @@ class TextGeneration:
         else:
             folder = models.resolve(model)
             self.tokenizer = tokenizer or data.load_tokenizer(folder)
-            self.model = hf.load(folder, dtype, device)
+            self.model = hf.load(folder, dtype, device, activations=activations)
         self.context: int | None = getattr(text_config(self.model.config), "max_position_embeddings", None)
         self._lock = threading.Lock()
 

@@ -193,7 +193,8 @@ def _differences(times: list[float]) -> tuple[float, list[float]]:
 def time_layers(
     model: nn.Module, dense: nn.Module | None, load: Load, step_seconds: float, bar: Bar
 ) -> list[dict[str, Any]]:
-    """A row per layer of a step: name, shape, stored, sparsity, kernel, nbytes, seconds, share, dense_seconds, ratio.
+    """A row per layer of a step: name, shape, stored, activations, sparsity, kernel, nbytes, seconds, share,
+    dense_seconds, ratio.
 
     Medians of calls with random x [batch, K], one layer after the other as in a step, so that each finds its weight
     where a step would; dense layers by turns with them. share: of `step_seconds`, of a whole step; the last row is its
@@ -249,4 +250,5 @@ def _describe(name: str, module: nn.Module, batch: int, dtype: torch.dtype) -> d
         kept = int(module.weight.count_nonzero())
     stored = f"{'sbt' if isinstance(module, SparseLinear) else 'dense'} {stored.removeprefix('torch.')}"
     sparsity = {"sparsity": 1 - kept / weights, "kernel": kernel, "nbytes": nbytes}
-    return {"name": name, "shape": shape, "stored": stored} | sparsity
+    allowed = isinstance(module, SparseLinear) and module.packed.bytes_allowed
+    return {"name": name, "shape": shape, "stored": stored, "activations": "int8" if allowed else None} | sparsity

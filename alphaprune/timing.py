@@ -7,7 +7,7 @@ import mmap
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,7 +38,8 @@ class Row:
     seconds, dense_seconds: of one call. nbytes, dense_nbytes: of the weight. dense_dtype: what torch is fastest in,
     that of x or float32, which a CPU without bfloat16 arithmetic prefers. rotated: bytes of copies of the packed weight
     that the calls went round, so that none is found in a cache. bandwidth: measured read bytes/s of the machine, of a
-    GPU those that copies read and write; its `threads` are 0.
+    GPU those that copies read and write; its `threads` are 0. activations: int8 where kernels may round x so; `kernel`
+    tells whether it does, see cpu.BYTES.
     """
 
     machine: str
@@ -57,6 +58,7 @@ class Row:
     bandwidth: float
     values: str  # dtype of the packed weight's values; `dtype` is that of x
     dense_dtype: str
+    activations: str | None = None
 
     @property
     def ratio(self) -> float:
@@ -268,18 +270,23 @@ def time_linear(
     pattern: Pattern = UNSTRUCTURED,
     values: torch.dtype | None = None,
     device: str = "cpu",
+    activations: torch.dtype | None = None,
 ) -> Row:
     """The median seconds of y = x Wᵀ with a packed random W [N, K] and with dense ones, called by turns.
 
     All go round copies of their weight in distinct memory, `total_bytes` each but MOST_COPIES at most, `repeats` times
     the packed ones. total_bytes: by default 1 GiB, on a GPU several times its second-level cache.
     bandwidth: of the clock, measured if not given. pattern: N:M instead of zeros anywhere. values: int8 to store the
-    kept weights so. The dense layer beside them is in `dtype`, as x, or, on a CPU, in float32 if that is faster.
-    ValueError if the kernel cannot run, K does not fit the pattern, or the device is not here.
+    kept weights so; activations: int8 beside them as `Packed` has it. The dense layer beside them is in `dtype`, as x,
+    or, on a CPU, in float32 if that is faster.
+    ValueError if the kernel cannot run, K does not fit the pattern, the device is not here, or activations are to be
+    int8 beside floats.
     """
+    check_activations(values, activations)
     timer = clock(device)
     total = total_bytes or timer.rotated
     weight, packed = random_packed(shape, sparsity, dtype, values or dtype, pattern, timer.device)
+    packed = replace(packed, activations=activations)
     x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(1)).to(timer.device, dtype)
     name = spmm.prepare(packed, "bench", kernel).choice(tokens, dtype)[0].name
     sparse = [functools.partial(spmm.prepare(copy, "bench", kernel), x) for copy in copies(packed, total)]
@@ -307,7 +314,14 @@ def time_linear(
         nbytes=packed.nbytes,
         dense_nbytes=weight.numel() * getattr(torch, best).itemsize,
         bandwidth=bandwidth or timer.bandwidth(),
+        activations=activations and str(activations).removeprefix("torch."),
     )
+
+
+def check_activations(values: torch.dtype | None, activations: torch.dtype | None) -> None:
+    """ValueError if activations are to be rounded beside values that are floats."""
+    if activations is not None and values != torch.int8:
+        raise ValueError("--activations int8: they are rounded beside int8 values only; give --values int8, too")
 
 
 def _dense(weight: Tensor, x: Tensor, total_bytes: int) -> list[Call]:

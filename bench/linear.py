@@ -17,6 +17,7 @@ COLUMNS = (
     "shape",
     "sparsity",
     "tokens",
+    "values",
     "kernel",
     "seconds",
     "dense seconds",
@@ -39,6 +40,7 @@ def line(row: timing.Row) -> str:
         "x".join(map(str, row.shape)),
         f"{row.sparsity:.2f}",
         str(row.tokens),
+        row.values + (f", x {row.activations}" if row.activations else ""),
         row.kernel,
         f"{row.seconds:.6f}",
         f"{row.dense_seconds:.6f}",
@@ -57,6 +59,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", default="1")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--values", choices=("int8",), help="how the packed weight is stored, if not in --dtype")
+    parser.add_argument("--activations", choices=("int8",), help="of x beside int8 values, where kernels can")
     parser.add_argument("--kernel", help="one kernel instead of the automatic choice")
     parser.add_argument("--gigabytes", type=float, default=1, help="of weights that the calls go round")
     parser.add_argument("--repeats", type=int, default=3, help="times round them")
@@ -67,6 +70,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
+    timing.check_activations(args.values and torch.int8, args.activations and torch.int8)
     bandwidth = timing.read_bandwidth()
     if not args.json:
         print(f"{timing.machine()}; {torch.get_num_threads()} threads; reads {bandwidth / 1e9:.1f} GB/s; {args.dtype}")
@@ -85,6 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
                     args.repeats,
                     bandwidth,
                     values=args.values and getattr(torch, args.values),
+                    activations=args.activations and getattr(torch, args.activations),
                 )
                 found = row_dict(row)
                 print(json.dumps(found) if args.json else line(row), flush=True)

@@ -34,7 +34,7 @@ def linear_of(found: list[dict]) -> str:
         [
             str(r["tokens"]),
             f"{r['sparsity']:.0%}",
-            r.get("values", r["dtype"]),
+            r.get("values", r["dtype"]) + (f", x in {r['activations']}" if r.get("activations") else ""),
             r["kernel"],
             f"{r['seconds']:.2e}",
             f"{r['dense_seconds']:.2e}",

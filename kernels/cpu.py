@@ -12,6 +12,7 @@ from alphaprune.formats import Packed, native
 from alphaprune.kernels.base import Bound, Kernel
 
 ISAS = ("amx", "avx512bf16", "avx512", "avx512vnni", "avx512bw", "avx2", "neon", "scalar")  # best first
+BYTES = ("amx", "avx512bf16", "avx512", "avx512vnni")  # multiply int8 values by x in 8 bits, where they may round it
 CODES = native.DTYPES
 FLOATS = tuple(dtype for dtype in CODES if dtype.is_floating_point)  # of activations and biases
 # Past so many tokens, expanding a chunk of rows for torch's matmul is faster. Measured at 4096 x 4096 in bfloat16 on
@@ -92,6 +93,23 @@ def supports(shape: tuple[int, int], tokens: int, weight: torch.dtype, x: torch.
     return f"it computes with float32, float16 and bfloat16, not {', '.join(unknown)}" if unknown else None
 
 
+def supports_bytes(isa: str, shape: tuple[int, int], tokens: int, weight: torch.dtype, x: torch.dtype) -> str | None:
+    """As `supports`; x is int8 where `isa` may round it so, beside int8 values."""
+    return None if isa in BYTES and weight == x == torch.int8 else supports(shape, tokens, weight, x)
+
+
+def rounds_to_bytes(packed: Packed) -> bool:
+    """Whether the best instruction set that is usable here rounds x to 8 bits beside this weight."""
+    if packed.device.type != "cpu" or not packed.bytes_allowed:
+        return False
+    return next((isa for isa in ISAS if missing(isa) is None), None) in BYTES
+
+
+def takes_any(isa: str, weight: torch.dtype, x: torch.dtype, density: float | None) -> bool:
+    """Whether MOST_TOKENS does not hold: expansion multiplies floats, zeros among them, and no bytes."""
+    return weight == x == torch.int8 or skips_zeros(isa, weight, x, density)
+
+
 def skips_zeros(isa: str, weight: torch.dtype, x: torch.dtype, density: float | None) -> bool:
     """Whether `isa` multiplies non-zeros alone, whose time follows the density for any number of tokens.
 
@@ -107,8 +125,9 @@ def skips_zeros(isa: str, weight: torch.dtype, x: torch.dtype, density: float | 
 
 KERNELS = tuple(
     Kernel(
-        *(isa, "cpu", functools.partial(missing, isa), supports, functools.partial(bind, isa), MOST_TOKENS[isa]),
-        any_tokens=functools.partial(skips_zeros, isa),
+        *(isa, "cpu", functools.partial(missing, isa), functools.partial(supports_bytes, isa)),
+        *(functools.partial(bind, isa), MOST_TOKENS[isa]),
+        any_tokens=functools.partial(takes_any, isa),
     )
     for isa in ISAS
 )

@@ -93,11 +93,16 @@ class Prepared:
         """The kernel for so many tokens, and why those before it in preference were passed over."""
         shape, dtype = self.packed.shape, self.packed.dtype
         if self.kernel is None:
-            return base.choose(shape, tokens, dtype, x_dtype, str(self.device), self.packed.density, self.fits)
+            seen = self._seen(x_dtype)
+            return base.choose(shape, tokens, dtype, seen, str(self.device), self.packed.density, self.fits)
         reason = base.elsewhere(self.kernel, self.device) or self.kernel.supports(shape, tokens, dtype, x_dtype)
         if reason := reason or self.fits(self.kernel):
             raise ValueError(f"{self.name}: kernel {self.kernel.name} cannot run: {reason}")
         return self.kernel, "asked for"
+
+    def _seen(self, x_dtype: torch.dtype) -> torch.dtype:
+        """What kernels are chosen for: int8 where they round x so, or x's dtype."""
+        return torch.int8 if cpu.rounds_to_bytes(self.packed) else x_dtype
 
     def fits(self, kernel: Kernel) -> str | None:
         """None, or why `kernel` does not take this weight."""
@@ -137,8 +142,8 @@ class Prepared:
         if self.kernel is not None:
             return 0
         if x_dtype not in self._limits:
-            p = self.packed
-            self._limits[x_dtype] = base.limits(p.shape, p.dtype, x_dtype, str(p.device), p.density, self.fits)
+            p, seen = self.packed, self._seen(x_dtype)
+            self._limits[x_dtype] = base.limits(p.shape, p.dtype, seen, str(p.device), p.density, self.fits)
         return bisect_left(self._limits[x_dtype], tokens)
 
     def _bind(self, x_dtype: torch.dtype, tokens: int) -> Bound:
@@ -225,37 +230,57 @@ def _misfit(name: str, shape: tuple[int, int], x: Tensor, bias: Tensor | None) -
 
 
 # The op for torch.compile and autograd. Its packed tensors come through the dispatcher, so what was checked is
-# remembered by the identity of `weight`; an alias of it is held, because the key itself would then live for ever.
+# remembered by the identity of `weight`; an alias of it is held, because the key itself would then live for ever. Of
+# layers that share a weight one may have x rounded beside it and another not: each has its own.
 _by_weight: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _lookup(weight: Tensor, mask: Tensor, offsets: Tensor, scale: Tensor | None, n: int, k: int) -> Prepared:
+def _lookup(
+    weight: Tensor, mask: Tensor, offsets: Tensor, scale: Tensor | None, n: int, k: int, to_bytes: bool = False
+) -> Prepared:
     address = (weight.data_ptr(), mask.data_ptr(), offsets.data_ptr(), 0 if scale is None else scale.data_ptr(), n, k)
-    known = _by_weight.get(weight)
-    if known is None or known[0] != address:
-        packed = Packed(weight, mask, offsets, (n, k), scale).map(Tensor.detach)
-        known = _by_weight[weight] = (address, Prepared(packed, OP))
-    return known[1]
+    known = _by_weight.setdefault(weight, {})
+    if to_bytes not in known or known[to_bytes][0] != address:
+        activations = torch.int8 if to_bytes else None
+        packed = Packed(weight, mask, offsets, (n, k), scale, activations).map(Tensor.detach)
+        known[to_bytes] = (address, Prepared(packed, OP))
+    return known[to_bytes][1]
 
 
 def of_op(packed: Packed) -> Prepared:
     """What the op of torch.compile multiplies with; it lives as long as the values of the weight."""
-    return _lookup(packed.weight, packed.mask, packed.offsets, packed.scale, *packed.shape)
+    return _lookup(packed.weight, packed.mask, packed.offsets, packed.scale, *packed.shape, packed.bytes_allowed)
 
 
 def _call_op(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     tensors = packed.weight, packed.mask, packed.offsets, packed.scale
-    return torch.ops.alphaprune.spmm(x, *tensors, *packed.shape, bias)
+    return torch.ops.alphaprune.spmm(x, *tensors, *packed.shape, bias, packed.bytes_allowed)
 
 
 def _spmm(
-    x: Tensor, weight: Tensor, mask: Tensor, offsets: Tensor, scale: Tensor | None, n: int, k: int, bias: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    offsets: Tensor,
+    scale: Tensor | None,
+    n: int,
+    k: int,
+    bias: Tensor | None,
+    to_bytes: bool = False,
 ) -> Tensor:
-    return _lookup(weight, mask, offsets, scale, n, k).run(x, bias)
+    return _lookup(weight, mask, offsets, scale, n, k, to_bytes).run(x, bias)
 
 
 def _spmm_fake(
-    x: Tensor, weight: Tensor, mask: Tensor, offsets: Tensor, scale: Tensor | None, n: int, k: int, bias: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    offsets: Tensor,
+    scale: Tensor | None,
+    n: int,
+    k: int,
+    bias: Tensor | None,
+    to_bytes: bool = False,
 ) -> Tensor:
     torch._check(x.shape[-1] == k, lambda: _misfit(OP, (n, k), x, bias))
     return x.new_empty((*x.shape[:-1], n))
@@ -272,7 +297,7 @@ def _grad_fake(
 
 
 def _remember(ctx, inputs, output) -> None:
-    _, *packed, ctx.n, ctx.k, bias = inputs
+    _, *packed, ctx.n, ctx.k, bias, _ = inputs
     ctx.save_for_backward(*packed)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -283,12 +308,12 @@ def _backward(ctx, grad: Tensor):
         grad_x = torch.ops.alphaprune.spmm_grad(grad.contiguous(), *ctx.saved_tensors, ctx.n, ctx.k)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[7]:
         grad_bias = grad.float().flatten(0, -2).sum(0).to(ctx.bias_dtype)
-    return grad_x, *[None] * 6, grad_bias
+    return grad_x, *[None] * 6, grad_bias, None
 
 
 _PACKED = "Tensor weight, Tensor mask, Tensor offsets, Tensor? scale, SymInt n, SymInt k"
 _library = torch.library.Library("alphaprune", "DEF")
-_library.define(f"spmm(Tensor x, {_PACKED}, Tensor? bias) -> Tensor")
+_library.define(f"spmm(Tensor x, {_PACKED}, Tensor? bias, bool to_bytes=False) -> Tensor")
 _library.define(f"spmm_grad(Tensor grad, {_PACKED}) -> Tensor")
 for _name, _impl, _fake in (("spmm", _spmm, _spmm_fake), ("spmm_grad", _grad, _grad_fake)):
     _library.impl(_name, _impl, "CompositeExplicitAutograd")

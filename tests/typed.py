@@ -20,7 +20,9 @@ def steps(model: nn.Module, tokens: Tensor) -> nn.Module:
     alphaprune.plan(model, sparsity=share)  # type: ignore[arg-type]
     sparse = alphaprune.sparsify(model, masks)
     alphaprune.save(sparse, "pruned")
-    return alphaprune.load("pruned")
+    rounded: nn.Module = alphaprune.round_activations(alphaprune.sparsify(model, masks, values="int8"))
+    alphaprune.round_activations(rounded, to=8)  # type: ignore[arg-type]
+    return alphaprune.load("pruned", activations="int8")
 
 
 def layer(linear: nn.Linear, mask: Tensor, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ def run(
     temperature: float,
     system: str | None,
     seed: int,
+    activations: str | None,
 ) -> None:
     if max_new is not None and max_new < 1:
         raise ValueError(f"--max-new {max_new}: wanted at least one token")
@@ -27,7 +28,7 @@ def run(
     from alphaprune import chat, textgen
     from alphaprune.generate import OURS
 
-    pipeline = textgen.TextGeneration(model)
+    pipeline = textgen.TextGeneration(model, activations=activations)
     settings = {"max_new_tokens": max_new, "temperature": temperature}
     try:
         talk = chat.Chat(pipeline, system, template, plain, seed, **settings)

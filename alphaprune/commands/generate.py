@@ -13,6 +13,7 @@ def run(
     temperature: float,
     seed: int,
     stop: list[str] | None,
+    activations: str | None,
     json: bool,
     **sampling: Any,
 ) -> None:
@@ -25,7 +26,7 @@ def run(
     given = {name: value for name, value in sampling.items() if value is not None}
     if temperature == 0 and (unused := sorted(given.keys() - {"repetition_penalty"})):
         raise ValueError(f"--{unused[0].replace('_', '-')} chooses among samples: give a --temperature above 0, too")
-    pipeline = textgen.TextGeneration(model)
+    pipeline = textgen.TextGeneration(model, activations=activations)
     settings = {"max_new_tokens": max_new, "temperature": temperature, "seed": seed, "stop": stop} | given
     text, tokens = "", 0
     for made in pipeline(prompt, streaming=True, **settings):

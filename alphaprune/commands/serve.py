@@ -32,7 +32,9 @@ def run(model: str, **options: Any) -> None:
             tokenizer.chat_template = data.read_text(options["chat_template"])
         # On a GPU nothing is expanded, whatever a time table says: memory there is for keys and values.
         tokens = 1 if options["device"] == "cpu" else None
-        loaded = hf.load(folder, options["dtype"], options["device"], tokens, not options["mapped"])
+        loaded = hf.load(
+            folder, options["dtype"], options["device"], tokens, not options["mapped"], options["activations"]
+        )
         service = _service(loaded, tokenizer, options["name"] or folder.resolve().name, options)
         try:
             sock.listen(BACKLOG)  # whoever reads the address may connect at once

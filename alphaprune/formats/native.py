@@ -44,7 +44,7 @@ def weight(packed: Packed, isa: str) -> Any:
     """The native view of a validated weight, bound to an instruction set; it does not keep the tensors alive."""
     addresses = packed.weight.data_ptr(), packed.mask.data_ptr(), packed.offsets.data_ptr()
     scale, groups = (0, 0) if packed.scale is None else (packed.scale.data_ptr(), packed.scale[0].numel())
-    kind = DTYPES[packed.dtype], packed.activations == torch.int8
+    kind = DTYPES[packed.dtype], packed.bytes_allowed
     return load().Weight(*addresses, scale, *packed.shape, groups, *kind, isa)
 
 

@@ -19,7 +19,8 @@ class Packed:
     shape: (N, K).
     scale: of int8 values, float32 [N] or [N, ceil(K / 128)]: W[n, k] = value * scale[n, k // 128]. None for floats.
     activations: torch.int8 where kernels may round x to 8 bits beside int8 values: each token's in units of 1 / 127 of
-        the largest of 128 columns. None: they round no coarser than to 16 bits. Nothing of it is stored.
+        the largest of 128 columns. None: they round no coarser than to 16 bits. Nothing of it is stored, and beside
+        floats it means nothing.
     """
 
     weight: Tensor
@@ -54,6 +55,11 @@ class Packed:
     def dense_dtype(self) -> torch.dtype:
         """Dtype that holds a dense row without rounding it further: that of the values; float32 for int8."""
         return self.weight.dtype if self.scale is None else self.scale.dtype
+
+    @property
+    def bytes_allowed(self) -> bool:
+        """Whether kernels may multiply bytes by bytes."""
+        return self.dtype == self.activations == torch.int8
 
     @property
     def device(self) -> torch.device:
