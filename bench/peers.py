@@ -46,13 +46,13 @@ def rows(found: list[rounds.Measured], common: dict) -> list[dict]:
     """What is written of one chunk: a row per engine, variant and sparsity.
 
     sparsity: None for an engine that gains nothing from zeros. ratio: {sparsity: seconds over those of our bfloat16
-    values at that sparsity}; ratio_int8: the same over our int8 values.
+    values at that sparsity}; ratio_int8: the same over our int8 values, ratio_bytes: with activations of 8 bits, too.
     """
     ours = {(m.variant, m.sparsity): m.seconds for m in found if m.engine == OURS}
     made = []
     for m in found:
         row = common | m.row()
-        for name, values in (("ratio", "bfloat16"), ("ratio_int8", "int8")):
+        for name, values in (("ratio", "bfloat16"), ("ratio_int8", "int8"), ("ratio_bytes", "int8, x int8")):
             row[name] = {
                 str(sparsity): m.seconds / seconds
                 for (variant, sparsity), seconds in ours.items()

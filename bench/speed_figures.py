@@ -85,14 +85,16 @@ def over_ours(found: list[dict], columns: dict[str, list[tuple]]) -> str:
     """A row per engine and variant; a column has ratios at several (shape, tokens, sparsity)."""
     ours = {(r["variant"], *_key(r)): r["seconds"] for r in found if r["engine"] == "alphaprune"}
     cells = []
+    integers = [name for name in ("int8", "int8, x int8") if any(key[0] == name for key in ours)]
     for engine, variant in dict.fromkeys((r["engine"], r["variant"]) for r in found if r["engine"] != "alphaprune"):
-        values = "int8" if variant.startswith(("int8", "Q")) else "bfloat16"
         theirs = {_key(r): r["seconds"] for r in found if (r["engine"], r["variant"]) == (engine, variant)}
-        line = [f"{engine} {variant}", values]
-        for keys in columns.values():
-            ratios = [theirs.get(key, theirs.get((*key[:2], None), math.nan)) / ours[(values, *key)] for key in keys]
-            line.append(" / ".join("–" if math.isnan(ratio) else f"{ratio:.2f}" for ratio in ratios))
-        cells.append(line)
+        for values in integers if variant.startswith(("int8", "Q")) else ["bfloat16"]:
+            line = [f"{engine} {variant}", values]
+            for keys in columns.values():
+                seconds = [theirs.get(key, theirs.get((*key[:2], None), math.nan)) for key in keys]
+                ratios = [one / ours[(values, *key)] for one, key in zip(seconds, keys, strict=True)]
+                line.append(" / ".join("–" if math.isnan(ratio) else f"{ratio:.2f}" for ratio in ratios))
+            cells.append(line)
     cells.sort(key=lambda line: (line[1], line[0]))
     return table(["engine", "our values", *columns], cells)
 

@@ -12,6 +12,7 @@ from alphaprune import formats
 
 FLOAT = worker.Variant("bfloat16", "bfloat16", "SparseLinear, values bfloat16, x bfloat16", True)
 INT8 = worker.Variant("int8", "int8", 'SparseLinear, values="int8", x bfloat16', True)
+BYTES = worker.Variant("int8, x int8", "int8", 'SparseLinear, values="int8", activations="int8", x bfloat16', True)
 
 
 def duplicate(packed: formats.Packed) -> formats.Packed:
@@ -29,16 +30,20 @@ class Engine:
         self.variants = [FLOAT]
         if "values" in inspect.signature(alphaprune.SparseLinear.from_linear).parameters:
             self.variants.append(INT8)
+        if hasattr(alphaprune, "round_activations"):
+            self.variants.append(BYTES)
 
     @torch.inference_mode()
     def load(self, name: str, made: np.ndarray, x: np.ndarray, target: int) -> worker.Job:
         linear = torch.nn.Linear(made.shape[1], made.shape[0], bias=False, device="meta")
         linear.weight = torch.nn.Parameter(torch.from_numpy(made).to(torch.bfloat16), requires_grad=False)
-        options = {"values": "int8"} if name == "int8" else {}
+        options = {} if name == FLOAT.name else {"values": "int8"}
         layer = alphaprune.SparseLinear.from_linear(linear, torch.from_numpy(made != 0), **options)
         nbytes = layer.packed.nbytes
         count = worker.count(target, nbytes)
         layers = [layer, *(alphaprune.SparseLinear(duplicate(layer.packed)) for _ in range(count - 1))]
+        if name == BYTES.name:
+            alphaprune.round_activations(torch.nn.ModuleList(layers))
         x = torch.from_numpy(x).to(torch.bfloat16)
 
         @torch.inference_mode()
