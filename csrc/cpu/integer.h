@@ -16,6 +16,7 @@ struct Integer {
   static constexpr int kTurn = kBytes == 1 ? 6 : 3;  // take turns of so many,
   static constexpr int kTurns = 8;                   // up to so many,
   static constexpr int kBlock = 8 / kBytes;          // and beyond go with two row tiles, so many at a time
+  static constexpr int64_t kPass = 128;              // for one expansion
   static constexpr int kVectors = 4;                 // of 4 rows x 4 lanes, all rows of a tile
   static constexpr int64_t kSums = kVectors * 16;    // floats per token
   static constexpr int64_t kPanelBytes = sbt::kTileRows * kGroupCols;  // of a row tile
@@ -261,14 +262,14 @@ struct Integer {
 
   template <int R>
   static void panel(const Product& p, int64_t first, void* scratch) {
-    constexpr int64_t kPanels = R * kPanelBytes, kAll = R * kTokensPerPass * 16;
+    constexpr int64_t kPanels = R * kPanelBytes, kAll = R * kPass * 16;
     static_assert(kPanels + kAll * sizeof(float) <= kScratchBytes, "panel and sums fit");
     const Made rounded(p.weight, p.tokens);
     const int64_t tiles = p.weight.col_tiles();
     auto* to = static_cast<uint8_t*>(scratch);
     auto* sums = reinterpret_cast<float*>(to + kPanels);
-    for (int64_t token = 0; token < p.tokens; token += kTokensPerPass) {
-      const int64_t pass = std::min(p.tokens - token, kTokensPerPass);
+    for (int64_t token = 0; token < p.tokens; token += kPass) {
+      const int64_t pass = std::min(p.tokens - token, kPass);
       const int64_t some = ceil_div(pass, ceil_div(pass, kBlock));
       typename There::Notes notes[2];
       const auto of = [&](int r) { return There(p.weight, (first + r) * tiles, (first + r + 1) * tiles, notes[r]); };
