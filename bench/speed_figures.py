@@ -6,11 +6,13 @@ from figures import rows, table
 
 AT = 0.7  # the sparsity of other engines at more than one token
 SHOWN = {1: (0.5, 0.7, 0.8), 16: (0.7, 0.8), 64: (0.8,), 256: (0.8,)}  # sparsities of a layer by tokens
+BRIEF = {1: (0.5, 0.7, 0.8), 16: (0.7,), 64: (0.8,), 256: (0.8,)}
 
 
 def linear() -> str:
-    """On the newest machine that has rows."""
-    return linear_tables()[-1]
+    """On the newest machine that has rows; with activations of 8 bits where they gain most."""
+    found = newest([row for row in layer_rows(BRIEF) if not row.get("activations") or row["tokens"] == 16])
+    return linear_of(found)
 
 
 def linears() -> str:
@@ -19,14 +21,19 @@ def linears() -> str:
 
 
 def linear_tables() -> list[str]:
-    """Of one layer, and not of every sparsity: a table for every machine that has rows."""
-    shown = [
-        row
-        for row in rows("linear.jsonl")
-        if row["shape"] == [11008, 4096] and row["sparsity"] in SHOWN.get(row["tokens"], ())
-    ]
+    """A table for every machine that has rows."""
+    shown = layer_rows(SHOWN)
     machines = dict.fromkeys(row["machine"] for row in shown)
     return [linear_of([r for r in shown if r["machine"] == name]) for name in machines]
+
+
+def layer_rows(shown: dict[int, tuple[float, ...]]) -> list[dict]:
+    """Of one layer, and not of every sparsity."""
+    return [
+        row
+        for row in rows("linear.jsonl")
+        if row["shape"] == [11008, 4096] and row["sparsity"] in shown.get(row["tokens"], ())
+    ]
 
 
 def linear_of(found: list[dict]) -> str:
@@ -48,12 +55,12 @@ def linear_of(found: list[dict]) -> str:
         *("dense, seconds", "of read bandwidth", "speed-up"),
     ]
     first = found[0]
+    speeds = sorted({f"{row['bandwidth'] / 1e9:.1f}" for row in found}, key=float)
     dense = dict.fromkeys(r.get("dense_dtype", r["dtype"]) for r in found)
     note = (
         f"A layer of 11008×4096 ([more rows](RESULTS/linear.jsonl)): `python bench/linear.py`, "
-        f"{first['machine']}, {first['threads']} threads, which read "
-        f"{first['bandwidth'] / 1e9:.1f} GB/s; medians of interleaved calls, weights from memory; dense is torch in "
-        f"{' or '.join(dense)}."
+        f"{first['machine']}, {first['threads']} threads, which read {' to '.join(dict.fromkeys((speeds[0], speeds[-1])))} "
+        f"GB/s; medians of interleaved calls, weights from memory; dense is torch in {' or '.join(dense)}."
     )
     return f"{table(columns, cells)}\n\n{note}"
 

@@ -113,8 +113,8 @@ def takes_any(isa: str, weight: torch.dtype, x: torch.dtype, density: float | No
 def skips_zeros(isa: str, weight: torch.dtype, x: torch.dtype, density: float | None) -> bool:
     """Whether `isa` multiplies non-zeros alone, whose time follows the density for any number of tokens.
 
-    On a Zen 4 pairs of bfloat16 were 1.1 times as fast as dense at 1024 tokens and 50 %, 1.5 times at 70 %
-    (bench/results/linear.jsonl); single floats gain from about 60 % on.
+    At 1024 tokens pairs of bfloat16 were 1.1 times as fast as dense at 50 % on a Zen 4 and 1.05 times on a Zen 5, 1.5
+    times at 70 % on both (bench/results/linear.jsonl); single floats gain from about 60 % on.
     """
     if density is None or isa not in SKIP:
         return False

@@ -22,7 +22,8 @@ namespace pairs {
 constexpr int64_t kLanes = 32;  // tokens of a vector of activations
 constexpr int64_t kMostVectors = 2;
 constexpr int64_t kMostSpan = 4;
-constexpr int64_t kRun = 8;                                     // lists are filled up to a multiple of so many
+constexpr int64_t kMostTiles = 4;  // row tiles whose lists are made before they are multiplied
+constexpr int64_t kRun = 8;        // lists are filled up to a multiple of so many
 constexpr int64_t kCapacity = kMostSpan * sbt::kTileCols + 32;  // of a list: 32 may be written past its last
 
 // Tiles along a row that are taken together: their activations are two thirds of the L1 of a Zen 5, half of a Zen 4's.
@@ -217,32 +218,39 @@ inline uint16_t* append_row(const uint16_t* bits, const __m512i (&here)[2], Plac
   return to;
 }
 
-// Appends the non-zeros of one macro tile to the lists, whose ends are `end`; `here` the offsets of its columns.
+// Appends the non-zeros of one macro tile to the lists, whose ends are `end`; `here` the offsets of its columns. Asks
+// for the tile `asked`.
 template <class Value>
-inline void append(const sbt::View& weight, int64_t tile, const __m512i (&here)[2], uint16_t** end) {
+inline void append(const sbt::View& weight, int64_t tile, int64_t asked, const __m512i (&here)[2], uint16_t** end) {
   const uint32_t* words = weight.mask + tile * sbt::kWords;
   alignas(64) uint16_t rows[sbt::kTileRows][sbt::kSteps];
   mask_rows(words, rows);
   Places<Value> places(tile_values<Value>(weight, tile), words);
-  prefetch(words);
-  prefetch(words + 16);
+  AsksBy<0> asks;
+  const auto* values = tile_values<Value>(weight, asked);
+  const auto bytes = (tile_values<Value>(weight, asked + 1) - values) * static_cast<int64_t>(sizeof(Value));
+  asks.start(weight.mask + asked * sbt::kWords, values, bytes, sbt::kTileRows);
   for (int64_t row = 0; row < sbt::kTileRows; row += sbt::kSteps) {
 #pragma GCC unroll 4
     for (int64_t i = 0; i < sbt::kSteps; ++i) {
-      prefetch(places.step[i]);
+      asks.more();
       end[row + i] = append_row(rows[row + i], here, places, end[row + i]);
     }
   }
 }
 
-// The lists of `span` tiles of a row tile, filled up with zeros that meet the column of zeros.
+// The lists of `span` tiles of a row tile from column tile `first` on, filled up with zeros that meet the column of
+// zeros.
 template <class Value>
-inline void gather(const sbt::View& weight, int64_t tile, int64_t span, const Blocks& blocks, Lists& lists) {
+inline void gather(const sbt::View& weight, int64_t row_tile, int64_t first, int64_t span, const Blocks& blocks,
+                   Lists& lists) {
+  const int64_t tiles = weight.col_tiles(), tile = row_tile * tiles + first;
+  const int64_t asked = std::min(row_tile + kMostTiles, weight.row_tiles() - 1) * tiles + first;
   uint16_t* end[sbt::kTileRows];
   for (int64_t row = 0; row < sbt::kTileRows; ++row) end[row] = lists.value[row];
   for (int64_t i = 0; i < span; ++i) {
     const uint16_t* columns = blocks.offsets + i * sbt::kTileCols;
-    append<Value>(weight, tile + i, {_mm512_load_si512(columns), _mm512_load_si512(columns + 32)}, end);
+    append<Value>(weight, tile + i, asked + i, {_mm512_load_si512(columns), _mm512_load_si512(columns + 32)}, end);
   }
   for (int64_t row = 0; row < sbt::kTileRows; ++row) {
     lists.count[row] = static_cast<int32_t>(end[row] - lists.value[row]);
@@ -350,8 +358,7 @@ inline void finish_block(const Product& p, const Blocks& blocks, int64_t b, int6
 // by: the activations of a block stay in L1 while all these row tiles meet them, those of all the blocks in L2.
 template <class Value>
 inline void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
-  constexpr int64_t kListBytes = ceil_div(static_cast<int64_t>(sizeof(Lists)), 64) * 64, kMostTiles = 4,
-                    kMostBlocks = 4;
+  constexpr int64_t kListBytes = ceil_div(static_cast<int64_t>(sizeof(Lists)), 64) * 64, kMostBlocks = 4;
   auto* lists = new (scratch) Lists[kMostTiles];
   auto* sums = reinterpret_cast<float*>(static_cast<char*>(scratch) + kMostTiles * kListBytes);
   const Blocks blocks(p.tokens);
@@ -367,7 +374,7 @@ inline void product(const Product& p, int64_t begin, int64_t end, void* scratch)
       std::fill(sums, sums + (last - first) * some * block_sums, 0.0f);
       for (int64_t c = 0; c < tiles; c += blocks.tiles) {
         for (int64_t r = first; r < last; ++r)
-          gather<Value>(p.weight, r * tiles + c, std::min(blocks.tiles, tiles - c), blocks, lists[r - first]);
+          gather<Value>(p.weight, r, c, std::min(blocks.tiles, tiles - c), blocks, lists[r - first]);
         for (int64_t i = 0; i < some; ++i) {
           const char* x = static_cast<const char*>(p.x) + (b + i) * blocks.bytes(p.weight) + blocks.header();
           for (int64_t r = first; r < last; ++r)
