@@ -55,11 +55,12 @@ def linear_of(found: list[dict]) -> str:
         *("dense, seconds", "of read bandwidth", "speed-up"),
     ]
     first = found[0]
-    speeds = sorted({f"{row['bandwidth'] / 1e9:.1f}" for row in found}, key=float)
+    speeds = [row["bandwidth"] / 1e9 for row in found]
+    read = " to ".join(dict.fromkeys(f"{speed:.1f}" for speed in (min(speeds), max(speeds))))
     dense = dict.fromkeys(r.get("dense_dtype", r["dtype"]) for r in found)
     note = (
         f"A layer of 11008×4096 ([more rows](RESULTS/linear.jsonl)): `python bench/linear.py`, "
-        f"{first['machine']}, {first['threads']} threads, which read {' to '.join(dict.fromkeys((speeds[0], speeds[-1])))} "
+        f"{first['machine']}, {first['threads']} threads, which read {read} "
         f"GB/s; medians of interleaved calls, weights from memory; dense is torch in {' or '.join(dense)}."
     )
     return f"{table(columns, cells)}\n\n{note}"
