@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import alphaprune
 from alphaprune import SparseLinear, round_activations, sparsify
-from alphaprune.formats import Packed, native
+from alphaprune.formats import Packed, native, sbt
 from alphaprune.hf_parallel import SlicedLinear
 from alphaprune.kernels import cpu, group, spmm
 
@@ -126,6 +126,20 @@ def test_the_kernel_that_multiplies_bytes_is_taken_for_any_number_of_tokens(isa,
         between = prepared._limits.get(x, ())
         for limit in between:  # what a stretch of tokens was bound to holds for all of it
             assert prepared.case(limit, x) != prepared.case(limit + 1, x)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 16, 40])
+@pytest.mark.parametrize("kernel", cpu.BYTES)
+def test_what_is_allowed_is_done(native_only: None, kernel: str, tokens: int) -> None:
+    """Beside 127, 0.4 is less than half a unit: it vanishes from sums of bytes, and from no others."""
+    if reason := cpu.missing(kernel):
+        pytest.skip(reason)
+    x = torch.full((tokens, 128), 0.4, dtype=BF16)
+    x[:, 5] = 127
+    packed = sbt.pack(torch.full((16, 128), 2, dtype=torch.int8), None, torch.ones(16))
+    for activations, others in ((None, 127 * 0.4), (torch.int8, 0)):
+        y = spmm.spmm(x, allowing(packed, activations), kernel=kernel)
+        assert (y.float() - 2 * (127 + others)).abs().max() <= 1  # of bfloat16 below 512
 
 
 def test_a_lesser_instruction_set_computes_as_before(native_only: None, monkeypatch: pytest.MonkeyPatch) -> None:
