@@ -117,10 +117,13 @@ struct Nonzeros {
       if (kChains == 2) sum[kChains - 1][v] = Math::zero();
     }
     for (int32_t i = 0; i < count; i += kRun) {
+      uint64_t offsets[kRun / 2];  // two at a time: loads bound this loop on AVX-512
+      std::memcpy(offsets, offset + i, sizeof offsets);
+      asm("" : "+r"(offsets[0]), "+r"(offsets[1]));
 #pragma GCC unroll 4
       for (int c = 0; c < kRun; ++c) {
         const Vector w = Math::broadcast(value + i + c);
-        const auto* at = reinterpret_cast<const float*>(x + offset[i + c]);
+        const auto* at = reinterpret_cast<const float*>(x + static_cast<uint32_t>(offsets[c / 2] >> 32 * (c % 2)));
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v)
           sum[c % kChains][v] = Math::multiply(w, Math::load(at + v * Math::kLanes), sum[c % kChains][v]);
