@@ -83,11 +83,13 @@ inline __m512 quarters(__m512 a, __m512 b) {
 inline __m512 half_fours(__m512 a, __m512 b) {
   return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
 }
+// 16 rows in their order from [row % 4][row / 4], or the other way round.
+inline __m512 turned(__m512 rows) {
+  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), rows);
+}
 inline __m512 sum_halves(__m512 a, __m512 b) {
   const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
-  const __m512 out = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)),
-                                   _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));  // [row % 4][row / 4]
-  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), out);
+  return turned(_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d))));
 }
 
 // The sums of 16 rows from 4 lanes of each, in 4 vectors of four rows.

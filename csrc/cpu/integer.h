@@ -215,9 +215,6 @@ struct Integer {
     v[2] = _mm512_unpacklo_epi64(b, d);
     v[3] = _mm512_unpackhi_epi64(b, d);
   }
-  static __m512 turned(__m512 rows) {
-    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), rows);
-  }
 
   // A group's panel, `fours` times four columns, times T tokens. Sums are [token][row tile][row]; `scales` of each row
   // tile, or null. Not inlined: among others the loop would not have the registers to itself.
@@ -315,20 +312,21 @@ static_assert(kGroupCols == 2 * sbt::kTileCols, "a group is two macro tiles");
 // Of either kind, as `rounds` has it.
 template <class Expanded>
 void integer_product(const Product& p, int64_t begin, int64_t end, void* scratch) {
-  if (rounds_to_bytes(p.weight)) return Integer<Expanded, 1>::product(p, begin, end, scratch);
+  if (p.weight.to_bytes) return Integer<Expanded, 1>::product(p, begin, end, scratch);
   Integer<Expanded, 2>::product(p, begin, end, scratch);
 }
+// use(the layout of the activations).
+template <class Use>
+auto with_rounded(const sbt::View& weight, int64_t tokens, const Use& use) {
+  return weight.to_bytes ? use(Rounded<1>(weight, tokens)) : use(Rounded<2>(weight, tokens));
+}
 inline int64_t integer_bytes(const Activations& x, const sbt::View& weight) {
-  return rounds_to_bytes(weight) ? Rounded<1>(weight, x.tokens).bytes() : Rounded<2>(weight, x.tokens).bytes();
+  return with_rounded(weight, x.tokens, [](const auto& rounded) { return rounded.bytes(); });
 }
 inline void prepare_integers(const Activations& x, const sbt::View& weight, int64_t first, int64_t last, void* to) {
-  for (int64_t t = first; t < last; ++t) {
-    if (rounds_to_bytes(weight)) {
-      Rounded<1>(weight, x.tokens).prepare(x, weight.cols, t, to);
-    } else {
-      Rounded<2>(weight, x.tokens).prepare(x, weight.cols, t, to);
-    }
-  }
+  with_rounded(weight, x.tokens, [&](const auto& rounded) {
+    for (int64_t t = first; t < last; ++t) rounded.prepare(x, weight.cols, t, to);
+  });
 }
 
 }  // namespace

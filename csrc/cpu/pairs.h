@@ -31,17 +31,14 @@ inline int64_t tiles_at_once() { return multiplies_twice() ? kMostSpan : 2; }
 
 // Blocks of tokens. The last one has fewer vectors where it has fewer tokens.
 struct Blocks {
-  int64_t tokens, width, count, tiles, cols;                 // tiles, cols: of a span
-  alignas(64) uint16_t offsets[kMostSpan * sbt::kTileCols];  // of the columns of a span, in bytes
+  int64_t tokens, width, count, tiles, cols;  // tiles, cols: of a span
 
   explicit Blocks(int64_t tokens)
       : tokens(tokens),
         width(tokens <= kLanes ? kLanes : kMostVectors * kLanes),
         count(ceil_div(tokens, width)),
         tiles(tiles_at_once()),
-        cols(tiles * sbt::kTileCols) {
-    for (int64_t i = 0; i < kMostSpan * sbt::kTileCols; ++i) offsets[i] = static_cast<uint16_t>(i * column());
-  }
+        cols(tiles * sbt::kTileCols) {}
   int64_t column() const { return width * static_cast<int64_t>(sizeof(uint16_t)); }
   int64_t span() const { return (cols + 1) * column(); }
   // Where in a block column `col` of the activations stands; that of the zeros stands after the last of its span.
@@ -239,18 +236,26 @@ inline void append(const sbt::View& weight, int64_t tile, int64_t asked, const _
   }
 }
 
+// Where the columns of a span stand in a block, in bytes.
+struct Columns {
+  alignas(64) uint16_t offset[kMostSpan * sbt::kTileCols];
+  explicit Columns(int64_t column) {
+    for (int64_t i = 0; i < kMostSpan * sbt::kTileCols; ++i) offset[i] = static_cast<uint16_t>(i * column);
+  }
+};
+
 // The lists of `span` tiles of a row tile from column tile `first` on, filled up with zeros that meet the column of
 // zeros.
 template <class Value>
 inline void gather(const sbt::View& weight, int64_t row_tile, int64_t first, int64_t span, const Blocks& blocks,
-                   Lists& lists) {
+                   const Columns& columns, Lists& lists) {
   const int64_t tiles = weight.col_tiles(), tile = row_tile * tiles + first;
   const int64_t asked = std::min(row_tile + kMostTiles, weight.row_tiles() - 1) * tiles + first;
   uint16_t* end[sbt::kTileRows];
   for (int64_t row = 0; row < sbt::kTileRows; ++row) end[row] = lists.value[row];
   for (int64_t i = 0; i < span; ++i) {
-    const uint16_t* columns = blocks.offsets + i * sbt::kTileCols;
-    append<Value>(weight, tile + i, asked + i, {_mm512_load_si512(columns), _mm512_load_si512(columns + 32)}, end);
+    const uint16_t* here = columns.offset + i * sbt::kTileCols;
+    append<Value>(weight, tile + i, asked + i, {_mm512_load_si512(here), _mm512_load_si512(here + 32)}, end);
   }
   for (int64_t row = 0; row < sbt::kTileRows; ++row) {
     lists.count[row] = static_cast<int32_t>(end[row] - lists.value[row]);
@@ -358,14 +363,15 @@ inline void finish_block(const Product& p, const Blocks& blocks, int64_t b, int6
 // by: the activations of a block stay in L1 while all these row tiles meet them, those of all the blocks in L2.
 template <class Value>
 inline void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
-  constexpr int64_t kListBytes = ceil_div(static_cast<int64_t>(sizeof(Lists)), 64) * 64, kMostBlocks = 4;
+  constexpr int64_t kMostBlocks = 4;
   auto* lists = new (scratch) Lists[kMostTiles];
-  auto* sums = reinterpret_cast<float*>(static_cast<char*>(scratch) + kMostTiles * kListBytes);
+  auto* sums = reinterpret_cast<float*>(lists + kMostTiles);
   const Blocks blocks(p.tokens);
+  const Columns columns(blocks.column());
   const int64_t tiles = p.weight.col_tiles(), block_sums = sbt::kTileRows * blocks.width;
-  static_assert(sizeof(Lists) % 64 == 0 &&
-                    kMostTiles * (kListBytes + kMostBlocks * sbt::kTileRows * kMostVectors * kLanes * sizeof(float)) <=
-                        kScratchBytes,
+  static_assert(sizeof(Lists) % 64 == 0 && kMostTiles * (sizeof(Lists) + kMostBlocks * sbt::kTileRows * kMostVectors *
+                                                                             kLanes * sizeof(float)) <=
+                                               kScratchBytes,
                 "lists and sums fit the scratch");
   for (int64_t b = 0; b < blocks.count; b += kMostBlocks) {
     const int64_t some = std::min(kMostBlocks, blocks.count - b);
@@ -374,7 +380,7 @@ inline void product(const Product& p, int64_t begin, int64_t end, void* scratch)
       std::fill(sums, sums + (last - first) * some * block_sums, 0.0f);
       for (int64_t c = 0; c < tiles; c += blocks.tiles) {
         for (int64_t r = first; r < last; ++r)
-          gather<Value>(p.weight, r, c, std::min(blocks.tiles, tiles - c), blocks, lists[r - first]);
+          gather<Value>(p.weight, r, c, std::min(blocks.tiles, tiles - c), blocks, columns, lists[r - first]);
         for (int64_t i = 0; i < some; ++i) {
           const char* x = static_cast<const char*>(p.x) + (b + i) * blocks.bytes(p.weight) + blocks.header();
           for (int64_t r = first; r < last; ++r)

@@ -175,11 +175,10 @@ inline __m512i add_products(__m512i sum, __m512i unsigned_bytes, __m512i signed_
 
 inline __m512i flip() { return _mm512_set1_epi8(static_cast<char>(0x80)); }
 
-// Whether the product is taken from rounded activations, and whether from those of 8 bits.
+// Whether the product is taken from rounded activations.
 inline bool rounds(const Activations& x, const sbt::View& weight) {
   return weight.dtype == Dtype::int8 && (x.dtype != Dtype::float32 || weight.to_bytes);
 }
-inline bool rounds_to_bytes(const sbt::View& weight) { return weight.dtype == Dtype::int8 && weight.to_bytes; }
 constexpr int kBytesLayout = 3;  // Isa::layout of activations of 8 bits
 
 }  // namespace

@@ -112,7 +112,7 @@ class Feed {
 struct Layout {
   explicit Layout(const sbt::View& weight)
       : tiles(weight.col_tiles()),
-        macro_bytes(rounds_to_bytes(weight) ? kTileBytes : kMacroBytes),
+        macro_bytes(weight.to_bytes ? kTileBytes : kMacroBytes),
         groups(weight.dtype == Dtype::int8 ? ceil_div(weight.padded_cols(), kGroupCols) : 0),
         stride(tiles * macro_bytes + (weight.dtype == Dtype::int8 ? (groups + 1) * 64 : 0)) {}
 
@@ -471,7 +471,7 @@ bool tiled(const Activations& x, const sbt::View& weight) {
 void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
   if (!tiled(p.given, p.weight)) return kAvx512.product(p, begin, end, scratch);
   if (p.weight.dtype != Dtype::int8) return Sweep<Bfloat16Tiles>(p, begin, end, scratch).run();
-  if (rounds_to_bytes(p.weight)) {
+  if (p.weight.to_bytes) {
     Sweep<IntegerTiles<1>>(p, begin, end, scratch).run();
   } else {
     Sweep<IntegerTiles<2>>(p, begin, end, scratch).run();
@@ -493,13 +493,13 @@ int64_t prepared_bytes(const Activations& x, const sbt::View& weight) {
 
 void prepare(const Activations& x, const sbt::View& weight, int64_t first, int64_t last, void* to) {
   if (!tiled(x, weight)) return kAvx512.prepare(x, weight, first, last, to);
-  if (rounds_to_bytes(weight)) return IntegerTiles<1>::prepare(x, weight, first, last, to);
+  if (weight.to_bytes) return IntegerTiles<1>::prepare(x, weight, first, last, to);
   if (weight.dtype == Dtype::int8) return IntegerTiles<2>::prepare(x, weight, first, last, to);
   Bfloat16Tiles::prepare(x, weight, first, last, to);
 }
 
 int layout(const Activations& x, const sbt::View& weight) {
-  return tiled(x, weight) && !rounds_to_bytes(weight) ? 2 : kAvx512.layout(x, weight);
+  return tiled(x, weight) && !weight.to_bytes ? 2 : kAvx512.layout(x, weight);
 }
 
 }  // namespace

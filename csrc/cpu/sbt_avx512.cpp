@@ -210,7 +210,7 @@ void prepare(const Activations& x, const sbt::View& weight, int64_t first, int64
 }
 
 int layout(const Activations& x, const sbt::View& weight) {
-  return rounds_to_bytes(weight) ? kBytesLayout : skips_zeros(x, weight);
+  return weight.to_bytes ? kBytesLayout : skips_zeros(x, weight);
 }
 
 }  // namespace

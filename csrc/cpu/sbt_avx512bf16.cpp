@@ -58,14 +58,17 @@ struct PairsOfIntegers : PairsOfBfloat16 {
 // widened ones take two of 32 and need no rounding, but are widened first. Measured on a Zen 5 and on a Zen 4.
 int64_t few_tokens() { return multiplies_twice() ? 8 : 12; }
 
+bool both_bfloat16(const Activations& x, const sbt::View& weight) {
+  return weight.dtype == Dtype::bfloat16 && x.dtype == Dtype::bfloat16;
+}
+
 // What can be multiplied as bfloat16 though it is int8: with activations of 8 bits where that is faster, too.
 bool may_widen(const Activations& x, const sbt::View& weight) {
   return weight.dtype == Dtype::int8 && weight.groups == 1 && x.dtype == Dtype::bfloat16;
 }
 
 bool skips_zeros(const Activations& x, const sbt::View& weight) {
-  const bool two = (weight.dtype == Dtype::bfloat16 && x.dtype == Dtype::bfloat16) || may_widen(x, weight);
-  return x.tokens > kTokenBlock && two && pairs::pays(weight, x.tokens);
+  return x.tokens > kTokenBlock && (both_bfloat16(x, weight) || may_widen(x, weight)) && pairs::pays(weight, x.tokens);
 }
 
 bool widened(const Activations& x, const sbt::View& weight) {
@@ -73,9 +76,7 @@ bool widened(const Activations& x, const sbt::View& weight) {
   return weight.to_bytes ? skips_zeros(x, weight) : x.tokens > few_tokens();
 }
 
-bool in_pairs(const Activations& x, const sbt::View& weight) {
-  return (weight.dtype == Dtype::bfloat16 && x.dtype == Dtype::bfloat16) || widened(x, weight);
-}
+bool in_pairs(const Activations& x, const sbt::View& weight) { return both_bfloat16(x, weight) || widened(x, weight); }
 
 // As on AVX-512, asking for memory as a Zen 4 likes it.
 void rounded(const Product& p, int64_t begin, int64_t end, void* scratch) {

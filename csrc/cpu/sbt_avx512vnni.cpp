@@ -141,7 +141,7 @@ void prepare(const Activations& x, const sbt::View& weight, int64_t first, int64
 }
 
 int layout(const Activations& x, const sbt::View& weight) {
-  return rounds(x, weight) ? kBytesLayout * rounds_to_bytes(weight) : kAvx512bw.layout(x, weight);
+  return rounds(x, weight) ? kBytesLayout * weight.to_bytes : kAvx512bw.layout(x, weight);
 }
 
 }  // namespace
