@@ -137,19 +137,14 @@ void fused_float32(const Product& p, int64_t begin, int64_t end) {
 
 // Whether the zeros are skipped as they are without VBMI2, whose expansion makes the panel cheaper: up to the density
 // at which both take as long on a Zen 4, a fifth at 16 tokens and a half at 64.
-#if defined(ALPHAPRUNE_AVX512BW)
-const Isa* const kSkips = &kAvx512bw;
-#else
-const Isa* const kSkips = nullptr;  // where AVX-512 is emulated
-#endif
 bool skips_zeros(const Activations& x, const sbt::View& weight) {
-  if (!kSkips || x.tokens < kTokenBlock || rounds(x, weight) || !kSkips->layout(x, weight)) return false;
+  if (x.tokens < kTokenBlock || rounds(x, weight) || !kAvx512bw.layout(x, weight)) return false;
   const double tokens = static_cast<double>(x.tokens) / static_cast<double>(ceil_div(x.tokens, kTokensPerPass));
   return density_of(weight) < (0.4 + 0.11 * tokens) / (9 + 0.1 * tokens);
 }
 
 void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
-  if (skips_zeros(p.given, p.weight)) return kSkips->product(p, begin, end, scratch);
+  if (skips_zeros(p.given, p.weight)) return kAvx512bw.product(p, begin, end, scratch);
   if (p.weight.dtype == Dtype::bfloat16) {
     if (p.tokens == 1) return fused_pairs<SplitBfloat16, 1>(p, begin, end, scratch);
     if (p.tokens == 2) return fused_pairs<SplitBfloat16, 2>(p, begin, end, scratch);
@@ -196,14 +191,14 @@ void convert(const void* from, Dtype dtype, int64_t count, int64_t padded, float
 }
 
 int64_t prepared_bytes(const Activations& x, const sbt::View& weight) {
-  if (skips_zeros(x, weight)) return kSkips->prepared_bytes(x, weight);
+  if (skips_zeros(x, weight)) return kAvx512bw.prepared_bytes(x, weight);
   if (rounds(x, weight)) return integer_bytes(x, weight);
   if (weight.dtype != Dtype::bfloat16) return row_bytes(x, weight);
   return x.tokens * weight.padded_cols() * static_cast<int64_t>(sizeof(float));
 }
 
 void prepare(const Activations& x, const sbt::View& weight, int64_t first, int64_t last, void* to) {
-  if (skips_zeros(x, weight)) return kSkips->prepare(x, weight, first, last, to);
+  if (skips_zeros(x, weight)) return kAvx512bw.prepare(x, weight, first, last, to);
   if (rounds(x, weight)) return prepare_integers(x, weight, first, last, to);
   if (weight.dtype == Dtype::bfloat16) return prepare_rows<convert<true>>(x, weight, first, last, to);
   prepare_rows<convert<false>>(x, weight, first, last, to);

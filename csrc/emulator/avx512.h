@@ -236,6 +236,7 @@ inline __m512i _mm512_mask_expand_epi32(__m512i other, __mmask16 m, __m512i v) {
 inline __m512i _mm512_mask_compress_epi16(__m512i other, __mmask32 m, __m512i v) {
   return twin::compress<uint16_t>(other, m, v);
 }
+inline __m512i _mm512_maskz_compress_epi32(__mmask16 m, __m512i v) { return twin::compress<uint32_t>(__m512i{}, m, v); }
 inline __m512i _mm512_permutex2var_epi16(__m512i a, __m512i index, __m512i b) {
   return twin::permute_two<uint16_t>(a, index, b);
 }
@@ -279,6 +280,9 @@ inline __m512i _mm512_or_si512(__m512i a, __m512i b) { return a | b; }
 inline __m512i _mm512_add_epi32(__m512i a, __m512i b) {
   return twin::each<uint32_t>(a, b, [](uint32_t x, uint32_t y) { return x + y; });
 }
+inline __m512i _mm512_add_epi64(__m512i a, __m512i b) {
+  return twin::each<uint64_t>(a, b, [](uint64_t x, uint64_t y) { return x + y; });
+}
 inline __m512i _mm512_sub_epi32(__m512i a, __m512i b) {
   return twin::each<uint32_t>(a, b, [](uint32_t x, uint32_t y) { return x - y; });
 }
@@ -292,6 +296,11 @@ inline int _mm512_reduce_max_epi32(__m512i v) {
   int out = INT32_MIN;
   for (const int lane : twin::lanes<int>(v)) out = lane > out ? lane : out;
   return out;
+}
+inline long long _mm512_reduce_add_epi64(__m512i v) {
+  uint64_t out = 0;
+  for (const uint64_t lane : twin::lanes<uint64_t>(v)) out += lane;
+  return static_cast<long long>(out);
 }
 inline __m512i _mm512_slli_epi32(__m512i v, unsigned n) {
   return twin::convert<__m512i, uint32_t, uint32_t>(v, [n](uint32_t x) { return n > 31 ? 0 : x << n; });

@@ -113,6 +113,7 @@ OPERATION(expand32, F, put(out, _mm512_mask_expand_epi32(B, MASK16, A)))
 OPERATION(expand16, F ",avx512vbmi2", put(out, _mm512_mask_expand_epi16(B, static_cast<__mmask32>(in.mask), A)))
 OPERATION(expand8, F ",avx512vbmi2", put(out, _mm512_mask_expand_epi8(B, in.mask, A)))
 OPERATION(compress16, F ",avx512vbmi2", put(out, _mm512_mask_compress_epi16(B, static_cast<__mmask32>(in.mask), A)))
+OPERATION(compress32, F, put(out, _mm512_maskz_compress_epi32(MASK16, A)))
 OPERATION(permute_two, F, put(out, _mm512_permutex2var_epi16(A, B, C)))
 OPERATION(unpack_low16, F, put(out, _mm512_unpacklo_epi16(A, B)))
 OPERATION(unpack_high16, F, put(out, _mm512_unpackhi_epi16(A, B)))
@@ -131,6 +132,8 @@ OPERATION(blend, F, put(out, _mm512_mask_blend_epi32(MASK16, A, B)))
 OPERATION(unordered, F, put(out, _mm512_cmp_ps_mask(AF, BF, _CMP_UNORD_Q)))
 OPERATION(logic, F, put(out, _mm512_or_si512(_mm512_and_si512(A, B), _mm512_xor_si512(B, C))))
 OPERATION(integers, F, put(out, _mm512_sub_epi32(_mm512_add_epi32(A, B), _mm512_max_epi32(B, C))))
+OPERATION(add64, F, put(out, _mm512_add_epi64(A, B)))
+OPERATION(reduce64, F, put(out, _mm512_reduce_add_epi64(A)))
 OPERATION(reduce, F, put(out, _mm512_set1_epi32(_mm512_reduce_max_epi32(A))))
 OPERATION(shift_left, F, put(out, _mm512_slli_epi32(A, 8)))
 OPERATION(shift_right, F, put(out, _mm512_srli_epi32(A, 16)))
@@ -179,6 +182,7 @@ void compare_vectors() {
   COMPARE(expand16, false, vbmi2);
   COMPARE(expand8, false, vbmi2);
   COMPARE(compress16, false, vbmi2);
+  COMPARE(compress32, false, f);
   COMPARE(permute_two, false, f);
   COMPARE(unpack_low16, false, f);
   COMPARE(unpack_high16, false, f);
@@ -197,6 +201,8 @@ void compare_vectors() {
   COMPARE(unordered, true, f);
   COMPARE(logic, false, f);
   COMPARE(integers, false, f);
+  COMPARE(add64, false, f);
+  COMPARE(reduce64, false, f);
   COMPARE(reduce, false, f);
   COMPARE(shift_left, false, f);
   COMPARE(shift_right, false, f);
