@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alphaprune.kernels import dense, neighbours
+from alphaprune.kernels import cpu, dense, neighbours
 from alphaprune.kernels import group as op
 from alphaprune.kernels.attention import HeadNorm
 from alphaprune.kernels.spmm import Prepared
@@ -77,7 +77,7 @@ class Block:
 
     qkv: q, k and v, normed. head_norm: of q and k side by side, in place on [batch, tokens, heads, dim], or None.
     head_norms: the same of each as its weight [dim] and epsilon. inside: what `down` takes, of gate and up. window: how
-    many positions back it sees, itself included; None for all.
+    many positions back it sees, itself included; None for all. isa: whose loops attend on a CPU.
     """
 
     qkv: Projections
@@ -87,6 +87,7 @@ class Block:
     inside: Projections
     down: Added
     window: int | None
+    isa: str | None
 
     def mlp(self, h: Tensor, delta: Tensor | None) -> Tensor | None:
         """What the second half of the block adds to h, which first takes `delta`, the work of the first half."""
@@ -116,13 +117,14 @@ def build(layer: nn.Module, config: Any, head_dim: int, direct: bool = True, ran
         inside=Projections(layer.post_attention_layernorm, *_gate_up(mlp, config, direct), act),
         down=Added(mlp.down_proj, direct),
         window=_window(config, attention),
+        isa=cpu.best(),
     )
 
 
 def norm(module: nn.Module) -> Norm:
     """transformers' RMSNorm with its rounding, after the sum of h and a delta."""
-    weight, epsilon = module.weight, module.variance_epsilon
-    return lambda h, delta=None: neighbours.add_norm(h, delta, weight, epsilon)
+    weight, epsilon, isa = module.weight, module.variance_epsilon, cpu.best()
+    return lambda h, delta=None: neighbours.add_norm(h, delta, weight, epsilon, isa=isa)
 
 
 def linear(module: nn.Module, direct: bool = True) -> Linear:

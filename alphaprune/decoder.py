@@ -147,7 +147,8 @@ class _New:
         """[batch, heads × dim] of h + delta in the block of that number."""
         s = self.state
         where = s.paged[index], s.slots, s.positions, s.table
-        return cpu_attention.attend_new(*block.qkv(h, delta), *where, self.turns, block.window, block.head_norms)
+        how = self.turns, block.window, block.head_norms, block.isa
+        return cpu_attention.attend_new(*block.qkv(h, delta), *where, *how)
 
 
 class _Pass:

@@ -187,7 +187,8 @@ class _New:
 
     def __call__(self, block: Block, q: Tensor, k: Tensor, v: Tensor, cache: Tensor) -> Tensor:
         """[M, heads · dim]; the new keys and values go to the cache."""
-        return attention.attend_new(q, k, v, cache, self.keys, self.counters, block.window, block.head_norms)
+        how = block.window, block.head_norms, block.isa
+        return attention.attend_new(q, k, v, cache, self.keys, self.counters, *how)
 
 
 class _Prompts:

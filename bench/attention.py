@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from alphaprune import pages
-from alphaprune.kernels import cpu_attention
+from alphaprune.kernels import cpu, cpu_attention
 
 MODELS = {"llama2-7b": (32, 32, 128), "llama3-8b": (32, 8, 128)}  # heads, key heads, dim
 PAGE = 32
@@ -35,7 +35,7 @@ class Case:
     """The caches of one problem, as many as fill `total` bytes, and the calls that go round them."""
 
     def __init__(self, heads: int, key_heads: int, dim: int, sequences: int, context: int, total: int) -> None:
-        self.dim, self.sequences, self.last = dim, sequences, context - 1
+        self.dim, self.sequences, self.last, self.isa = dim, sequences, context - 1, cpu.best()
         generator = torch.Generator().manual_seed(0)
         draw = functools.partial(torch.randn, generator=generator)
         self.q, self.k = (draw(sequences, count * dim).bfloat16() for count in (heads, key_heads))
@@ -53,13 +53,13 @@ class Case:
 
     def ours(self, cache: Tensor) -> Tensor:
         where = self.slots, self.positions, self.slots[:, None]
-        return cpu_attention.attend_new(self.q, self.k, self.k, cache.transpose(2, 3), *where, self.turns)
+        return cpu_attention.attend_new(self.q, self.k, self.k, cache.transpose(2, 3), *where, self.turns, isa=self.isa)
 
     def paged(self, cache: Tensor) -> Tensor:
         _, _, key_heads, _, dim = cache.shape
         cache = cache.view(2, -1, PAGE, key_heads, dim)  # the same memory in another order
         where = self.slots, self.positions, self.table
-        return cpu_attention.attend_new(self.q, self.k, self.k, cache, *where, self.turns)
+        return cpu_attention.attend_new(self.q, self.k, self.k, cache, *where, self.turns, isa=self.isa)
 
     def torch(self, cache: Tensor, together: bool) -> Tensor:
         keys, values = cache[:, :, :, : self.last + 1]

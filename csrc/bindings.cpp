@@ -155,20 +155,21 @@ class Dense {
 };
 
 void norm(Address h, Address delta, Address weight, Address out, int64_t rows, int64_t cols, int32_t dtype,
-          float epsilon) {
+          float epsilon, const std::string& isa) {
   const Norm p{at<void>(h), at<const void>(delta), at<const void>(weight), at<void>(out), rows, cols, float_of(dtype),
                epsilon};
   if (p.dtype == Dtype::float16) throw std::invalid_argument("the norm is for bfloat16 and float32");
+  const StepLoops& loops = *isa_named(isa).loops;
   const py::gil_scoped_release release;
-  rms_norm(p);
+  loops.norm(p);
 }
 
 // Attention of a step over a cache of one layout, which may move: its address comes with each call.
 class Attend {
  public:
   Attend(int64_t heads, int64_t key_heads, int64_t dim, int32_t dtype, int64_t window, int64_t page,
-         int64_t page_stride, int64_t position_stride, int64_t head_stride, const std::string& loop)
-      : loop_(loop) {
+         int64_t page_stride, int64_t position_stride, int64_t head_stride, const std::string& isa)
+      : isa_(isa_named(isa)) {
     if (key_heads < 1 || heads < 1 || heads % key_heads || dim < 32 || dim % 32 || dim > kMostDim || page < 1)
       throw std::invalid_argument("attention needs heads that share keys evenly, of a multiple of 32 up to 512");
     p_.heads = heads, p_.key_heads = key_heads, p_.dim = dim, p_.window = window;
@@ -193,12 +194,12 @@ class Attend {
     p.q_weight = at<const void>(norm[0]), p.k_weight = at<const void>(norm[1]);
     p.q_epsilon = epsilon[0], p.k_epsilon = epsilon[1];
     const py::gil_scoped_release release;
-    attend(p, loop_);
+    attend(isa_, p);
   }
 
  private:
   Attention p_{};
-  std::string loop_;
+  const Isa& isa_;
 };
 
 py::list isa_list() {
@@ -266,11 +267,5 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<int64_t, int64_t, int64_t, int32_t, int64_t, int64_t, int64_t, int64_t, int64_t,
                     const std::string&>())
       .def("run", &Attend::run);
-  m.def("attention_loops", [] {
-    py::list all;
-    for (const AttentionLoop* const* loop = attention_loops(); *loop; ++loop)
-      all.append(py::make_tuple((*loop)->name, unavailable(**loop)));
-    return all;
-  });
   bind_bandwidth(m);
 }

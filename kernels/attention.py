@@ -117,12 +117,13 @@ def attend_new(
     counters: Tensor | None,
     window: int | None = None,
     norms: tuple[HeadNorm, HeadNorm] | None = None,
+    isa: str | None = None,
 ) -> Tensor:
     """Attention [M, heads · dim] of one new token per sequence, whose key and value go to their row of the cache.
 
     q: [M, heads · dim]; k, v: [M, key heads · dim]. cache: [2, pages · page, key heads, dim], keys and values. norms:
     RMSNorm of each head of q and of k before they are rotated. window: only the last so many keys. counters: as the
-    function of that name gives them.
+    function of that name gives them. isa: of csrc/cpu; the best one if none is named.
     Softmax of q·k / √dim (Vaswani et al., 2017); queries share keys as heads / key heads (Ainslie et al., 2023).
     """
     if neighbours.fused(q):
@@ -132,7 +133,7 @@ def attend_new(
     paged = cache.unflatten(1, (-1, keys.page))  # [2, pages, page, key heads, dim]
     if cpu_attention.takes(q, paged):
         where = keys.slots, keys.positions, keys.table
-        return cpu_attention.attend_new(q, k, v, paged, *where, keys.turns, window, norms)
+        return cpu_attention.attend_new(q, k, v, paged, *where, keys.turns, window, norms, isa)
     q, k = neighbours.norm_heads(q, k, norms)
     return _attend(neighbours.rotate_store(q, k, v, *keys.turns, keys.place, cache), cache, keys, window)
 

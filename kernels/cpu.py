@@ -1,4 +1,4 @@
-"""The native CPU kernels, one per instruction set of csrc/cpu."""
+"""The native CPU kernels, one per instruction set of csrc/cpu, and which of those may run here."""
 
 import functools
 import os
@@ -32,7 +32,10 @@ SKIP = {"avx512bf16": 0.55, "avx512": 0.4, "avx512vnni": 0.4, "avx512bw": 0.4}
 
 
 def missing(isa: str) -> str | None:
-    """Why `isa` does not run here, or None. The environment variable ALPHAPRUNE_ISA names the best one allowed."""
+    """Why `isa` does not run here, or None. The environment variable ALPHAPRUNE_ISA names the best one allowed.
+
+    It is for products, norms and attention alike, and is read when they are bound: by a decoder when that is made.
+    """
     module = native.load()
     if module is None:
         return native.status()
@@ -44,9 +47,14 @@ def missing(isa: str) -> str | None:
     return dict(module.isas()).get(isa, "this build has no code for it") or None
 
 
+def best() -> str | None:
+    """The best instruction set that is usable here; None without the native module."""
+    return next((isa for isa in ISAS if missing(isa) is None), None)
+
+
 def handle(packed: Packed, isa: str | None = None) -> Any:
     """The native weight bound to an instruction set, the best one if none is named; it does not keep tensors alive."""
-    return native.weight(packed, isa or next(name for name in ISAS if missing(name) is None))
+    return native.weight(packed, isa or best())
 
 
 def bind(isa: str, packed: Packed) -> Bound:
@@ -102,7 +110,7 @@ def rounds_to_bytes(packed: Packed) -> bool:
     """Whether the best instruction set that is usable here rounds x to 8 bits beside this weight."""
     if packed.device.type != "cpu" or not packed.bytes_allowed:
         return False
-    return next((isa for isa in ISAS if missing(isa) is None), None) in BYTES
+    return best() in BYTES
 
 
 def takes_any(isa: str, weight: torch.dtype, x: torch.dtype, density: float | None) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from alphaprune.formats import native
-from alphaprune.kernels import neighbours
+from alphaprune.kernels import cpu, neighbours
 from alphaprune.kernels.spmm import needs_op
 
 DTYPES = (torch.bfloat16, torch.float32)  # that csrc/cpu/attention.h knows
@@ -33,19 +33,21 @@ def attend_new(
     turns: tuple[Tensor, Tensor],
     window: int | None = None,
     norms: tuple[HeadNorm, HeadNorm] | None = None,
+    isa: str | None = None,
 ) -> Tensor:
     """Attention [M, heads · dim] of one new token per sequence, whose key and value go to their place in the cache.
 
     q: [M, heads · dim]; k, v: [M, key heads · dim]. cache: [2, pages, page, key heads, dim], keys and values, with any
     strides but for the last. slots: [M] int64, the row of `table` [slots, pages of a sequence] int64, whose entry i is
     the page of positions i · page and on. positions: [M] int64, of the new tokens. turns: cosine and sine, each
-    [M or 1, dim / 2], of the new positions. window, norms: as attention.attend_new has them.
+    [M or 1, dim / 2], of the new positions. window, norms, isa: as attention.attend_new has them.
     """
     if norms is not None and not all(weight.dtype == q.dtype and weight.is_contiguous() for weight, _ in norms):
         (q, k), norms = neighbours.norm_heads(q, k, norms), None
     _, _, page, key_heads, dim = cache.shape
     heads, sequences = q.shape[1] // dim, len(q)
-    bound = _bound(heads, key_heads, dim, native.DTYPES[q.dtype], window or 0, page, cache.stride()[1:4])
+    code, strides = native.DTYPES[q.dtype], cache.stride()[1:4]
+    bound = _bound(heads, key_heads, dim, code, window or 0, page, strides, isa or cpu.best())
     q, k, v = (part if part.stride(1) == 1 else part.contiguous() for part in (q, k, v))
     cos, sin = turns
     weights, epsilons = ((0, 0), (0.0, 0.0)) if norms is None else _addresses(norms)
@@ -71,8 +73,10 @@ def attend_new(
 
 
 @functools.lru_cache(maxsize=256)
-def _bound(heads: int, key_heads: int, dim: int, code: int, window: int, page: int, strides: tuple[int, ...]) -> Any:
-    return native.load().Attention(heads, key_heads, dim, code, window, page, *strides, "")
+def _bound(
+    heads: int, key_heads: int, dim: int, code: int, window: int, page: int, strides: tuple[int, ...], isa: str
+) -> Any:
+    return native.load().Attention(heads, key_heads, dim, code, window, page, *strides, isa)
 
 
 def _addresses(norms: tuple[HeadNorm, HeadNorm]) -> tuple[tuple[int, int], tuple[float, float]]:

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from alphaprune.formats import native
-from alphaprune.kernels import portable
+from alphaprune.kernels import cpu, portable
 
-NATIVE = (torch.bfloat16, torch.float32)  # dtypes that csrc/cpu/norm.cpp knows
+NATIVE = (torch.bfloat16, torch.float32)  # dtypes that csrc/cpu/norm.h knows
 MOST_ROWS = 16  # that it takes, in one thread
 
 
@@ -28,20 +28,29 @@ def fused(x: Tensor) -> bool:
     return x.is_cuda and why_not() is None and not torch.compiler.is_compiling()
 
 
-def add_norm(h: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float, order: Tensor | None = None) -> Tensor:
+def add_norm(
+    h: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    epsilon: float,
+    order: Tensor | None = None,
+    isa: str | None = None,
+) -> Tensor:
     """x [M, K] = RMSNorm(h) · weight after h [M, K] += delta [M, K], in place; with `order` [K] its columns in order.
 
     Zhang and Sennrich, NeurIPS 2019, with transformers' rounding: in half precision once more before the weight.
-    order: int64; column i of x is column order[i] of the norm.
+    order: int64; column i of x is column order[i] of the norm. isa: of csrc/cpu; the best one if none is named, which
+    takes longer to find than a norm of one row.
     """
     if fused(h):
         from alphaprune.kernels import triton_neighbours  # imports Triton
 
         return triton_neighbours.add_norm(h, delta, weight, epsilon, order)
-    if order is None and _native_norm(h, delta, weight):
+    module = native.load()
+    if order is None and module is not None and _native_norm(h, delta, weight):
         x = torch.empty_like(h)
         addresses = h.data_ptr(), 0 if delta is None else delta.data_ptr(), weight.data_ptr(), x.data_ptr()
-        native.load().rms_norm(*addresses, *h.shape, native.DTYPES[h.dtype], epsilon)
+        module.rms_norm(*addresses, *h.shape, native.DTYPES[h.dtype], epsilon, isa or cpu.best())
         return x
     if delta is not None:
         h.add_(delta)
@@ -54,7 +63,7 @@ def add_norm(h: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float, or
 
 def _native_norm(h: Tensor, delta: Tensor | None, weight: Tensor) -> bool:
     """Whether the norm is one call of ours: of a few rows on a CPU, where torch's is a dozen."""
-    if h.device.type != "cpu" or h.dtype not in NATIVE or h.dim() != 2 or len(h) > MOST_ROWS or native.load() is None:
+    if h.device.type != "cpu" or h.dtype not in NATIVE or h.dim() != 2 or len(h) > MOST_ROWS:
         return False
     alike = [h, weight] if delta is None else [h, weight, delta]
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(one.requires_grad for one in alike)):

@@ -9,26 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alphaprune.formats import native
-from alphaprune.kernels import attention, cpu_attention, neighbours
+from alphaprune.kernels import attention, cpu, cpu_attention, neighbours
 
 pytestmark = pytest.mark.skipif(native.load() is None, reason=f"the native module is {native.status()}")
 
 CHUNK = 256  # kChunkKeys of csrc/cpu/attention.h
 NAN = float("nan")
-
-
-def loops() -> list[str]:
-    """Loops that run here."""
-    return [] if native.load() is None else [name for name, missing in native.load().attention_loops() if not missing]
-
-
-def choose(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls take this loop."""
-
-    def bound(*given: object) -> object:
-        return native.load().Attention(*given[:6], *given[6], name)
-
-    monkeypatch.setattr(cpu_attention, "_bound", bound)
+ISAS = [] if native.load() is None else [isa for isa in cpu.ISAS if cpu.missing(isa) is None]
 
 
 @dataclasses.dataclass
@@ -46,6 +33,7 @@ class Case:
     normed: bool = False
     seed: int = 0
     size: float = 1.0
+    isa: str | None = None
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
@@ -90,7 +78,8 @@ class Case:
         where = self.slots, torch.tensor(self.positions), self.table
         cache = self.cache if cache is None else cache
         assert cpu_attention.takes(self.q, cache)
-        return cpu_attention.attend_new(self.q, self.k, self.v, cache, *where, self.turns, self.window, self.norms)
+        how = self.turns, self.window, self.norms, self.isa
+        return cpu_attention.attend_new(self.q, self.k, self.v, cache, *where, *how)
 
     def check(self) -> None:
         cache = self.cache.clone()  # keeps its strides
@@ -155,28 +144,31 @@ def test_flat_and_sharp(dtype: torch.dtype, size: float) -> None:
     Case([2 * CHUNK + 40, 17], dtype=dtype, size=size, shared=3).check()
 
 
-@pytest.mark.parametrize("name", loops())
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", cpu_attention.DTYPES)
-def test_every_loop(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    choose(name, monkeypatch)
-    for case in (Case([90, 300], shared=5, dim=96, dtype=dtype), Case([9], dtype=dtype, by_heads=True, normed=True)):
-        case.check()
+def test_every_instruction_set(isa: str, dtype: torch.dtype) -> None:
+    Case([90, 300], shared=5, dim=96, dtype=dtype, isa=isa).check()
+    Case([9], dtype=dtype, by_heads=True, normed=True, isa=isa).check()
 
 
-def test_a_loop_that_is_not_there() -> None:
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_environment_names_the_best_one_allowed(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case([300, 90], shared=4, dim=96, dtype=torch.float32, isa=isa)
+    named = case.run()
+    monkeypatch.setenv("ALPHAPRUNE_ISA", isa)
+    case.isa = None
+    assert torch.equal(case.run(), named)
+
+
+def test_an_instruction_set_that_is_not_there() -> None:
     with pytest.raises(ValueError, match="avx1024 was not compiled in"):
-        loop = native.load().Attention(1, 1, 32, 0, 0, 1, 32, 32, 32, "avx1024")
-        zeros = torch.zeros(1, dtype=torch.int64)
-        x = torch.zeros(32)
-        at = (x.data_ptr(),) * 3
-        where = zeros.data_ptr(), 1, zeros.data_ptr(), zeros.data_ptr(), 1
-        loop.run(at, (32,) * 3, x.data_ptr(), x.data_ptr(), x.data_ptr(), at[:2], 0, *where, (0, 0), (0.0, 0.0))
+        native.load().Attention(1, 1, 32, 0, 0, 1, 32, 32, 32, "avx1024")
 
 
 @pytest.mark.parametrize(("heads", "key_heads", "dim"), [(3, 2, 64), (2, 0, 64), (2, 2, 48), (2, 2, 1024)])
 def test_shapes_that_the_call_refuses(heads: int, key_heads: int, dim: int) -> None:
     with pytest.raises(ValueError, match="attention needs heads that share keys evenly"):
-        native.load().Attention(heads, key_heads, dim, 0, 0, 1, 32, 32, 32, "")
+        native.load().Attention(heads, key_heads, dim, 0, 0, 1, 32, 32, 32, "scalar")
 
 
 def test_the_same_bits_for_any_threads_and_whatever_is_beside() -> None:
@@ -212,10 +204,9 @@ def test_what_is_not_finite_stays_with_its_sequence(value: float, where: int) ->
 
 
 @pytest.mark.parametrize("page", [1, 32])
-@pytest.mark.parametrize("name", loops())
-def test_keys_of_no_weight(name: str, page: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    choose(name, monkeypatch)
-    case = Case([CHUNK + 60], page=page, dtype=torch.float32)
+@pytest.mark.parametrize("isa", ISAS)
+def test_keys_of_no_weight(isa: str, page: int) -> None:
+    case = Case([CHUNK + 60], page=page, dtype=torch.float32, isa=isa)
     against = -neighbours._rotate(case.q.view(1, -1, case.dim), *case.turns)[0, :, 5].sign()  # [heads]
     found = []
     for size in (1e30, float("inf")):  # scores of which exp makes zero, and -inf: blocks and a chunk have no others

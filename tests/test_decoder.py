@@ -50,6 +50,7 @@ KINDS = {
     "qwen2": ("Qwen2", {}),
     "qwen2, window": ("Qwen2", WINDOWS),
     "qwen3": ("Qwen3", {}),
+    "qwen3, heads of 32": ("Qwen3", {"head_dim": 32}),  # which our attention takes
     "qwen3, window and biases": ("Qwen3", {**WINDOWS, "attention_bias": True}),
 }
 

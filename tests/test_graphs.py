@@ -5,11 +5,13 @@ import weakref
 import pytest
 import torch
 from recorded import Fake, record_products
-from test_decoder import build, dense_logits, pack, prompts, theirs
+from test_decoder import build, dense_logits, ours, pack, prompts, theirs
 
 from alphaprune import memory
 from alphaprune.decoder import Decoder
+from alphaprune.formats import native
 from alphaprune.graphs import BUCKETS, GREEDY, Steps
+from alphaprune.kernels import cpu_attention
 from alphaprune.ragged import Ragged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,6 +55,36 @@ def test_greedy_tokens_of_ragged_batches_equal_transformers(kind: str, monkeypat
         assert fake.recordings == 1
         assert decode(model, given[1:2], 12) == expected[1:2]
     assert len({token for one in expected for token in one}) > 6
+
+
+class Told:
+    """The native module; `told` is what each call that takes an instruction set was given as that."""
+
+    def __init__(self) -> None:
+        self.module, self.told = native.load(), set()
+
+    def __getattr__(self, name: str) -> object:
+        def call(*given: object) -> object:
+            self.told.add((name, given[-1]))
+            return found(*given)
+
+        found = getattr(self.module, name)
+        return call if name in ("Attention", "Dense", "Weight", "rms_norm") else found
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_the_environment_limits_all_of_a_step(
+    batched: bool, native_only: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, module = pack(build("qwen3, heads of 32", torch.bfloat16)), Told()
+    cpu_attention._bound.cache_clear()
+    monkeypatch.setenv("ALPHAPRUNE_ISA", "scalar")
+    monkeypatch.setattr(native, "load", lambda: module)
+    if batched:
+        decode(model, ragged_prompts(model)[:2], 2)
+    else:
+        ours(model, prompts(model, 1, 3), 2)
+    assert module.told == {(name, "scalar") for name in ("Attention", "Weight", "rms_norm")}
 
 
 def test_a_graph_serves_other_sequences_lengths_and_pages(monkeypatch: pytest.MonkeyPatch) -> None:

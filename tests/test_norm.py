@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from alphaprune.formats import native
-from alphaprune.kernels import neighbours
+from alphaprune.kernels import cpu, neighbours
 
 needs_native = pytest.mark.skipif(native.load() is None, reason=f"the native module is {native.status()}")
 
@@ -41,6 +41,17 @@ def test_any_shape(rows: int, cols: int, dtype: torch.dtype, added: bool, size: 
     # Two roundings of the result, and of float32 those of the sum, the root and two products.
     bound = (2.1 * step + (cols / 16 + 8) * 2.0**-24) * (normed * weight.double()).abs() + 1e-38
     assert ((x.double() - normed * weight.double()).abs() <= bound).all()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", neighbours.NATIVE)
+def test_the_environment_names_the_best_one_allowed(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    h, weight = torch.randn(3, 4000).to(dtype), torch.randn(4000).to(dtype)
+    for isa in (isa for isa in cpu.ISAS if not cpu.missing(isa)):
+        named = neighbours.add_norm(h, None, weight, 1e-5, isa=isa)
+        monkeypatch.setenv("ALPHAPRUNE_ISA", isa)
+        assert torch.equal(neighbours.add_norm(h, None, weight, 1e-5), named)
+        monkeypatch.delenv("ALPHAPRUNE_ISA")
 
 
 @needs_native

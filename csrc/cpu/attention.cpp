@@ -1,18 +1,14 @@
+#include "attention.h"
+
 #include <atomic>
 #include <cmath>
-#include <cstring>
-#include <stdexcept>
 
-#include "attention_loop.h"
 #include "buffer.h"
+#include "convert.h"
 #include "dispatch.h"
 
 namespace alphaprune {
 namespace {
-
-// Vectors that every CPU of the compiler's baseline has: SSE2, or those of aarch64.
-const AttentionLoop kAttendAny = {"any", AnyLoop<Lanes<4, 8>>::rotate, AnyLoop<Lanes<4, 8>>::chunk,
-                                  AnyLoop<Lanes<4, 8>>::norm};
 
 // How the work on the keys is cut: a task is a chunk of one sequence for some queries of one key head.
 class Tasks {
@@ -110,41 +106,9 @@ T* take(char*& at, int64_t count) {
 
 }  // namespace
 
-const AttentionLoop* const* attention_loops() {
-  static const AttentionLoop* const all[] = {
-#if defined(ALPHAPRUNE_AVX512BW)
-      &kAttendAvx512bw,
-#endif
-#if defined(ALPHAPRUNE_AVX2)
-      &kAttendAvx2,
-#endif
-#if defined(ALPHAPRUNE_NEON)
-      &kAttendNeon,
-#endif
-      &kAttendAny, nullptr};
-  return all;
-}
-
-std::string unavailable(const AttentionLoop& loop) {
-  for (const Isa* const* isa = isas(); *isa; ++isa)
-    if (std::strcmp((*isa)->name, loop.name) == 0) return unavailable(**isa);
-  return {};
-}
-
-const AttentionLoop& attention_loop(const std::string& name) {
-  for (const AttentionLoop* const* loop = attention_loops(); *loop; ++loop) {
-    if (!name.empty() && name != (*loop)->name) continue;
-    const std::string reason = unavailable(**loop);
-    if (reason.empty()) return **loop;
-    if (!name.empty()) throw std::invalid_argument(name + ": " + reason);
-  }
-  throw std::invalid_argument(name + " was not compiled in");
-}
-
-void attend(const Attention& p, const std::string& name) {
+void attend(const Isa& isa, const Attention& p) {
   if (p.sequences == 0) return;
-  static const AttentionLoop& best = attention_loop();
-  const AttentionLoop& loop = name.empty() ? best : attention_loop(name);
+  const StepLoops& loops = *isa.loops;
   const int64_t shared = p.heads / p.key_heads;
 
   thread_local Buffer index, memory;
@@ -160,7 +124,7 @@ void attend(const Attention& p, const std::string& name) {
   for (int64_t i = 0; i < counters; ++i) new (done + i) std::atomic<int32_t>(0);
 
   parallel_for(p.sequences * p.key_heads, threads_for(4 * rotated),
-               [&](int64_t i) { loop.rotate(p, i / p.key_heads, i % p.key_heads, q + i * shared * p.dim); });
+               [&](int64_t i) { loops.rotate(p, i / p.key_heads, i % p.key_heads, q + i * shared * p.dim); });
   parallel_for(tasks.count(), threads_for(2 * tasks.keys() * p.heads * p.dim), [&](int64_t i) {
     const Tasks::Task task = tasks.at(i);
     const int64_t left = shared - task.query, queries = left < tasks.queries() ? left : tasks.queries();
@@ -169,8 +133,8 @@ void attend(const Attention& p, const std::string& name) {
     const float* mine = q + ((task.sequence * p.key_heads + task.key_head) * shared + task.query) * p.dim;
     alignas(64) float own[kMostQueries * (kMostDim + kPartialExtra)];
     float* sums = task.chunks == 1 ? own : parts + tasks.slot(task, task.chunk) * size;
-    loop.chunk(p, task.sequence, task.key_head, mine, queries, begin > first ? begin : first, end < last ? end : last,
-               sums);
+    loops.chunk(p, task.sequence, task.key_head, mine, queries, begin > first ? begin : first, end < last ? end : last,
+                sums);
     if (task.chunks == 1) return store(p, task, queries, sums, sums + queries * (p.dim + 1));
     // Whoever is done last has the sums of all others to see.
     if (done[task.of].fetch_add(1, std::memory_order_acq_rel) + 1 < task.chunks) return;

@@ -2,10 +2,7 @@
 // and stores the new keys and values, too.
 #pragma once
 
-#include <string>
-
 #include "kernel.h"
-#include "norm.h"
 
 namespace alphaprune {
 
@@ -35,35 +32,9 @@ constexpr int64_t kMostQueries = 8;   // that share keys and are computed togeth
 constexpr int64_t kChunkKeys = 256;   // of a sequence that are computed together; chunks lie at multiples of it
 constexpr int64_t kPartialExtra = 2;  // beside the sum over a chunk its largest score and the sum of weights
 
-// What an ISA file offers: two parts of the work, in `dtype`, and the norm before the products.
-struct AttentionLoop {
-  const char* name;
-  // Rotates the queries of one key head of one sequence, after their norm, into floats [queries of the head][dim], each
-  // over sqrt(dim), and the key, which goes to its place beside the value.
-  void (*rotate)(const Attention&, int64_t sequence, int64_t key_head, float* q);
-  // Of `count` queries q [count][dim] over positions [first, last): their sums [count][dim], not divided by the sum of
-  // weights, then for each the largest score and the sum of weights.
-  void (*chunk)(const Attention&, int64_t sequence, int64_t key_head, const float* q, int64_t count, int64_t first,
-                int64_t last, float* sums);
-  void (*norm)(const Norm&);
-};
-
 // Softmax(q·k / sqrt(dim)) v into `out` (Vaswani et al., 2017), with rotated q and k (Su et al., 2021: halves of a head
 // are the pairs, each product rounded as transformers does), accumulated in float32. A sequence has the same bits for
-// any number of threads and whatever is beside it. The loop is the widest that runs here, or that of the name.
-void attend(const Attention& p, const std::string& loop = {});
-
-// The widest loop that runs here, or that of the name. std::invalid_argument if it does not run here.
-const AttentionLoop& attention_loop(const std::string& name = {});
-
-// Compiled-in loops, best first; null at the end.
-const AttentionLoop* const* attention_loops();
-
-// Empty if a loop runs on this machine, else the sentence that says why not.
-std::string unavailable(const AttentionLoop& loop);
-
-extern const AttentionLoop kAttendAvx512bw;
-extern const AttentionLoop kAttendAvx2;
-extern const AttentionLoop kAttendNeon;
+// any number of threads and whatever is beside it.
+void attend(const Isa& isa, const Attention& p);
 
 }  // namespace alphaprune

@@ -15,6 +15,6 @@ struct Half : Lanes<8, 8> {
 
 }  // namespace
 
-const AttentionLoop kAttendAvx2 = {"avx2", AnyLoop<Half>::rotate, AnyLoop<Half>::chunk, AnyLoop<Half>::norm};
+const StepLoops kStepAvx2 = {AnyLoop<Half>::rotate, AnyLoop<Half>::chunk, AnyLoop<Half>::norm};
 
 }  // namespace alphaprune

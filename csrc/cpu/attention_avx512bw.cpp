@@ -19,6 +19,6 @@ struct Wide : Lanes<16, 16> {
 
 }  // namespace
 
-const AttentionLoop kAttendAvx512bw = {"avx512bw", AnyLoop<Wide>::rotate, AnyLoop<Wide>::chunk, AnyLoop<Wide>::norm};
+const StepLoops kStepAvx512bw = {AnyLoop<Wide>::rotate, AnyLoop<Wide>::chunk, AnyLoop<Wide>::norm};
 
 }  // namespace alphaprune

@@ -8,6 +8,7 @@
 
 #include "attention.h"
 #include "convert.h"
+#include "norm.h"
 
 namespace alphaprune {
 namespace {

@@ -22,6 +22,6 @@ struct Neon : Lanes<4, 16> {
 
 }  // namespace
 
-const AttentionLoop kAttendNeon = {"neon", AnyLoop<Neon>::rotate, AnyLoop<Neon>::chunk, AnyLoop<Neon>::norm};
+const StepLoops kStepNeon = {AnyLoop<Neon>::rotate, AnyLoop<Neon>::chunk, AnyLoop<Neon>::norm};
 
 }  // namespace alphaprune

@@ -35,6 +35,22 @@ constexpr int64_t kTokenBlock = 16;
 constexpr int64_t kTokensPerPass = 64;
 constexpr int64_t kScratchBytes = 176 * 1024;
 
+struct Attention;  // attention.h
+struct Norm;       // norm.h
+
+// Of what stands between the products of a decode step, in bfloat16 and float32. It needs no more of an ISA than the
+// width of its vectors, so that ISAs share it.
+struct StepLoops {
+  // Rotates the queries of one key head of one sequence, after their norm, into floats [queries of the head][dim], each
+  // over sqrt(dim), and the key, which goes to its place beside the value.
+  void (*rotate)(const Attention&, int64_t sequence, int64_t key_head, float* q);
+  // Of `count` queries q [count][dim] over positions [first, last): their sums [count][dim], not divided by the sum of
+  // weights, then for each the largest score and the sum of weights.
+  void (*chunk)(const Attention&, int64_t sequence, int64_t key_head, const float* q, int64_t count, int64_t first,
+                int64_t last, float* sums);
+  void (*norm)(const Norm&);
+};
+
 struct Isa {
   const char* name;
   // Computes row tiles [begin, end); `scratch` is kScratchBytes, 64-byte aligned.
@@ -46,6 +62,7 @@ struct Isa {
   int64_t (*prepared_bytes)(const Activations&, const sbt::View&);
   // Lays out tokens [first, last); `first` is a multiple of kTokenBlock, `to` the start of the whole, 64-byte aligned.
   void (*prepare)(const Activations&, const sbt::View&, int64_t first, int64_t last, void* to);
+  const StepLoops* loops;
   // Tells apart the layouts that `prepare` chooses between for weights of one dtype; null where there is one.
   int (*layout)(const Activations&, const sbt::View&) = nullptr;
   // The same product with a dense weight, [N, K] at `weight.values`, in the dtype of x, whose rows are the caller's,
@@ -66,5 +83,10 @@ extern const Isa kAvx512;
 extern const Isa kAvx512bf16;
 extern const Isa kAmx;
 extern const Isa kNeon;
+
+extern const StepLoops kStepScalar;
+extern const StepLoops kStepAvx2;
+extern const StepLoops kStepAvx512bw;
+extern const StepLoops kStepNeon;
 
 }  // namespace alphaprune

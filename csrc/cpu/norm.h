@@ -1,13 +1,13 @@
 // RMSNorm of a few rows: one call, where a library takes a dozen small ones.
 #pragma once
 
-#include <string>
-
 #include "../layout.h"
 
 namespace alphaprune {
 
-// Rows of h, delta and out: [rows, cols] in `dtype`, bfloat16 or float32, as weight [cols] is; delta may be null.
+// h += delta, in place and rounded; out = h / sqrt(mean(h^2) + epsilon) * weight, in half precision rounded before the
+// weight, too (Zhang and Sennrich, NeurIPS 2019, as transformers rounds it). h, delta and out are [rows, cols] in
+// `dtype`, bfloat16 or float32, as weight [cols] is; delta may be null.
 struct Norm {
   void* h;
   const void* delta;
@@ -17,10 +17,5 @@ struct Norm {
   Dtype dtype;
   float epsilon;
 };
-
-// h += delta, in place and rounded; out = h / sqrt(mean(h^2) + epsilon) * weight, in half precision rounded before the
-// weight, too (Zhang and Sennrich, NeurIPS 2019, as transformers rounds it). By the widest loop of attention.h that
-// runs here, or that of the name.
-void rms_norm(const Norm& p, const std::string& loop = {});
 
 }  // namespace alphaprune

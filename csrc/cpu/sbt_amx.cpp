@@ -504,6 +504,6 @@ int layout(const Activations& x, const sbt::View& weight) {
 
 }  // namespace
 
-const Isa kAmx = {"amx", product, expand, prepared_bytes, prepare, layout};
+const Isa kAmx = {"amx", product, expand, prepared_bytes, prepare, &kStepAvx512bw, layout};
 
 }  // namespace alphaprune

@@ -119,6 +119,6 @@ int layout(const Activations& x, const sbt::View& weight) { return skips_zeros(w
 
 }  // namespace
 
-const Isa kAvx2 = {"avx2", product, expand_any<Words8>, prepared_bytes, prepare, layout};
+const Isa kAvx2 = {"avx2", product, expand_any<Words8>, prepared_bytes, prepare, &kStepAvx2, layout};
 
 }  // namespace alphaprune

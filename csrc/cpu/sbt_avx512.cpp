@@ -210,6 +210,6 @@ int layout(const Activations& x, const sbt::View& weight) {
 
 }  // namespace
 
-const Isa kAvx512 = {"avx512", product, expand_any<Words>, prepared_bytes, prepare, layout};
+const Isa kAvx512 = {"avx512", product, expand_any<Words>, prepared_bytes, prepare, &kStepAvx512bw, layout};
 
 }  // namespace alphaprune

@@ -143,7 +143,8 @@ int layout(const Activations& x, const sbt::View& weight) {
 
 }  // namespace
 
-const Isa kAvx512bf16 = {"avx512bf16", product, expand, prepared_bytes, prepare, layout, dense_product<DenseBfloat16>,
+const Isa kAvx512bf16 = {"avx512bf16", product,        expand, prepared_bytes,
+                         prepare,      &kStepAvx512bw, layout, dense_product<DenseBfloat16>,
                          takes_dense};
 
 }  // namespace alphaprune

@@ -118,6 +118,6 @@ int layout(const Activations& x, const sbt::View& weight) { return skips_zeros(w
 
 }  // namespace
 
-const Isa kAvx512bw = {"avx512bw", product, expand_any<Words8>, prepared_bytes, prepare, layout};
+const Isa kAvx512bw = {"avx512bw", product, expand_any<Words8>, prepared_bytes, prepare, &kStepAvx512bw, layout};
 
 }  // namespace alphaprune

@@ -146,6 +146,6 @@ int layout(const Activations& x, const sbt::View& weight) {
 
 }  // namespace
 
-const Isa kAvx512vnni = {"avx512vnni", product, expand, prepared_bytes, prepare, layout};
+const Isa kAvx512vnni = {"avx512vnni", product, expand, prepared_bytes, prepare, &kStepAvx512bw, layout};
 
 }  // namespace alphaprune

@@ -379,6 +379,6 @@ void convert(const void* from, Dtype dtype, int64_t count, int64_t padded, float
 
 }  // namespace
 
-const Isa kNeon = {"neon", product, expand_any<Words>, row_bytes, prepare_rows<convert>};
+const Isa kNeon = {"neon", product, expand_any<Words>, row_bytes, prepare_rows<convert>, &kStepNeon};
 
 }  // namespace alphaprune

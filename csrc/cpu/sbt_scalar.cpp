@@ -69,6 +69,7 @@ void convert(const void* from, Dtype dtype, int64_t count, int64_t padded, float
 
 }  // namespace
 
-const Isa kScalar = {"scalar", Panel<Float32>::product, expand_any<Words>, row_bytes, prepare_rows<convert>};
+const Isa kScalar = {"scalar",  Panel<Float32>::product, expand_any<Words>,
+                     row_bytes, prepare_rows<convert>,   &kStepScalar};
 
 }  // namespace alphaprune

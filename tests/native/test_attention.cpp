@@ -1,5 +1,6 @@
 // Attention of a decode step without Python: every array ends at a page that may not be touched, what must not be read
-// is NaN, and each loop is compared with a softmax in float64. Runs plainly and under the sanitizers (sanitize.py).
+// is NaN, and each ISA's loops are compared with a softmax in float64. Runs plainly and under the sanitizers
+// (sanitize.py).
 #include <omp.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -10,12 +11,15 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "cpu/attention.h"
 #include "cpu/convert.h"
+#include "cpu/dispatch.h"
+#include "cpu/norm.h"
 #include "expect.h"
 
 namespace {
@@ -83,9 +87,9 @@ struct Problem {
     p.dtype = c.dtype;
     return p;
   }
-  std::unique_ptr<Guarded> run(const char* loop) const {
+  std::unique_ptr<Guarded> run(const Isa& isa) const {
     auto out = std::make_unique<Guarded>(out_bytes());
-    attend(attention(*out), loop);
+    attend(isa, attention(*out));
     return out;
   }
   size_t out_bytes() const { return sequences() * c.key_heads * c.shared * c.dim * size_of(c.dtype); }
@@ -193,7 +197,7 @@ std::vector<Range> turned(const Problem& p, int64_t s, const Guarded& from, int6
 }
 
 // The new keys and values are at their places, and nothing else of the cache has changed.
-void check_cache(const char* loop, const Problem& p, std::vector<char> keys, std::vector<char> values) {
+void check_cache(const Isa& isa, const Problem& p, std::vector<char> keys, std::vector<char> values) {
   const int64_t dim = p.c.dim, size = size_of(p.c.dtype);
   for (int64_t s = 0; s < p.sequences(); ++s)
     for (int64_t head = 0; head < p.c.key_heads; ++head) {
@@ -201,17 +205,17 @@ void check_cache(const char* loop, const Problem& p, std::vector<char> keys, std
       const std::vector<Range> wanted = turned(p, s, *p.k, from, *p.k_weight, 1e-2f);
       for (int64_t d = 0; d < dim; ++d)
         EXPECT(p.key(at + d) >= wanted[d].low && p.key(at + d) <= wanted[d].high,
-               "%s: new key %ld of head %ld of sequence %ld is %g, wanted from %g to %g", loop, d, head, s,
+               "%s: new key %ld of head %ld of sequence %ld is %g, wanted from %g to %g", isa.name, d, head, s,
                p.key(at + d), wanted[d].low, wanted[d].high);
       std::memcpy(keys.data() + at * size, p.keys->as<char>() + at * size, dim * size);
       std::memcpy(values.data() + at * size, p.v->as<char>() + from * size, dim * size);
     }
-  EXPECT(!std::memcmp(keys.data(), p.keys->as<char>(), keys.size()), "%s writes other keys", loop);
-  EXPECT(!std::memcmp(values.data(), p.values->as<char>(), values.size()), "%s writes other values", loop);
+  EXPECT(!std::memcmp(keys.data(), p.keys->as<char>(), keys.size()), "%s writes other keys", isa.name);
+  EXPECT(!std::memcmp(values.data(), p.values->as<char>(), values.size()), "%s writes other values", isa.name);
 }
 
 // One head's output against float64, with the new key as it was stored.
-void check_head(const char* loop, const Problem& p, int64_t s, int64_t head, const Guarded& out) {
+void check_head(const Isa& isa, const Problem& p, int64_t s, int64_t head, const Guarded& out) {
   const Case& c = p.c;
   const int64_t heads = c.key_heads * c.shared, from = p.first(s), count = c.positions[s] + 1 - from;
   const std::vector<Range> q = turned(p, s, *p.q, s * (heads * c.dim + kGap) + head * c.dim, *p.q_weight, 1e-6f);
@@ -247,32 +251,32 @@ void check_head(const char* loop, const Problem& p, int64_t s, int64_t head, con
       slack += (error[j] + 1e-38) * std::fabs(v);  // exp makes zero of what is below
     }
     const double wanted = sum / total;
-    EXPECT(loose < total / 8, "%s: the bound means nothing", loop);
+    EXPECT(loose < total / 8, "%s: the bound means nothing", isa.name);
     double bound = (slack + std::fabs(wanted) * loose) / (total - loose) + 2 * kUnit * std::fabs(wanted);
     if (c.dtype == Dtype::bfloat16) bound += 0x1p-8 * (std::fabs(wanted) + bound);
     const double got = load_float(out.as<void>(), (s * heads + head) * c.dim + d, c.dtype);
     EXPECT(
         std::fabs(got - wanted) <= bound,
         "%s: %ld x %ld heads of %ld, page %ld, window %ld, position %ld: out[%ld, %ld, %ld] = %g, wanted %g within %g",
-        loop, c.key_heads, c.shared, c.dim, c.page, c.window, c.positions[s], s, head, d, got, wanted, bound);
+        isa.name, c.key_heads, c.shared, c.dim, c.page, c.window, c.positions[s], s, head, d, got, wanted, bound);
   }
 }
 
-void check(const char* loop, const Problem& p) {
+void check(const Isa& isa, const Problem& p) {
   const size_t bytes = p.end * size_of(p.c.dtype);
   const std::vector<char> keys(p.keys->as<char>(), p.keys->as<char>() + bytes);
   const std::vector<char> values(p.values->as<char>(), p.values->as<char>() + bytes);
-  const auto out = p.run(loop);
-  check_cache(loop, p, keys, values);
+  const auto out = p.run(isa);
+  check_cache(isa, p, keys, values);
   for (int64_t s = 0; s < p.sequences(); ++s)
-    for (int64_t head = 0; head < p.c.key_heads * p.c.shared; ++head) check_head(loop, p, s, head, *out);
+    for (int64_t head = 0; head < p.c.key_heads * p.c.shared; ++head) check_head(isa, p, s, head, *out);
 }
 
 constexpr Dtype kDtypes[] = {Dtype::float32, Dtype::bfloat16};
 constexpr int64_t kWindows[] = {0, 1, 40, 256, 300};
 
 // Every shape around what is taken at once: chunks, blocks, pages, queries, vectors; on 1, 2, 3 and 7 threads.
-void check_shapes(const char* loop, uint32_t& seed, bool quick) {
+void check_shapes(const Isa& isa, uint32_t& seed, bool quick) {
   const int before = omp_get_max_threads(), threads[] = {1, 2, 3, 7};
   for (const Dtype dtype : kDtypes)
     for (const bool by_heads : {false, true})
@@ -286,25 +290,25 @@ void check_shapes(const char* loop, uint32_t& seed, bool quick) {
             c.one_turn = seed % 7 == 0;
             c.size = seed % 11 == 0 ? 4 : 1;  // a few keys have all the weight
             if (quick) c.positions = {31, 270};
-            check(loop, Problem(c, seed++));
+            check(isa, Problem(c, seed++));
           }
   omp_set_num_threads(before);
 }
 
 // The longest heads, many queries, so many sequences that threads share the rotation, too.
-void check_large(const char* loop, uint32_t& seed) {
+void check_large(const Isa& isa, uint32_t& seed) {
   for (const Dtype dtype : kDtypes) {
-    check(loop, Problem({{40, 300}, 1, 17, kMostDim, 16, 0, dtype}, seed++));
+    check(isa, Problem({{40, 300}, 1, 17, kMostDim, 16, 0, dtype}, seed++));
     std::vector<int64_t> positions;
     for (int64_t i = 0; i < 70; ++i) positions.push_back(i * 7 % 40);
     Case many{positions, 2, 4, 128, 16, 0, dtype};
     many.normed = true;
-    check(loop, Problem(many, seed++));
+    check(isa, Problem(many, seed++));
   }
 }
 
 // RMSNorm of rows of any length: h is the exact sum, rounded once, and out within the roundings of its own steps.
-void check_norm(const char* loop, uint32_t seed) {
+void check_norm(const Isa& isa, uint32_t seed) {
   std::mt19937 random(seed);
   std::normal_distribution<float> normal(0, 1);
   for (const Dtype dtype : kDtypes)
@@ -326,27 +330,27 @@ void check_norm(const char* loop, uint32_t seed) {
         const Norm p{
             h.as<void>(), added ? delta.as<void>() : nullptr, weight.as<void>(), out.as<void>(), rows, cols, dtype,
             1e-5f};
-        rms_norm(p, loop);
+        isa.loops->norm(p);
         for (int64_t row = 0; row < rows; ++row) {
           double squares = 0;
           for (int64_t i = 0; i < cols; ++i) squares += wanted[row * cols + i] * wanted[row * cols + i];
           const double scale = 1 / std::sqrt(squares / static_cast<double>(cols) + 1e-5);
           for (int64_t i = 0; i < cols; ++i) {
             const int64_t at = row * cols + i;
-            EXPECT(load_float(h.as<void>(), at, dtype) == static_cast<float>(wanted[at]), "%s: h[%ld]", loop, at);
+            EXPECT(load_float(h.as<void>(), at, dtype) == static_cast<float>(wanted[at]), "%s: h[%ld]", isa.name, at);
             const double y = wanted[at] * scale * load_float(weight.as<void>(), i, dtype);
             const double got = load_float(out.as<void>(), at, dtype);
             // The sum of squares of one sign, its root and quotient, two products; of bfloat16 two roundings more.
             const double bound = std::fabs(y) * (static_cast<double>(cols) / 16 + 12) * kUnit;
             const double rounding = dtype == Dtype::bfloat16 ? 2 * 0x1.02p-8 * std::fabs(y) : 0;
-            EXPECT(std::fabs(got - y) <= bound + rounding, "%s: norm of %ld: %g, wanted %g", loop, cols, got, y);
+            EXPECT(std::fabs(got - y) <= bound + rounding, "%s: norm of %ld: %g, wanted %g", isa.name, cols, got, y);
           }
         }
       }
 }
 
-// What attention.h's loops say of exp: scores that are exact numbers, and values that keep the weights apart.
-void check_exp(const char* loop) {
+// What attention_loop.h says of exp: scores that are exact numbers, and values that keep the weights apart.
+void check_exp(const Isa& isa) {
   constexpr int64_t kDim = 64, kSteps = 200;  // 1 / sqrt(64) is exact; a key for each dimension
   const std::vector<float> none(kDim, 0), ones(kDim / 2, 1);
   const int64_t table = 0, slot = 0, position = kDim - 1;
@@ -365,28 +369,28 @@ void check_exp(const char* loop) {
     p.page = kDim, p.position_stride = p.head_stride = kDim;
     p.table = &table, p.slots = &slot, p.positions = &position;
     p.sequences = p.heads = p.key_heads = 1, p.dim = kDim, p.dtype = Dtype::float32;
-    attend(p, loop);
+    attend(isa, p);
     for (int64_t j = 1; j < kDim; ++j) {
       const double wanted = std::exp(static_cast<double>(x[j])), got = static_cast<double>(out[j]) / out[0];
-      EXPECT(std::fabs(got - wanted) <= (2e-7 + 4 * kUnit) * wanted, "%s: exp(%.9g) = %.9g, wanted %.9g", loop, x[j],
-             got, wanted);
+      EXPECT(std::fabs(got - wanted) <= (2e-7 + 4 * kUnit) * wanted, "%s: exp(%.9g) = %.9g, wanted %.9g", isa.name,
+             x[j], got, wanted);
     }
   }
 }
 
 // The same bits on any number of threads, from several at once, in a child that has only one, and alone.
-void check_same_bits(const char* loop) {
+void check_same_bits(const Isa& isa) {
   const Case c{{700, 3, 256, 520}, 2, 5, 64, 32, 0, Dtype::bfloat16};
   const int before = omp_get_max_threads();
   const Problem first(c, 7);
   omp_set_num_threads(1);
-  const auto wanted = first.run(loop);
+  const auto wanted = first.run(isa);
   const auto same = [&](const Problem& p) {
-    return !std::memcmp(p.run(loop)->as<char>(), wanted->as<char>(), p.out_bytes());
+    return !std::memcmp(p.run(isa)->as<char>(), wanted->as<char>(), p.out_bytes());
   };
   for (const int count : {2, 3, 7}) {
     omp_set_num_threads(count);
-    for (int repeat = 0; repeat < 20; ++repeat) EXPECT(same(first), "%s: %d threads give other bits", loop, count);
+    for (int repeat = 0; repeat < 20; ++repeat) EXPECT(same(first), "%s: %d threads give other bits", isa.name, count);
   }
   omp_set_num_threads(before);
   std::vector<std::thread> threads;
@@ -398,7 +402,7 @@ void check_same_bits(const char* loop) {
       for (int repeat = 0; repeat < 10; ++repeat) found[i] &= same(mine);
     });
   for (auto& thread : threads) thread.join();
-  for (const char each : found) EXPECT(each, "%s: threads disturb each other", loop);
+  for (const char each : found) EXPECT(each, "%s: threads disturb each other", isa.name);
   const pid_t child = fork();
   if (child == 0) {
     alarm(60);
@@ -406,7 +410,7 @@ void check_same_bits(const char* loop) {
   }
   int status = -1;
   waitpid(child, &status, 0);
-  EXPECT(status == 0, "%s: a forked child ended with %d", loop, status);
+  EXPECT(status == 0, "%s: a forked child ended with %d", isa.name, status);
   for (int64_t s = 0; s < first.sequences(); ++s) {
     const size_t bytes = first.out_bytes() / first.sequences();
     const Guarded out(bytes);
@@ -415,32 +419,37 @@ void check_same_bits(const char* loop) {
     p.q = row(p.q, p.q_stride), p.k = row(p.k, p.k_stride), p.v = row(p.v, p.v_stride);
     p.cos = row(p.cos, p.turn_stride), p.sin = row(p.sin, p.turn_stride);
     p.slots += s, p.positions += s, p.sequences = 1;
-    attend(p, loop);
-    EXPECT(!std::memcmp(out.as<char>(), wanted->as<char>() + s * bytes, bytes), "%s: other bits alone", loop);
+    attend(isa, p);
+    EXPECT(!std::memcmp(out.as<char>(), wanted->as<char>() + s * bytes, bytes), "%s: other bits alone", isa.name);
   }
 }
 
 }  // namespace
 
-// Names of loops as arguments: those only. `quick` before them: fewer cases, for valgrind and emulators.
+// Names of ISAs as arguments: those only. `quick` before them: fewer cases, for valgrind and emulators.
 int main(int count, char** names) {
   const bool quick = count > 1 && !std::strcmp(names[1], "quick");
-  for (const AttentionLoop* const* loop = attention_loops(); *loop; ++loop) {
-    const char* name = (*loop)->name;
-    if (!chosen(count, names, quick, name)) continue;
-    if (const std::string reason = unavailable(**loop); !reason.empty()) {
-      std::printf("%s is not tested: %s\n", name, reason.c_str());
+  std::set<const StepLoops*> tested;
+  for (const Isa* const* at = isas(); *at; ++at) {
+    const Isa& isa = **at;
+    if (!chosen(count, names, quick, isa.name)) continue;
+    if (const std::string reason = unavailable(isa); !reason.empty()) {
+      std::printf("%s is not tested: %s\n", isa.name, reason.c_str());
+      continue;
+    }
+    if (!tested.insert(isa.loops).second) {
+      std::printf("%s: tested above\n", isa.name);
       continue;
     }
     uint32_t seed = 0;
-    check_shapes(name, seed, quick);
-    check_large(name, seed);
-    check_exp(name);
-    check_norm(name, seed++);
-    check_same_bits(name);
-    std::printf("%s: %u steps\n", name, seed);
+    check_shapes(isa, seed, quick);
+    check_large(isa, seed);
+    check_exp(isa);
+    check_norm(isa, seed++);
+    check_same_bits(isa);
+    std::printf("%s: %u steps\n", isa.name, seed);
   }
-  attend(Attention{});  // no sequences: nothing is touched
+  attend(*isas()[0], Attention{});  // no sequences: nothing is touched
   std::printf(failures ? "%d failures\n" : "ok\n", failures);
   return failures != 0;
 }
