@@ -11,7 +11,8 @@ command                    that made the row
 model, blocks, values      the shapes, and how many decoder blocks; dtype of weights and activations
 sparsity, pattern          of the packed weights; 0 for dense
 load, sequences            decode or prefill, and how many sequences or tokens
-decoder, how               alphaprune in graphs, compiled or eager; transformers: its generate, of the dense model
+decoder, how               alphaprune in graphs, compiled or eager, or a prompt by that kernel; transformers: its
+                           generate, of the dense model
 step_seconds, kernel_seconds, step_over_kernels      see alphaprune.stepping.time_steps; of a decode
 prefill_seconds            of a prompt
 tokens_per_second          of all sequences together
@@ -34,6 +35,7 @@ from rows import append
 COLUMNS = ("model", "weights", "load", "decoder", "tokens/s", "step s", "over kernels", "ratio", "GB")
 MODELS = "llama2-7b,llama3-8b,mistral-7b"
 GPU_SPARSITY = "0.7,0.5,2:4,0.8"
+LIBRARY = "nm_cusparselt"  # multiplies 2:4 prompts where it is faster than the one that is taken unasked
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,12 @@ class Run:
             return
         row |= {"blocks": model.config.num_hidden_layers}
         row |= {"weight_bytes": sum(tensor.nbytes for tensor in model.state_dict().values())}
-        for load, sequences, decoder in self.loads(case):
+        for load, sequences, decoder, how in self.loads(case):
             if not self.left():
                 break
-            made = row | {"load": load, "sequences": sequences, "decoder": decoder}
-            made["how"] = self.options.how if decoder == "alphaprune" else "generate"
+            made = row | {"load": load, "sequences": sequences, "decoder": decoder, "how": how}
             try:
-                made |= self.measure(model, load, sequences, decoder)
+                made |= self.measure(model, load, sequences, decoder, how)
             except (ValueError, torch.OutOfMemoryError) as error:
                 self.write(made | {"skipped": str(error).splitlines()[0]})
                 continue
@@ -128,24 +129,41 @@ class Run:
         there = "unknown" if free is None else size(free)
         return f"about {size(weights)} for weights and {size(kv)} for keys and values; free on {self.device}: {there}"
 
-    def loads(self, case: Case) -> list[tuple[str, int, str]]:
-        """(decode or prefill, sequences or tokens, decoder), the most important first."""
-        first, *others = self.options.sequences
-        found = [("decode", first, "alphaprune"), ("prefill", self.options.prefill, "alphaprune")]
-        found += [("decode", count, "alphaprune") for count in others]
+    def loads(self, case: Case) -> list[tuple[str, int, str, str]]:
+        """(decode or prefill, sequences or tokens, decoder, how), the most important first."""
+        (first, *others), prompt, how = self.options.sequences, self.options.prefill, self.options.how
+        found = [("decode", first, "alphaprune", how), ("prefill", prompt, "alphaprune", how)]
+        found += [("decode", count, "alphaprune", how) for count in others]
         if case.sparsity is None and self.options.decoder == "both":
-            found += [("decode", count, "transformers") for count in self.options.sequences]
+            found += [("decode", count, "transformers", "generate") for count in self.options.sequences]
+        if ":" in case.pattern:
+            found.append(("prefill", prompt, "alphaprune", LIBRARY))  # last: other kernels are left out from there on
         return found
 
-    def measure(self, model: Any, load: str, sequences: int, decoder: str) -> dict[str, float]:
+    def measure(self, model: Any, load: str, sequences: int, decoder: str, how: str) -> dict[str, float]:
         from alphaprune import stepping
 
         new = self.options.new
+        if how == LIBRARY:
+            only(model, LIBRARY, sequences)
         if load == "prefill":
             return stepping.time_prefill(model, sequences, repeats=max(3, new // 8))
         if decoder == "transformers":
             return stepping.time_theirs(model, sequences, 16, new)
-        return stepping.time_steps(model, sequences, 16, new, self.options.how)
+        return stepping.time_steps(model, sequences, 16, new, how)
+
+
+def only(model: Any, kernel: str, tokens: int) -> None:
+    """Has every packed layer multiply so many tokens by this kernel; ValueError with the reason where it cannot."""
+    from alphaprune import SparseLinear
+    from alphaprune.kernels import base
+
+    for layer in (module for module in model.modules() if isinstance(module, SparseLinear)):
+        prepared, packed, there = layer.prepared(), layer.packed, base.on(kernel, layer.packed.device)
+        if reason := there.supports(packed.shape, tokens, packed.dtype, packed.dtype) or prepared.fits(there):
+            raise ValueError(f"kernel {kernel} cannot run: {reason}")
+        while (name := prepared.choice(tokens, packed.dtype)[0].name) != kernel:
+            prepared.leave_out(name, f"{kernel} is measured")
 
 
 def line(row: dict[str, Any]) -> str:

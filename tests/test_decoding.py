@@ -113,6 +113,8 @@ def test_the_script_for_gpus_goes_through_everything_on_the_cpu(
     said = capsys.readouterr()
     rows = [json.loads(line) for line in said.out.splitlines()]
     assert rows == [json.loads(line) for line in out.read_text().splitlines()]
+    library = rows.pop()  # its kernel is for GPUs
+    assert (library["load"], library["how"]) == ("prefill", "nm_cusparselt") and "cannot run: " in library["skipped"]
     weights = [(row["sparsity"], row["load"], row["sequences"], row["decoder"]) for row in rows]
     loads = [("decode", 1), ("prefill", 20), ("decode", 3)]
     dense = [(0.0, *load, "alphaprune") for load in loads] + [(0.0, "decode", n, "transformers") for n in (1, 3)]
@@ -129,6 +131,18 @@ def test_the_script_for_gpus_goes_through_everything_on_the_cpu(
     assert script.main(["--device", "cuda", "--model", "tiny"]) == 2 or torch.cuda.is_available()
     assert script.main([*small, "--model", "other"]) == 2
     assert "no shapes of a model" in capsys.readouterr().err
+
+
+def test_the_script_for_gpus_has_a_prompt_multiplied_by_one_kernel(script: ModuleType) -> None:
+    only = sys.modules["decode_gpu"].only
+    model = decoding.random_model("tiny", 0.5, torch.bfloat16)
+    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    prepared = layers[-1].prepared()
+    assert prepared.choice(4, torch.bfloat16)[0].name != "scalar"
+    only(model, "scalar", 4)
+    assert {layer.prepared().choice(4, torch.bfloat16)[0].name for layer in layers} == {"scalar"}
+    with pytest.raises(ValueError, match="kernel sbt_expand cannot run: "):
+        only(model, "sbt_expand", 4)
 
 
 def test_the_script_for_gpus_says_what_memory_a_load_lacked(script: ModuleType, capsys, monkeypatch) -> None:

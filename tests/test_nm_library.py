@@ -14,41 +14,98 @@ from alphaprune.kernels import base, nm_library, spmm
 MANY = nm_library.LEAST_TOKENS
 
 
-@pytest.fixture
-def compressed(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The weights that the stand-in was given; it multiplies them as they are."""
-    given: list[Tensor] = []
+class Library:
+    """A stand-in for torch's calls of cuSPARSELt: its layout of a weight is the dense one. Every product with another
+    algorithm than the one that a search found is wrong."""
 
-    def compress(dense: Tensor) -> Tensor:
-        given.append(dense)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, algorithm: int = 7) -> None:
+        self.compressed: list[Tensor] = []
+        self.searches: list[tuple[int, bool]] = []  # tokens, and whether there was a bias
+        self.algorithm = algorithm
+        self.capturing = False
+        monkeypatch.setattr(nm_library, "_found", {})
+        monkeypatch.setattr(torch, "_cslt_compress", self.compress)
+        monkeypatch.setattr(torch, "_cslt_sparse_mm", self.multiply)
+        monkeypatch.setattr(torch, "_cslt_sparse_mm_search", self.search)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+
+    def compress(self, dense: Tensor) -> Tensor:
+        self.compressed.append(dense)
         return dense
 
-    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", compress)
-    return given
+    def search(self, compressed: Tensor, other: Tensor, bias: Tensor | None, transpose_result: bool) -> int:
+        assert transpose_result and not self.capturing
+        self.searches.append((other.shape[1], bias is not None))
+        return self.algorithm
+
+    def multiply(
+        self, compressed: Tensor, other: Tensor, bias: Tensor | None, transpose_result: bool, alg_id: int
+    ) -> Tensor:
+        assert transpose_result and other.shape[1] % 8 == 0 and other.T.is_contiguous()
+        wanted = nm_library.FIRST if self.capturing else self.algorithm
+        return torch.nn.functional.linear(other.T, compressed, bias) + (0 if alg_id == wanted else 100)
 
 
-def test_the_library_gets_the_dense_weight_once(compressed: list[Tensor]) -> None:
-    weight = torch.randn(48, 96).bfloat16()
-    weight *= of_four(weight, 2)
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Library:
+    return Library(monkeypatch)
+
+
+def two_of_four(n: int, k: int, dtype: torch.dtype) -> Tensor:
+    weight = torch.randn(n, k).to(dtype)
+    return weight * of_four(weight, 2)
+
+
+@pytest.mark.parametrize("shape", [(48, 96), (96, 48)])
+def test_the_library_gets_the_dense_weight_once(library: Library, shape: tuple[int, int]) -> None:
+    weight = two_of_four(*shape, torch.bfloat16)
+    n, k = shape
     bound = nm_library.bind(sbt.pack(weight))
-    for bias in (None, torch.randn(48).bfloat16()):
-        x = torch.randn(2, 5, 96).bfloat16()
+    for bias in (None, torch.randn(n).bfloat16()):
+        x = torch.randn(2, 5, k).bfloat16()
+        given = x.clone()
         y = bound(x, bias)
-        assert y.shape == (2, 5, 48)
-        assert_product(y.view(10, 48), x.view(10, 96), weight, bias)
-    wide = torch.randn(48)
+        assert y.shape == (2, 5, n) and y.is_contiguous() and torch.equal(x, given)
+        assert_product(y.view(10, n), x.view(10, k), weight, bias)
+    wide = torch.randn(n)
     assert torch.equal(bound(x, wide), (bound(x, None) + wide).bfloat16())
-    assert len(compressed) == 1 and torch.equal(compressed[0], weight)
+    assert len(library.compressed) == 1 and torch.equal(library.compressed[0], weight)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_a_token_that_is_not_finite_is_nan_and_no_other(compressed: list[Tensor], value: float) -> None:
-    weight = torch.randn(16, 32).half()
-    weight *= of_four(weight, 2)
-    x = torch.randn(3, 32).half()
+@pytest.mark.parametrize("shape", [(16, 32), (32, 16)])
+def test_a_token_that_is_not_finite_is_nan_and_no_other(library: Library, shape: tuple[int, int], value: float) -> None:
+    weight = two_of_four(*shape, torch.float16)
+    weight[:, 4:8] = 0  # what the value meets
+    x = torch.randn(3, shape[1]).half()
     x[1, 7] = value
     y = nm_library.bind(sbt.pack(weight))(x, None)
     assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+
+
+def test_its_algorithm_is_searched_for_once_for_products_alike(library: Library) -> None:
+    weights = [two_of_four(32, 48, torch.bfloat16) for _ in range(2)]
+    bounds = [nm_library.bind(sbt.pack(weight)) for weight in weights]
+
+    def call(number: int, tokens: int, bias: Tensor | None = None) -> None:
+        x = torch.randn(tokens, 48).bfloat16()
+        assert_product(bounds[number](x, bias), x, weights[number], bias)
+
+    for tokens in (513, 1024, 600):
+        call(0, tokens), call(1, tokens)
+    assert library.searches == [(520, False)]
+    call(0, 1025), call(1, 512), call(0, 700, torch.randn(32).bfloat16())
+    assert library.searches[1:] == [(1032, False), (512, False), (704, True)]
+
+
+def test_nothing_is_searched_for_in_a_capture(library: Library) -> None:
+    weight, x = two_of_four(32, 48, torch.bfloat16), torch.randn(40, 48).bfloat16()
+    bound = nm_library.bind(sbt.pack(weight))
+    library.capturing = True
+    assert_product(bound(x, None), x, weight, None)
+    library.capturing = False
+    assert_product(bound(x, None), x, weight, None)
+    assert library.searches == [(40, False)], "the first algorithm is not kept for later calls"
 
 
 def test_what_it_takes() -> None:
