@@ -32,6 +32,10 @@ _MISTRAL = {
     **{"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 32768},
     "sliding_window": 4096,
 }
+_TINYLLAMA = {
+    **{"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_key_value_heads": 4},
+    "max_position_embeddings": 2048,
+}
 _SMALL = {
     **{"vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8},
     **{"num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 2048},
@@ -40,6 +44,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2-7b": ("llama", _LLAMA2),
     "llama3-8b": ("llama", {**_LLAMA2, **_LLAMA3}),
     "mistral-7b": ("mistral", {**_LLAMA2, **_MISTRAL}),
+    "tinyllama-1.1b": ("llama", {**_LLAMA2, **_TINYLLAMA}),
     "small": ("llama", _SMALL),  # for trying things out: 100 M weights
     "tiny": ("llama", {**_SMALL, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}),
 }

@@ -1,16 +1,18 @@
 """The server under load: the embedded model packed at 70 % beside the dense one, for 1, 8 and 32 clients.
 
 python bench/serve.py --clients 1,8,32 --out bench/results/serve.jsonl
+python bench/serve.py --shape tinyllama-1.1b --clients 1,4,8 --out bench/results/serve.jsonl
 python bench/serve.py --device cuda --model PACKED --dense DENSE --out bench/results/serve-a100.jsonl
 
-Without --model and --dense it is the embedded model, packed here. All servers run; in each of `--rounds` rounds each of
-them in turn gets the load of each number of clients. A client streams completions of `--new` tokens after prompts of
-some 24, greedily, one after the other. The clients are one process on the same cores as the server. Rows, one JSON
+Without --model and --dense it is the embedded model, packed here, or random weights in the shapes of a larger one:
+packed, packed as int8 with activations of 8 bits, and dense. All servers run; in each of `--rounds` rounds each of them
+in turn gets the load of each number of clients. A client streams completions of `--new` tokens after prompts of some 40
+letters, greedily, one after the other. The clients are one process on the same cores as the server. Rows, one JSON
 object each, seconds and bytes throughout:
 
 machine, threads, torch      where it ran
 device, engine               of the server; whose batching
-weights                      packed or dense
+model, weights               the embedded one, its shape or its folder; packed, dense or int8
 sparsity, weight_bytes       of the prunable layers; of the whole model
 clients, new                 at the same time; tokens per completion
 tokens_per_second            of all clients together, median of the rounds
@@ -34,7 +36,7 @@ from time import perf_counter
 from typing import Any
 
 from rows import append
-from served import Reply, Served, complete, pack_demo, serve
+from served import Reply, Served, complete, pack_demo, random_folder, serve
 
 GAUGES = [f"{name}_bytes" for name in ("packed", "kv", "scratch")]
 GAUGES += [f"memory_{name}_bytes" for name in ("allocated", "peak", "limit")]
@@ -95,6 +97,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--engine", default="auto", help="auto, alphaprune or transformers; by a comma for several")
     parser.add_argument("--model", help="a packed folder in the place of the embedded model")
     parser.add_argument("--dense", help="the folder of its dense twin, with --model")
+    parser.add_argument("--shape", help="random weights in the shapes of this model, such as tinyllama-1.1b")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new", type=int, default=64, help="tokens per completion")
     parser.add_argument("--threads", type=int, help="of the server's kernels (default: its own)")
@@ -103,37 +106,55 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def folders_of(options: argparse.Namespace, place: Path) -> dict[str, Path]:
+    """What is served, by weights; made in `place` where no folder is given. ValueError if it does not fit."""
+    if options.model:
+        return {"packed": Path(options.model), "dense": Path(options.dense)}
+    if options.shape:
+        return {
+            "packed": random_folder(place / "packed", options.shape, options.sparsity),
+            "int8": random_folder(place / "int8", options.shape, options.sparsity, "int8"),
+            "dense": random_folder(place / "dense", options.shape, None),
+        }
+    from alphaprune.demo.run import MODEL
+
+    return {"packed": pack_demo(place / "packed", options.sparsity), "dense": MODEL}
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     import torch
 
     from alphaprune import timing
-    from alphaprune.demo.run import MODEL
 
     extra = ("--threads", options.threads) if options.threads else ()
     if bool(options.model) != bool(options.dense):
         print("serve.py: give both of --model and --dense, or none", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
-        folders = {"packed": Path(options.model), "dense": Path(options.dense)} if options.model else {
-            "packed": pack_demo(Path(place) / "packed", options.sparsity), "dense": MODEL}  # fmt: skip
+        try:
+            folders = folders_of(options, Path(place))
+        except ValueError as error:
+            print(f"serve.py: {error}", file=sys.stderr)
+            return 2
         servers = {}
         for engine in options.engine.split(","):
             for weights, folder in folders.items():
                 log = Path(place) / f"{weights}-{engine}.log"
-                made = serve(folder, log, "--device", options.device, "--engine", engine, *extra)
+                own = (*extra, "--activations", "int8") if weights == "int8" else extra
+                made = serve(folder, log, "--device", options.device, "--engine", engine, *own)
                 servers[weights, engine] = stack.enter_context(made)
         rows = measure(servers, [int(c) for c in options.clients.split(",")], options.rounds, options.new)
         sizes = {name: sum(f.stat().st_size for f in at.glob("*.safetensors")) for name, at in folders.items()}
     common = {"machine": timing.machine(), "threads": options.threads or torch.get_num_threads()}
     if options.device != "cpu":
         common["machine"] = torch.cuda.get_device_name(options.device)
-    common["device"] = options.device
+    common |= {"device": options.device, "model": options.shape or options.model or "embedded"}
     if not options.json:
         print("  ".join(f"{name:>10}" for name in COLUMNS))
     for row in rows:
         made = {**common, "torch": torch.__version__, **row, "weight_bytes": sizes[row["weights"]]}
-        made["sparsity"] = options.sparsity if row["weights"] == "packed" else 0.0
+        made["sparsity"] = 0.0 if row["weights"] == "dense" else options.sparsity
         print(json.dumps(made) if options.json else line(made), flush=True)
         if options.out:
             append(options.out, made)

@@ -1,4 +1,4 @@
-"""The embedded model packed, a server in a process, a client of few cycles: for bench/serve.py, soak.py and tests."""
+"""Models in folders, a server in a process, a client of few cycles: for bench/serve.py, soak.py and tests."""
 
 import asyncio
 import json
@@ -36,6 +36,36 @@ def pack_demo(folder: Path, sparsity: float = 0.7) -> Path:
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL / file, folder)
     return folder
+
+
+def random_folder(folder: Path, shape: str, sparsity: float | None, values: str = "float") -> Path:
+    """A model of random weights in the shapes of `shape`, bfloat16, dense or packed, with a tokenizer for all its
+    tokens."""
+    import torch
+
+    import alphaprune
+    from alphaprune import decoding
+
+    spoken = tokenizer(decoding.config_of(shape).vocab_size)
+    alphaprune.save(decoding.random_model(shape, sparsity, values=torch.int8 if values == "int8" else None), folder)
+    spoken.save_pretrained(folder)
+    return folder
+
+
+def tokenizer(size: int) -> Any:
+    """Of transformers: a token for each byte, and others that texts do not have, but models say. ValueError if there
+    are fewer than bytes."""
+    import tokenizers
+    import transformers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if size < len(letters):
+        raise ValueError(f"{size} tokens are fewer than the {len(letters)} of single bytes; take a larger model")
+    words = [*letters, *(f"w{number}" for number in range(size - len(letters)))]
+    made = tokenizers.Tokenizer(models.BPE({word: at for at, word in enumerate(words)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made)
 
 
 @dataclass

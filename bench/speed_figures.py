@@ -196,25 +196,31 @@ def cubins() -> str:
 
 
 def serve() -> str:
-    found = newest(rows("serve.jsonl"))
-    cells = [
-        [
-            str(r["clients"]),
-            r["weights"],
-            f"{r['tokens_per_second']:.0f}",
-            f"{r['over_one_client']:.2f}×",
-            *(f"{r[name]:.4f}" for name in ("first_token_seconds", "token_seconds")),
+    """The embedded model under load, and a larger one."""
+    found, parts = newest(rows("serve.jsonl")), []
+    for model in dict.fromkeys(r.get("model", "embedded") for r in found):
+        of = [r for r in found if r.get("model", "embedded") == model]
+        cells = [
+            [
+                str(r["clients"]),
+                "int8, x int8" if r["weights"] == "int8" else r["weights"],
+                f"{r['tokens_per_second']:.{0 if model == 'embedded' else 1}f}",
+                f"{r['over_one_client']:.2f}×",
+                *(f"{r[name]:.4f}" for name in ("first_token_seconds", "token_seconds")),
+            ]
+            for r in of
         ]
-        for r in found
-    ]
-    packed = next(r for r in found if r["sparsity"])
-    note = (
-        f"The embedded model, packed at {packed['sparsity']:.0%} and dense, with clients that stream {packed['new']} "
-        f"tokens each: `python bench/serve.py`, {packed['machine']}, {packed['threads']} threads, clients on the same "
-        f"cores, medians ([rows](RESULTS/serve.jsonl))."
-    )
-    columns = ["clients", "weights", "tokens/s", "of one client", "first token, seconds", "each token, seconds"]
-    return f"{table(columns, cells)}\n\n{note}"
+        packed = next(r for r in of if r["sparsity"])
+        what = "The embedded model" if model == "embedded" else f"Random weights in the shapes of {model}"
+        option = "" if model == "embedded" else f" --shape {model}"
+        note = (
+            f"{what}, packed at {packed['sparsity']:.0%} and dense, with clients that stream {packed['new']} tokens "
+            f"each: `python bench/serve.py{option}`, {packed['machine']}, {packed['threads']} threads, clients on the "
+            "same cores, medians ([rows](RESULTS/serve.jsonl))."
+        )
+        columns = ["clients", "weights", "tokens/s", "of one client", "first token, seconds", "each token, seconds"]
+        parts.append(f"{table(columns, cells)}\n\n{note}")
+    return "\n\n".join(parts)
 
 
 def load() -> str:

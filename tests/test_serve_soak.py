@@ -36,6 +36,21 @@ def test_rows_of_the_load(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     assert rows[0]["weight_bytes"] < rows[1]["weight_bytes"] / 2 and rows[1]["sparsity"] == 0
 
 
+def test_rows_of_a_larger_model(capsys: pytest.CaptureFixture) -> None:
+    assert serve.main(["--shape", "small", "--rounds", "1", "--clients", "1", "--new", "4", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["weights"], row["sparsity"]) for row in rows] == [("packed", 0.7), ("int8", 0.7), ("dense", 0)]
+    assert all(row["model"] == "small" and row["tokens_per_second"] > 0 for row in rows)
+    packed, integers, dense = (row["weight_bytes"] for row in rows)
+    assert integers < packed < dense and rows[1]["packed_bytes"] < rows[0]["packed_bytes"]
+
+
+@pytest.mark.parametrize(("shape", "said"), [("tiny", "64 tokens are fewer than the 256"), ("huge", "no shapes of a")])
+def test_shapes_that_cannot_be_served(shape: str, said: str, capsys: pytest.CaptureFixture) -> None:
+    assert serve.main(["--shape", shape]) == 2
+    assert capsys.readouterr().err.startswith(f"serve.py: {said}")
+
+
 def test_one_of_two_folders_is_not_enough(capsys: pytest.CaptureFixture) -> None:
     assert serve.main(["--model", "packed"]) == 2
     assert capsys.readouterr().err == "serve.py: give both of --model and --dense, or none\n"
