@@ -25,6 +25,8 @@ TOGETHER = 64 << 20  # tensors share a mapping of about so many bytes, which is 
 ENOUGH = 0.8  # of a mapping's memory on huge pages: what lies in it stays
 SPARE = 1.1  # memory that must be free, over what is moved
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+ADDRESSES = "/proc/self/maps"  # of the mappings of this process, at once
+PAGES = "/proc/self/smaps"  # the same with what of them is in memory, for which Linux walks every page table
 
 
 def huge_pages(model: Module, kind: type[nn.Module] = nn.Module) -> Module:
@@ -61,8 +63,7 @@ def _elsewhere(weights: "list[_Weight]") -> "list[_Weight]":
 
     Of each mapping the largest weight is read, because only what was touched has pages.
     """
-    known = mappings()
-    starts = [one.first for one in known]
+    starts = [one.first for one in mappings(ADDRESSES)]
     inside: dict[int, list[_Weight]] = {}
     for entry in weights:
         inside.setdefault(bisect_right(starts, entry.tensor.data_ptr()), []).append(entry)
@@ -142,7 +143,10 @@ def offered() -> bool:
 
 
 class Mapped(NamedTuple):
-    """One mapping of this process: its addresses, the bytes of it that are in memory, and those on huge pages."""
+    """One mapping of this process: its addresses, the bytes of it that are in memory, and those on huge pages.
+
+    Of ADDRESSES the first two only, and 0.
+    """
 
     first: int
     last: int
@@ -150,11 +154,11 @@ class Mapped(NamedTuple):
     huge: int
 
 
-def mappings() -> list[Mapped]:
-    """Those of this process by rising addresses, as Linux tells them; none where it does not."""
+def mappings(told: str = PAGES) -> list[Mapped]:
+    """Those of this process by rising addresses, as Linux tells them in PAGES or ADDRESSES; none where it does not."""
     found: list[list[int]] = []
     try:
-        with open("/proc/self/smaps") as lines:
+        with open(told) as lines:
             for line in lines:
                 name, *rest = line.split(None, 2)
                 if not name.endswith(":"):

@@ -64,6 +64,18 @@ def test_they_lie_on_huge_pages(model: Model) -> None:
 
 
 @needs_pages
+def test_what_lies_on_them_stays_and_page_tables_are_walked_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    mappings = pages.mappings
+    monkeypatch.setattr(pages, "mappings", lambda told=pages.PAGES: read.append(told) or mappings(told))
+    pages.huge_pages(model)
+    assert read.count("/proc/self/smaps") == 1
+    before = places_of(model)
+    pages.huge_pages(model)
+    assert places_of(model) == before and read.count("/proc/self/smaps") == 2
+
+
+@needs_pages
 def test_larger_models_take_several_mappings(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
     monkeypatch.setattr(pages, "TOGETHER", 1 << 20)
     ids = torch.randint(0, 1500, (2,))
