@@ -10,7 +10,8 @@ system has them. Rows, one JSON object each, seconds and bytes throughout:
 
 machine, threads, torch   where it ran
 model, blocks             the shapes, and how many decoder blocks
-weights, values           dense or packed, and the dtype of the values; activations and dense layers are bfloat16
+weights, values           dense or packed, and the dtype of the values; x and dense layers are bfloat16
+activations               int8 where kernels may round x so beside int8 values; otherwise null
 sparsity                  zeros / weights inside the blocks; 0 for dense
 pair                      which process of its kind it was, from 0
 decoder                   transformers (its generate), or alphaprune
@@ -40,13 +41,16 @@ PROMPT = 16
 COLUMNS = ("model", "sparsity", "values", "decoder", "tokens/s", "step s", "over kernels", "weights GB", "GB/s")
 
 
-def measure(model: str, sparsity: float | None, values: str, new: int, bandwidth_bytes: int) -> list[dict[str, Any]]:
+def measure(
+    model: str, sparsity: float | None, values: str, new: int, bandwidth_bytes: int, activations: str | None = None
+) -> list[dict[str, Any]]:
     """The rows of one process: of a packed model one, of a dense model two, transformers' decoder and ours."""
     import torch
 
     from alphaprune import decoding, timing
 
-    made = decoding.random_model(model, sparsity, values=getattr(torch, values))
+    allowed = activations and getattr(torch, activations)
+    made = decoding.random_model(model, sparsity, values=getattr(torch, values), activations=allowed)
     tensors = [tensor for name, tensor in made.state_dict().items() if "embed_tokens" not in name]
     common = {
         "machine": timing.machine(),
@@ -56,6 +60,7 @@ def measure(model: str, sparsity: float | None, values: str, new: int, bandwidth
         "blocks": made.config.num_hidden_layers,
         "weights": "dense" if sparsity is None else "packed",
         "values": values,
+        "activations": activations,
         "sparsity": sparsity or 0.0,
         "new": new,
         "weight_bytes": sum(tensor.nbytes for tensor in tensors),
@@ -73,6 +78,7 @@ def in_process(options: argparse.Namespace, sparsity: float | None, values: str)
     """`measure` in a process of its own, whose memory is free again afterwards."""
     asked = {"model": options.model, "sparsity": sparsity, "values": values, "new": options.new}
     asked["bandwidth_bytes"] = int(options.gigabytes * 1e9)
+    asked["activations"] = options.activations if values == "int8" else None
     asking = [sys.executable, __file__, "--measure", json.dumps(asked)]
     done = subprocess.run(asking, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -87,8 +93,8 @@ def summary(pairs: list[tuple[list[dict[str, Any]], dict[str, Any]]]) -> dict[st
     rates = [row["tokens_per_second"] for _, row in pairs]
     ratios = [rate / dense["transformers"] for rate, dense in zip(rates, by_decoder, strict=True)]
     weights = [rate / dense["alphaprune"] for rate, dense in zip(rates, by_decoder, strict=True)]
-    kept = {name: packed[name] for name in ("machine", "threads", "torch", "model", "blocks", "values", "sparsity")}
-    return kept | {
+    kept = ("machine", "threads", "torch", "model", "blocks", "values", "activations", "sparsity")
+    return {name: packed[name] for name in kept} | {
         "ratio": statistics.median(ratios),
         "ratio_of_weights": statistics.median(weights),
         "ratios": ratios,
@@ -98,16 +104,17 @@ def summary(pairs: list[tuple[list[dict[str, Any]], dict[str, Any]]]) -> dict[st
 
 def line(row: dict[str, Any]) -> str:
     """A row of the table; a summary is a sentence."""
+    values = row["values"] + (f", x {row['activations']}" if row["activations"] else "")
     if "ratio" in row:
         return (
-            f"{row['model']} at {row['sparsity']:.0%}, {row['values']}: {row['ratio']:.2f} times transformers' dense "
+            f"{row['model']} at {row['sparsity']:.0%}, {values}: {row['ratio']:.2f} times transformers' dense "
             f"tokens/s (median of {row['pairs']} pairs), {row['ratio_of_weights']:.2f} times our decoder's dense"
         )
     over = row.get("step_over_kernels")
     cells = [
         row["model"],
         f"{row['sparsity']:.2f}",
-        row["values"],
+        values,
         row["decoder"],
         f"{row['tokens_per_second']:.2f}",
         f"{row['step_seconds']:.4f}",
@@ -116,6 +123,13 @@ def line(row: dict[str, Any]) -> str:
         f"{row['bandwidth'] / 1e9:.1f}",
     ]
     return "  ".join(f"{cell:>12}" for cell in cells)
+
+
+def _no_bytes(options: argparse.Namespace) -> str | None:
+    """Why nothing that is asked for rounds x, or None."""
+    if options.device != "cpu" or options.dry_run:
+        return "kernels of GPUs keep x as it is; leave it out"
+    return None if "int8" in options.values.split(",") else "x is rounded beside int8 values only; give --values int8"
 
 
 def _numbers(text: str) -> list[int]:
@@ -130,6 +144,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--values", default="bfloat16", help="of the packed weights: bfloat16, int8, or both by a comma"
     )
+    parser.add_argument("--activations", choices=("int8",), help="of x beside int8 values, where kernels can")
     parser.add_argument("--pairs", type=int, default=3, help="rounds of a dense process and the packed ones")
     parser.add_argument("--new", type=int, default=32, help="tokens timed in each")
     parser.add_argument("--gigabytes", type=float, default=1, help="read for the bandwidth")
@@ -150,6 +165,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    if options.activations and (reason := _no_bytes(options)):
+        print(f"decode.py: --activations {options.activations}: {reason}", file=sys.stderr)
+        return 2
     if options.device != "cpu" or options.dry_run:
         import decode_gpu
 

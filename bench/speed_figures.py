@@ -41,7 +41,7 @@ def linear_of(found: list[dict]) -> str:
         [
             str(r["tokens"]),
             f"{r['sparsity']:.0%}",
-            r.get("values", r["dtype"]) + (f", x in {r['activations']}" if r.get("activations") else ""),
+            values_of(r),
             r["kernel"],
             f"{r['seconds']:.2e}",
             f"{r['dense_seconds']:.2e}",
@@ -64,6 +64,11 @@ def linear_of(found: list[dict]) -> str:
         f"GB/s; medians of interleaved calls, weights from memory; dense is torch in {' or '.join(dense)}."
     )
     return f"{table(columns, cells)}\n\n{note}"
+
+
+def values_of(row: dict) -> str:
+    """The dtype of the packed values, and of x where kernels might round it."""
+    return (row.get("values") or row["dtype"]) + (f", x in {row['activations']}" if row.get("activations") else "")
 
 
 def peers() -> str:
@@ -143,7 +148,7 @@ def decode() -> str:
         [
             r["model"],
             f"{r['sparsity']:.0%}",
-            r["values"],
+            values_of(r),
             *(f"{r[name]:.2f}×" for name in ("ratio", "ratio_of_weights")),
             " / ".join(f"{ratio:.2f}" for ratio in r["ratios"]),
         ]

@@ -192,7 +192,53 @@ def test_the_script_writes_rows_of_their_own(tmp_path: Path) -> None:
     assert [json.loads(line)["activations"] for line in out.read_text().splitlines()] == [None, "int8"]
 
 
-def test_tables_of_docs_tell_rows_apart() -> None:
+def test_whole_models_by_the_script_have_rows_of_their_own(tmp_path: Path) -> None:
+    """A process each, as it runs them; bfloat16 values and dense models are as ever."""
+    out, script = tmp_path / "rows.jsonl", str(ROOT / "bench" / "decode.py")
+    options = ("--model=tiny", "--sparsity=0.5", "--pairs=1", "--new=2", "--gigabytes=0.0001", "--values=bfloat16,int8")
+    command = [sys.executable, script, *options, "--activations=int8", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["values"], row["activations"]) for row in rows if "ratio" not in row] == [
+        *[("bfloat16", None)] * 3,  # two of them dense
+        ("int8", "int8"),
+    ]
+    assert [(row["values"], row["activations"]) for row in rows if "ratio" in row] == [
+        ("bfloat16", None),
+        ("int8", "int8"),
+    ]
+    assert done.stdout.count("int8, x int8") == 2 and "50%, int8, x int8: " in done.stdout
+
+
+def test_what_the_script_times_may_round(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    sys.path.insert(0, str(ROOT / "bench"))
+    import decode
+
+    from alphaprune import decoding
+
+    found = []
+    original = decoding.time_kernels
+    monkeypatch.setattr(timing, "read_bandwidth", lambda _: 1e9)
+
+    def kernels(model: nn.Module, *given: int):
+        found.append({one.packed.bytes_allowed for one in sparse_layers(model).values()})
+        return original(model, *given)
+
+    monkeypatch.setattr(decoding, "time_kernels", kernels)
+    for activations in ("int8", None):
+        decode.measure("tiny", 0.5, "int8", 2, 1, activations)
+    assert found == [{True}, {False}]
+    for options, wanted in (
+        (["--values=bfloat16"], "x is rounded beside int8 values only; give --values int8"),
+        (["--values=int8", "--device=cuda"], "kernels of GPUs keep x as it is"),
+        (["--values=int8", "--dry-run"], "kernels of GPUs keep x as it is"),
+    ):
+        assert decode.main([*options, "--model=tiny", "--activations=int8"]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("decode.py: --activations int8: ") and wanted in err and err.count("\n") == 1
+
+
+def test_tables_of_docs_tell_rows_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     sys.path.insert(0, str(ROOT / "bench"))
     import speed_figures
 
@@ -200,3 +246,9 @@ def test_tables_of_docs_tell_rows_apart() -> None:
     row |= {"dense_seconds": 2.0, "of_bandwidth": 0.5, "ratio": 2.0, "machine": "m", "threads": 1, "bandwidth": 1e9}
     found = speed_figures.linear_of([row, row | {"activations": None}, row | {"activations": "int8"}])
     assert [line.split(" | ")[2] for line in found.splitlines()[2:5]] == ["int8", "int8", "int8, x in int8"]
+    summary = {"machine": "m", "threads": 1, "model": "tiny", "sparsity": 0.5, "values": "int8", "ratio": 2.0}
+    summary |= {"ratio_of_weights": 1.5, "ratios": [2.0], "pairs": 1}
+    both = [summary, summary | {"activations": None}, summary | {"activations": "int8"}]
+    monkeypatch.setattr(speed_figures, "rows", lambda _: both)
+    lines = speed_figures.decode().splitlines()[2:5]
+    assert [line.split(" | ")[2] for line in lines] == ["int8", "int8", "int8, x in int8"]
