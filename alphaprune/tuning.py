@@ -147,10 +147,12 @@ def _measure(grid: Grid, problem: Problem, clock: Clock) -> dict[str, dict[int, 
     sparse = list(timing.copies(packed, rotated))
     copies = timing.dense_copies(weight, rotated)
     ways: dict[str, list[Callable[[Tensor], Tensor]]] = {table.DENSE: [dense_linear(copy, None) for copy in copies]}
-    for name in contenders(problem.shape, problem.values, problem.x, where.type):
-        fits = known[name].fits
+    names = contenders(problem.shape, problem.values, problem.x, where.type)
+    for turn, name in enumerate(names):
+        fits, first = known[name].fits, turn * len(sparse) // len(names)
         if (fits is not None) == problem.regular and not (fits and fits(packed)):
-            ways[name] = [spmm.prepare(copy, "tune", name) for copy in sparse]
+            # Each begins elsewhere, so that none finds in a cache what another has just read.
+            ways[name] = [spmm.prepare(copy, "tune", name) for copy in sparse[first:] + sparse[:first]]
     found: dict[str, dict[int, list[float]]] = {name: {} for name in ways}
     for tokens in grid.tokens:
         x = torch.randn(tokens, problem.shape[1], device=where).to(problem.x)

@@ -44,6 +44,25 @@ def test_tuning_measures_every_contender_and_is_found_again(native_only, tmp_pat
     table.forget()
 
 
+def test_no_kernel_finds_in_a_cache_what_another_has_just_read(native_only, monkeypatch) -> None:
+    """Between two calls on one copy of a weight there are about as many others as there are copies."""
+    seen = []
+
+    def rounds(_, calls: dict, seconds: float) -> dict[str, list[float]]:
+        ways = [[call.func for call in copied] for name, copied in calls.items() if name != table.DENSE]
+        seen.append([way.packed.weight.data_ptr() for turn in zip(*ways, strict=True) for way in turn])
+        return {name: [1.0] for name in calls}
+
+    monkeypatch.setattr(tuning, "_rounds", rounds)
+    grid = tuning.Grid(((16, 64),), ((BF16, BF16),), (0.5,), (1,), 1 << 16, 0.0)
+    tuning._measure(grid, tuning.Problem((16, 64), BF16, BF16, 0.5), timing.CpuClock())
+    kernels, copies = len(tuning.contenders((16, 64), BF16, BF16)), len(set(seen[0]))
+    assert copies > 4 * kernels and len(seen[0]) == copies * kernels
+    twice = seen[0] * 2  # the calls begin anew
+    gaps = [twice.index(place, first + 1) - first for first, place in enumerate(seen[0])]
+    assert min(gaps) >= copies - kernels
+
+
 def test_a_kernel_far_behind_is_given_up_unless_it_is_made_for_many_tokens(native_only, monkeypatch) -> None:
     seconds = {"scalar": 9.0, "expand": 9.0, table.DENSE: 0.1}
     monkeypatch.setattr(
