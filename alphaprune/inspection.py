@@ -16,7 +16,7 @@ from alphaprune.kernels import base, cuda, predicted, spmm, table
 from alphaprune.kernels.table import DENSE
 from alphaprune.shards import Shards
 from alphaprune.stored import Stored
-from alphaprune.tuning import general, percent
+from alphaprune.tuning import general, kinds_cell, percent
 
 NO_KERNEL = "torch"  # a dense layer runs as it always did
 TYPICAL = ((4096, 4096), (11008, 4096), (4096, 11008))
@@ -218,12 +218,13 @@ def _break_even(device: str) -> dict[str, dict[str, float]]:
 
 
 def _break_even_of(times: table.Table, where: str) -> dict[str, dict[str, float]]:
-    names, found = general(times.kernels), {}
-    for values, shape in itertools.product(dict.fromkeys(c.weight for c in times.curves if c.kernel != DENSE), TYPICAL):
-        x = next(c.x for c in times.curves if c.weight == values)
-        kinds = getattr(torch, values), getattr(torch, x)
+    names, found, pairs = general(times.kernels), {}, {}
+    for c in times.curves:
+        if c.kernel != DENSE:
+            pairs.setdefault(kinds_cell(c.weight, c.x), (getattr(torch, c.weight), getattr(torch, c.x)))
+    for (what, kinds), shape in itertools.product(pairs.items(), TYPICAL):
         known = {str(t): times.break_even(shape, t, *kinds, names) for t in times.tokens}
-        found[f"{where}{values} {shape[0]}×{shape[1]}"] = {t: value for t, value in known.items() if value is not None}
+        found[f"{where}{what} {shape[0]}×{shape[1]}"] = {t: value for t, value in known.items() if value is not None}
     return found
 
 

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,11 @@ log = logging.getLogger("alphaprune")
 Bar = Callable[[int, str, str], AbstractContextManager[Callable[[str], None]]]
 SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.9)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-# (values, activations). The dense layer beside them computes in the dtype of the activations.
-QUICK_DTYPES = ((torch.bfloat16, torch.bfloat16), (torch.int8, torch.bfloat16))
+# (values, activations), int8 where kernels round these. The dense layer beside them computes in what they come in.
+HALVES = ((torch.bfloat16, torch.bfloat16), (torch.int8, torch.bfloat16))
+QUICK_DTYPES = (*HALVES, (torch.int8, torch.int8))
 ALL_DTYPES = (*QUICK_DTYPES, (torch.float32, torch.float32), (torch.float16, torch.float16))
-GPU_DTYPES = (*QUICK_DTYPES, (torch.float16, torch.float16))
+GPU_DTYPES = (*HALVES, (torch.float16, torch.float16))
 REGULAR = NM(2, 4)  # what is kept of the weights that kernels are timed on which do not take every weight
 # A kernel that takes so many times as long as the fastest is not asked about more tokens, unless it is made for many.
 LOST = 3.0
@@ -70,13 +71,20 @@ TELLING = (0.5, 0.0, 0.9, 0.7, 0.3)
 
 @dataclass(frozen=True)
 class Problem:
-    """A weight [N, K] = shape with `values` for x in its dtype. regular: kept REGULAR, for the kernels that need it."""
+    """A weight [N, K] = shape with `values` for x in its dtype. regular: kept REGULAR, for the kernels that need it.
+
+    x: int8 for the kernels that round it so, which then comes `given`.
+    """
 
     shape: tuple[int, int]
     values: torch.dtype
     x: torch.dtype
     sparsity: float
     regular: bool = False
+
+    @property
+    def given(self) -> torch.dtype:
+        return table.unrounded(self.x)
 
 
 def grid_for(device: torch.device, quick: bool) -> Grid:
@@ -99,7 +107,7 @@ def tune(grid: Grid, bar: Bar, clock: Clock, seconds: float | None = None) -> Ta
         for problem in _in_time(problems, seconds):
             found = _measure(grid, problem, clock)
             for tokens, seconds in found.pop(table.DENSE).items():
-                dense.setdefault((problem.shape, problem.x, tokens), []).extend(seconds)
+                dense.setdefault((problem.shape, problem.given, tokens), []).extend(seconds)
             curves += [_curve(name, problem, times) for name, times in found.items()]
             tick(f"{problem.shape[0]}×{problem.shape[1]} {problem.sparsity:.0%}")
     for shape, x in dict.fromkeys((shape, x) for shape, x, _ in dense):
@@ -143,7 +151,10 @@ def _measure(grid: Grid, problem: Problem, clock: Clock) -> dict[str, dict[int, 
     """{kernel or DENSE: {tokens: seconds of each call}} for one random weight, in copies that the calls go round."""
     rotated, where, known = grid.rotated or clock.rotated, clock.device, base.kernels()
     pattern = REGULAR if problem.regular else timing.UNSTRUCTURED
-    weight, packed = timing.random_packed(problem.shape, problem.sparsity, problem.x, problem.values, pattern, where)
+    weight, packed = timing.random_packed(
+        problem.shape, problem.sparsity, problem.given, problem.values, pattern, where
+    )
+    packed = replace(packed, activations=torch.int8 if problem.x == torch.int8 else None)
     sparse = list(timing.copies(packed, rotated))
     copies = timing.dense_copies(weight, rotated)
     ways: dict[str, list[Callable[[Tensor], Tensor]]] = {table.DENSE: [dense_linear(copy, None) for copy in copies]}
@@ -155,7 +166,7 @@ def _measure(grid: Grid, problem: Problem, clock: Clock) -> dict[str, dict[int, 
             ways[name] = [spmm.prepare(copy, "tune", name) for copy in sparse[first:] + sparse[:first]]
     found: dict[str, dict[int, list[float]]] = {name: {} for name in ways}
     for tokens in grid.tokens:
-        x = torch.randn(tokens, problem.shape[1], device=where).to(problem.x)
+        x = torch.randn(tokens, problem.shape[1], device=where).to(problem.given)
         calls = {
             name: [functools.partial(way, x) for way in copied]
             for name, copied in ways.items()
@@ -289,7 +300,8 @@ def rows(made: Table) -> list[dict[str, Any]]:
     packed = dict.fromkeys((c.shape, c.weight, c.x) for c in made.curves if c.kernel != table.DENSE)
     for shape, weight, x in packed:
         kinds = getattr(torch, weight), getattr(torch, x)
-        for tokens in next(c.tokens for c in dense if (c.shape, c.x) == (shape, x)):
+        given = shape, table.unrounded(kinds[1])
+        for tokens in next(c.tokens for c in dense if (c.shape, getattr(torch, c.x)) == given):
             row = {"shape": shape, "values": weight, "x": x, "tokens": tokens}
             row["break_even"] = made.break_even(shape, tokens, *kinds, names)
             row["dense_seconds"] = seconds = made.dense(shape, tokens, *kinds)
@@ -309,7 +321,7 @@ def cells(found: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
         lines.append(
             [
                 f"{row['shape'][0]}×{row['shape'][1]}",
-                row["values"],
+                kinds_cell(row["values"], row["x"]),
                 str(row["tokens"]),
                 percent(row["break_even"]),
                 f"{row['dense_seconds']:.1e}",
@@ -317,6 +329,11 @@ def cells(found: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return columns, lines
+
+
+def kinds_cell(values: str, x: str) -> str:
+    """For a person, the dtype of the values and, where kernels round it, of x."""
+    return f"{values}, x in {x}" if x == "int8" else values
 
 
 def percent(break_even: float | None) -> str:

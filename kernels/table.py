@@ -78,8 +78,9 @@ class Gpu:
 class Curve:
     """Median seconds of one call, for each of `tokens` (rising), of a kernel on W [N, K] = shape at one sparsity.
 
-    weight, x: names of dtypes, such as "bfloat16"; of a dense weight both are the same and the sparsity is 0. A curve
-    that ends before the others do belongs to a kernel that had lost too far to be asked again.
+    weight, x: names of dtypes, such as "bfloat16"; of a dense weight both are the same and the sparsity is 0. x is
+    "int8" where the kernel rounds it so. A curve that ends before the others do belongs to a kernel that had lost too
+    far to be asked again.
     """
 
     kernel: str
@@ -184,8 +185,8 @@ class Table:
         return min(known, key=lambda pair: pair[1]) if known else None
 
     def dense(self, shape: tuple[int, int], tokens: int, weight: torch.dtype, x: torch.dtype) -> float | None:
-        """Seconds of torch's dense layer; one of int8 values competes with the dense layer in x's dtype."""
-        kind = x if weight == torch.int8 else weight
+        """Seconds of torch's dense layer; one of int8 values competes with the dense layer in what x comes in."""
+        kind = unrounded(x) if weight == torch.int8 else weight
         return self.predict(DENSE, shape, 1.0, tokens, kind, kind)
 
     def break_even(
@@ -246,6 +247,11 @@ class Table:
             raise ValueError(
                 f"{path}: is no time table: {why}; delete it, or run `alphaprune bench --tune` again"
             ) from error
+
+
+def unrounded(x: torch.dtype) -> torch.dtype:
+    """What x comes in where times are measured: bfloat16 where kernels round it to int8, otherwise its own dtype."""
+    return torch.bfloat16 if x == torch.int8 else x
 
 
 def _machine(entry: dict[str, Any]) -> Machine | Gpu:

@@ -3,6 +3,7 @@
 import errno
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from tables import curve, linear, made
 
 from alphaprune import cli, formats, timing, tuning
-from alphaprune.kernels import table
+from alphaprune.formats import native
+from alphaprune.kernels import cpu, spmm, table
 from alphaprune.kernels.table import Table
 
 BF16, INT8 = torch.bfloat16, torch.int8
@@ -22,6 +24,7 @@ def no_bar(*_):
 
 
 TINY = tuning.Grid(((16, 64), (32, 64)), ((BF16, BF16), (INT8, BF16)), (0.0, 0.5), (1, 2), 1, 0.0)
+BYTES = tuning.Grid(((16, 64), (32, 64)), ((INT8, BF16), (INT8, INT8)), (0.0, 0.5), (1, 2), 1, 0.0)
 
 
 def test_tuning_measures_every_contender_and_is_found_again(native_only, tmp_path, monkeypatch) -> None:
@@ -42,6 +45,63 @@ def test_tuning_measures_every_contender_and_is_found_again(native_only, tmp_pat
     columns, cells = tuning.cells(tuning.rows(found))
     assert all(len(line) == len(columns) for line in cells)
     table.forget()
+
+
+def byte_kernels() -> list[str]:
+    return [isa for isa in cpu.BYTES if not cpu.missing(isa)]
+
+
+def test_products_of_bytes_are_measured_where_a_kernel_does_them_and_chosen_by(
+    native_only, use_table, monkeypatch
+) -> None:
+    monkeypatch.setattr(tuning.timing, "read_bandwidth", lambda: 1e9)
+    told, weight = set(), native.weight
+
+    def spied(packed: formats.Packed, isa: str):
+        told.add((isa, packed.bytes_allowed))
+        return weight(packed, isa)
+
+    monkeypatch.setattr(native, "weight", spied)
+    found = tuning.tune(BYTES, no_bar, timing.CpuClock())
+    assert {isa for isa, rounded in told if rounded} == set(byte_kernels())
+    rounded = [c for c in found.curves if c.x == "int8"]
+    assert {(c.kernel, c.weight, c.shape, c.sparsity, c.tokens) for c in rounded} == {
+        (isa, "int8", s, d, (1, 2)) for isa in byte_kernels() for s in BYTES.shapes for d in BYTES.sparsities
+    }
+    assert {c.x for c in found.curves if c.kernel == table.DENSE} == {"bfloat16"}  # what x is before
+    rows = [row for row in tuning.rows(found) if row["x"] == "int8"]
+    assert len(rows) == (2 * 2 if rounded else 0)
+    assert all(row["break_even"] is not None and row["50%"]["ratio"] > 0 for row in rows)
+    assert {line[1] for line in tuning.cells(rows)[1]} == ({"int8, x in int8"} if rounded else set())
+    use_table(found)
+    _, packed = timing.random_packed((16, 64), 0.5, BF16, INT8)
+    kernel, why = spmm.prepare(replace(packed, activations=INT8)).choice(1, BF16)
+    assert why.startswith("fastest by the time table") and (kernel.name in byte_kernels()) == bool(rounded)
+
+
+def test_a_machine_without_products_of_bytes_measures_none(native_only, monkeypatch) -> None:
+    monkeypatch.setenv("ALPHAPRUNE_ISA", "scalar")
+    assert {problem.x for problem in tuning._problems(BYTES, "cpu")} == {BF16}
+    for grid in (tuning.GPU_QUICK, tuning.GPU_FULL):
+        assert all(x != INT8 for _, x in grid.dtypes)
+    for grid in (tuning.QUICK, tuning.FULL):
+        assert (INT8, INT8) in grid.dtypes
+
+
+def test_break_even_of_products_of_bytes(use_table, run) -> None:
+    """Against the dense layer in what x comes in; beside that of the same values and x as it is, as ever."""
+    dense = curve("dense", 0, [1] * 4, dtype="bfloat16")
+    whole = [replace(c, x="bfloat16") for c in linear("scalar", 1.6, 0.6, dtype="int8")]
+    rounded = linear("avx512", 1.2, 0.2, dtype="int8")
+    for curves in ((*whole, *rounded, dense), (*whole, dense)):
+        use_table(made(*curves))
+        known = json.loads(run("info", "--json")[1])["break_even"]
+        assert known["int8 4096×4096"]["1"] == 0.61
+        assert known.get("int8, x in int8 4096×4096", {}).get("1") == (0.21 if len(curves) > 3 else None)
+        assert ("break-even int8, x in int8 4096×4096" in run("info")[1]) == (len(curves) > 3)
+    found = made(*whole, *rounded, dense)
+    assert found.dense((64, 64), 1, INT8, INT8) == 1
+    assert made(*rounded).break_even((64, 64), 1, INT8, INT8) is None
 
 
 def test_no_kernel_finds_in_a_cache_what_another_has_just_read(native_only, monkeypatch) -> None:

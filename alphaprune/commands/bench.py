@@ -35,7 +35,7 @@ def run(
     if minutes is not None and not 0 < minutes < float("inf"):
         raise ValueError(f"--minutes {minutes}: wanted minutes, more than 0")
     if tune and options["activations"]:
-        raise ValueError("--activations belongs to MODEL or --shape: a time table has no times of it")
+        raise ValueError("--activations belongs to MODEL or --shape: a time table has times with it and without")
     if model and decode:
         raise ValueError("--decode belongs to --shape; the decoding of a MODEL is timed without it")
     usable = len(affinity.cpus())
