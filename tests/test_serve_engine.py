@@ -180,6 +180,26 @@ def test_prompts_are_read_in_smaller_pieces_where_memory_is_short(
     assert engine.batching.batch_tokens == ours.BATCH_TOKENS, "the next prompt is tried as a whole again"
 
 
+def test_a_prompt_that_is_read_again_keeps_its_pages(tokenizer, start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third request waits for pages of the first two, one of which has no memory at its first try."""
+    if start.kind == "transformers":
+        pytest.skip("how transformers reads prompts is its own")
+    engine = start(make_model(seed=4), tokenizer, blocks=9)
+    asked = [ask([one] * 60, 2) for one in (7, 8, 9)]
+    wanted = [stream.tokens for stream in generate(engine, asked)]
+    prefill, read = engine.batching.ragged.prefill, []
+
+    def once(parts: list[tuple[int, list[int]]]) -> torch.Tensor:
+        read.append(parts)
+        if len(read) == 1:
+            raise short_of_memory("CPU")
+        return prefill(parts)
+
+    monkeypatch.setattr(engine.batching.ragged, "prefill", once)
+    assert [(stream.tokens, stream.error) for stream in generate(engine, asked)] == [(new, None) for new in wanted]
+    assert engine.alive() and engine.kv_used() == 0
+
+
 @pytest.mark.parametrize("where", ["prompt", "sample", "step"])
 def test_a_request_that_there_is_no_memory_for_ends_alone(
     where: str, tokenizer, start, monkeypatch: pytest.MonkeyPatch

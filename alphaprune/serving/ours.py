@@ -200,6 +200,7 @@ class Ours:
         except Exception as error:
             for job, _ in pieces:
                 self.ragged.trim(job.slot, job.read)
+                self.ragged.reserve(job.slot, len(job.source) + 1)  # as before, or others would take them
             if memory.is_shortage(error) and self.batch_tokens > LEAST_TOKENS:
                 self.batch_tokens //= 2
                 log.warning("%s; prompts are read %d tokens at a time", first_line(error), self.batch_tokens)
