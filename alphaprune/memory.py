@@ -5,6 +5,7 @@ import ctypes
 import re
 import resource
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
@@ -71,8 +72,14 @@ def check(needs: Mapping[str, int], device: torch.device | str, remedy: str) -> 
         raise ValueError(f"{_wanted(needs, device)}, {size(available)} are free; {remedy}")
 
 
-def release(device: torch.device) -> None:
-    """Gives back to a GPU what torch keeps of it unused, for allocations of other sizes."""
+def release(device: torch.device, after: BaseException | None = None) -> None:
+    """Gives back to a GPU what torch keeps of it unused, for allocations of other sizes.
+
+    after: an error that is being handled; what the calls held that it ended is free then, too.
+    """
+    while after is not None:
+        traceback.clear_frames(after.__traceback__)
+        after = after.__cause__ or after.__context__
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

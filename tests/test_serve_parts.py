@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import weakref
 from types import ModuleType
 
 import pytest
@@ -12,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
 
+from alphaprune import memory
 from alphaprune.sampling import Sampling
-from alphaprune.serving import attention, kv
+from alphaprune.serving import attention, kv, shortage
 from alphaprune.serving.request import Defaults, Refused, parse
 from alphaprune.serving.sampling import Sampler, adjust
 from alphaprune.serving.stops import Stops
@@ -282,3 +284,39 @@ def test_on_a_gpu_the_cache_takes_what_is_free_but_a_gigabyte(monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**8, 24 * 10**9))
     with pytest.raises(ValueError, match="0 B for keys and values is less than one block"):
         kv.plan(config, torch.float32, 64, 16, device=gpu)
+
+
+def failing(kept: list[weakref.ref], error: Exception) -> None:
+    """Raises an error while it holds tensors, as a layer does that wraps the error of another."""
+
+    def inner() -> None:
+        held = torch.ones(3)
+        kept.append(weakref.ref(held))
+        raise error
+
+    outer = torch.ones(4)
+    kept.append(weakref.ref(outer))
+    try:
+        inner()
+    except Exception as cause:
+        raise type(cause)(f"layer: {cause}") from cause
+
+
+def test_what_a_step_without_memory_held_is_free_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[weakref.ref] = []
+    alive = []
+    release = memory.release
+    monkeypatch.setattr(memory, "release", lambda *given: (release(*given), alive.extend(one() for one in kept)))
+    try:
+        failing(kept, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+    except torch.OutOfMemoryError as error:
+        assert all(one() is not None for one in kept)
+        assert shortage.fewer(512, error, torch.device("cpu")) == 256
+    assert alive == [None, None]
+
+
+@pytest.mark.parametrize(("tokens", "wanted"), [(0, 0), (16, 0), (17, 16), (40, 20), (512, 256)])
+def test_prompts_in_smaller_pieces(tokens: int, wanted: int) -> None:
+    assert shortage.fewer(tokens, MemoryError(), torch.device("cpu")) == wanted
+    with pytest.raises(ZeroDivisionError, match="by zero"):
+        shortage.fewer(tokens, ZeroDivisionError("by zero"), torch.device("cpu"))

@@ -68,7 +68,7 @@ def _service(loaded: Any, tokenizer: Any, name: str, options: dict[str, Any]) ->
     from alphaprune.serving.app import Limits, Service
     from alphaprune.serving.engine import Engine
     from alphaprune.serving.metrics import Metrics
-    from alphaprune.serving.ours import BATCH_TOKENS
+    from alphaprune.serving.shortage import BATCH_TOKENS
 
     if ignored := not_done(loaded.generation_config):
         print(f"not done by serve, though generation_config asks for it: {', '.join(ignored)}", file=sys.stderr)

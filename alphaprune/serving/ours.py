@@ -8,7 +8,6 @@ runs out, prompts are read in smaller pieces, and if that does not do, the reque
 
 import contextlib
 import gc
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -25,11 +24,8 @@ from alphaprune.ragged import Ragged
 from alphaprune.sampling import Kind
 from alphaprune.serving.jobs import Job
 from alphaprune.serving.kv import KV
+from alphaprune.serving.shortage import BATCH_TOKENS, fewer
 
-log = logging.getLogger("alphaprune")
-
-BATCH_TOKENS = 512  # of prompts between two steps: longer ones are cut, so that running streams wait less
-LEAST_TOKENS = 16  # as many at least, however little memory there is
 IDLE_SECONDS = 5
 
 
@@ -201,10 +197,8 @@ class Ours:
             for job, _ in pieces:
                 self.ragged.trim(job.slot, job.read)
                 self.ragged.reserve(job.slot, len(job.source) + 1)  # as before, or others would take them
-            if memory.is_shortage(error) and self.batch_tokens > LEAST_TOKENS:
-                self.batch_tokens //= 2
-                log.warning("%s; prompts are read %d tokens at a time", first_line(error), self.batch_tokens)
-                memory.release(self.ragged.decoder.device)
+            if less := fewer(self.batch_tokens, error, self.ragged.decoder.device):
+                self.batch_tokens = less
             else:
                 self._without(pieces[-1][0], error)
         return True
@@ -224,12 +218,9 @@ class Ours:
             job.read += len(piece)
 
     def _without(self, job: Progress, error: Exception) -> None:
-        """Ends a request that there is no memory for, so that the others go on. Any other error ends the engine."""
-        if not memory.is_shortage(error):
-            raise error
+        """Ends a request that there is no memory for, so that the others go on."""
         self._close(job)
         _tell([(job, Output(list(job.new), error=memory.device_fault(error)))])
-        memory.release(self.ragged.decoder.device)
 
     def _step(self) -> bool:
         """A token for all that have read everything and may have more."""
@@ -238,6 +229,7 @@ class Ours:
                 try:
                     new, _ = self.steps([job.slot for job in jobs], Kind.of(job.sampling for job in jobs))
                 except Exception as error:
+                    fewer(0, error, self.ragged.decoder.device)
                     self._without(jobs[-1], error)
                     return True
                 self._launch(jobs, new)

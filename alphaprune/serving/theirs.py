@@ -2,7 +2,7 @@
 
 The only file that knows transformers' batching (generation.continuous_batching); tried with 5.24. Its HTTP application
 is not taken: it gives all requests the temperature of the first, forgets `stop`, and lets every client load another
-model.
+model. Its batching ends with the first step that there is no memory for; here that step is made again in smaller parts.
 """
 
 import gc
@@ -15,13 +15,14 @@ from torch import nn
 from transformers import AttentionInterface, ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.cache import group_layers_by_attn_type
 
+from alphaprune import memory
 from alphaprune.sampling import Sampling
 from alphaprune.serving import attention
 from alphaprune.serving.jobs import Job
 from alphaprune.serving.kv import KV
 from alphaprune.serving.sampling import Sampler
+from alphaprune.serving.shortage import BATCH_TOKENS, fewer
 
-BATCH_TOKENS = 512  # of prompts in one step: longer ones are cut, so that running streams wait less
 START_SECONDS = 120
 QUIET_SETTINGS = {"auto_switch_to_flash": False, "use_cuda_graph": False, "use_async_batching": False}
 
@@ -33,10 +34,11 @@ class Theirs:
 
     def __init__(self, model: nn.Module, kv: KV, running: int) -> None:
         self.model, self.kv = model, kv
+        self.most_tokens = self.prompt_tokens = max(BATCH_TOKENS, running)  # in one step, and of prompts
         self._batching = ContinuousBatchingConfig(
             page_size=kv.block,
             num_blocks=kv.blocks,
-            max_batch_tokens=max(BATCH_TOKENS, running),
+            max_batch_tokens=self.most_tokens,
             max_requests_per_batch=running,
             **QUIET_SETTINGS,
         )
@@ -51,6 +53,7 @@ class Theirs:
         with torch.inference_mode():
             self._cb = self.model.init_continuous_batching(alone, self._batching)
             self._cb.logit_processor = Sampler()
+            self._cb._generation_step = self._step
             if set(group_layers_by_attn_type(config)) == {"full_attention"}:
                 AttentionInterface.register(attention.NAME, attention.Paged())
                 self.model.set_attn_implementation(attention.NAME)
@@ -111,6 +114,49 @@ class Theirs:
         with self._cb.output_router._lock:  # cancelled requests are never finished, so it would keep their handlers
             self._cb.output_router.result_handlers.pop(request_id, None)
         self._cb.cancel_request(request_id)
+
+    def _step(self) -> None:
+        """A step in the thread of transformers; one that there is no memory for is as if it had not been."""
+        processor = self._cb.batch_processor
+        made, scheduler = processor.inputs_and_outputs, processor.scheduler
+        try:
+            processor._generation_step(self.model)
+        except Exception as error:
+            batch, made.requests_in_batch = made.requests_in_batch, []  # who gets a token by it
+            answering = self._take_back(batch, error)
+            made.retrieve_device_outputs()  # waits until the device has done the part that it was given
+        else:
+            answering = sum(one.has_new_token for one in made.requests_in_batch)
+        if not scheduler.waiting_requests and not any(
+            s.remaining_prefill_tokens for s in scheduler.active_requests.values()
+        ):
+            self.prompt_tokens = self.most_tokens  # the next prompt is tried as a whole again
+        processor.max_batch_tokens = min(self.most_tokens, answering + self.prompt_tokens)
+
+    def _take_back(self, batch: list[Any], error: Exception) -> int:
+        """Has the requests of a step do it again in smaller parts, or ends the last, as in ours.py; how many answer.
+
+        Answers go on behind the token that they had. Prompts are read again from their beginning, because the keys of
+        a part of one lie where attention in windows had those before it. Raises what is no want of memory.
+        """
+        processor = self._cb.batch_processor
+        scheduler, prompts = processor.scheduler, [one for one in batch if not one.state.generated_tokens]
+        if less := fewer(sum(one.query_length for one in prompts), error, self.model.device):
+            self.prompt_tokens = less
+        else:
+            last = batch.pop().state
+            scheduler.finish_request(last.request_id)
+            processor.output_router.fail_and_deliver(last, RuntimeError(memory.device_fault(error)))
+        answers = [one.state for one in batch if one.state.generated_tokens]
+        for state in answers:
+            state.position_offset -= 1
+            state.tokens_to_process = state.generated_tokens[-1:]
+        for state in reversed([one.state for one in batch if not one.state.generated_tokens]):
+            scheduler.finish_request(state.request_id)
+            scheduler.waiting_requests[state.request_id] = state.create_equivalent_initial_request()
+            scheduler.waiting_requests_order.appendleft(state.request_id)
+        scheduler.block_new_requests = False  # which it does until a request has finished
+        return len(answers)
 
 
 class _Nowhere:
