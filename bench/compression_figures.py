@@ -67,8 +67,11 @@ def _allocations(name: str, found: list[dict]) -> str:
 
 
 def compression_ways() -> str:
-    """What text and refits are worth, on uniform plans of the first model and text."""
-    name, found = next(iter(_models().items()))
+    """What text and refits are worth on uniform plans, on every model and text."""
+    return "\n\n".join(_ways(name, found) for name, found in _models().items())
+
+
+def _ways(name: str, found: list[dict]) -> str:
     found, cells = [r for method in METHODS for r in found if r["method"] == method], []
     for method, way in dict.fromkeys((r["method"], r["way"]) for r in found):
         line = [r for r in found if (r["method"], r["way"], r["allocator"]) == (method, way, "uniform")]
