@@ -5,10 +5,10 @@ python bench/serve.py --shape tinyllama-1.1b --clients 1,4,8 --out bench/results
 python bench/serve.py --device cuda --model PACKED --dense DENSE --out bench/results/serve-a100.jsonl
 
 Without --model and --dense it is the embedded model, packed here, or random weights in the shapes of a larger one:
-packed, packed as int8 with activations of 8 bits, and dense. All servers run; in each of `--rounds` rounds each of them
-in turn gets the load of each number of clients. A client streams completions of `--new` tokens after prompts of some 40
-letters, greedily, one after the other. The clients are one process on the same cores as the server. Rows, one JSON
-object each, seconds and bytes throughout:
+packed, packed as int8 (on a CPU with activations of 8 bits), and dense. All servers run; in each of `--rounds` rounds
+each of them in turn gets the load of each number of clients. A client streams completions of `--new` tokens after
+prompts of some 40 letters, greedily, one after the other. The clients are one process on the same cores as the server.
+Rows, one JSON object each, seconds and bytes throughout:
 
 machine, threads, torch      where it ran
 device, engine               of the server; whose batching
@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
         for engine in options.engine.split(","):
             for weights, folder in folders.items():
                 log = Path(place) / f"{weights}-{engine}.log"
-                own = (*extra, "--activations", "int8") if weights == "int8" else extra
+                own = (*extra, "--activations", "int8") if weights == "int8" and options.device == "cpu" else extra
                 made = serve(folder, log, "--device", options.device, "--engine", engine, *own)
                 servers[weights, engine] = stack.enter_context(made)
         rows = measure(servers, [int(c) for c in options.clients.split(",")], options.rounds, options.new)
