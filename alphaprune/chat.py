@@ -97,4 +97,4 @@ class Chat:
             )
         except (TemplateError, TypeError) as error:
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
-        return list(self.pipeline.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        return self.pipeline.encode(text, special=False)

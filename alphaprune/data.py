@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alphaprune.families import text_config
 from alphaprune.files import first_line
 from alphaprune.model import read_config
 
@@ -60,9 +62,27 @@ def load_tokenizer(folder: "str | os.PathLike") -> Any:
         raise ValueError(f"{folder}: its tokenizer cannot be loaded: {first_line(error)}") from error
 
 
-def encode(tokenizer: Any, text: str, name: str = "text") -> Text:
-    """The whole text in one go, with the tokenizer's own special tokens, as the published protocols do it."""
+def check_tokens(tokens: Iterable[int], config: Any, name: str) -> None:
+    """ValueError naming the first token that a model of this config has no embedding of.
+
+    A tokenizer has such tokens after some were added to it without resizing the model; a text without them is fine.
+    """
+    count = text_config(config).vocab_size
+    if (wrong := next((token for token in tokens if token >= count), None)) is not None:
+        raise ValueError(
+            f"{name}: has token {wrong}, and the model has embeddings for 0 to {count - 1}; "
+            f"take the tokenizer that the model was made with, or give the model embeddings for all of its tokens"
+        )
+
+
+def encode(tokenizer: Any, text: str, name: str = "text", config: Any = None) -> Text:
+    """The whole text in one go, with the tokenizer's own special tokens, as the published protocols do it.
+
+    config: of the model that is to read it; its tokens are then checked.
+    """
     found = tokenizer(text, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+    if config is not None:
+        check_tokens(found["input_ids"], config, name)
     tokens = torch.tensor(found["input_ids"], dtype=torch.int64)
     if tokenizer.is_fast:
         # Characters to bytes, and a running maximum: several tokens may share the bytes of one character.

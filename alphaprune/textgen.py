@@ -138,9 +138,11 @@ class TextGeneration:
         total = sum(len(tokens) for _, tokens, _ in jobs)
         return self._output(prompt, made[0], total, jobs[0][2], started)
 
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a prompt; one at least."""
-        return list(self.tokenizer(text, verbose=False).input_ids) or [text_config(self.model.config).bos_token_id or 0]
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """The tokens of a prompt; one at least.   special: with those that the tokenizer adds to a text."""
+        tokens = list(self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
+        data.check_tokens(tokens, self.model.config, "the prompt")
+        return tokens or [text_config(self.model.config).bos_token_id or 0]
 
     def request(
         self,

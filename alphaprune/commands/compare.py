@@ -36,6 +36,7 @@ def run(
     from alphaprune import candidates, compare, data, picture
 
     folder = models.resolve(model)
+    config = models.read_config(folder)
     settings = candidates.Settings(
         sparsities=_sparsities(sparsity, pattern),
         allocators=candidates.with_baselines(_names(allocators, "--allocators")),
@@ -44,7 +45,7 @@ def run(
         pattern=pattern,
         refit=refit,
         samples=samples,
-        length=window(length, models.read_config(folder)),
+        length=window(length, config),
         seed=seed,
         windows=windows,
     )
@@ -54,7 +55,7 @@ def run(
     tokenizer = data.load_tokenizer(folder)
 
     def read(file: str) -> data.Text:
-        return data.encode(tokenizer, data.read_text(file), file)
+        return data.encode(tokenizer, data.read_text(file), file, config)
 
     calibrating, validating = read(calibration), read(text)
     place = Path(output), bar, room_for(memory, spill, output)

@@ -51,11 +51,12 @@ def _perplexity(
     from alphaprune import evaluate as evaluation
 
     folder = models.resolve(model)
-    length = window(length, models.read_config(folder))
+    config = models.read_config(folder)
+    length = window(length, config)
     raw = data.read_text(file, rows)
     if rows and BLANK_ROW not in raw:
         print(f"{file}: no blank row in it, and WikiText raw has many: do not compare with published", file=sys.stderr)
-    found = data.encode(data.load_tokenizer(folder), raw, file)
+    found = data.encode(data.load_tokenizer(folder), raw, file, config)
     evaluation.window_count(found, length)
     loaded = hf.load(folder, **loading)
     with bar(evaluation.window_count(found, length, windows), "eval", "window") as tick:

@@ -40,7 +40,7 @@ def calibration_windows(
     from alphaprune import data
 
     folder = getattr(source, "folder", source.name)
-    text = data.encode(data.load_tokenizer(folder), data.read_text(file), file)
+    text = data.encode(data.load_tokenizer(folder), data.read_text(file), file, models.read_config(Path(folder)))
     identity = {"calibration": text.sha256, "samples": samples, "length": length, "seed": seed}
     return data.sample_windows(text, samples, length, seed), identity
 

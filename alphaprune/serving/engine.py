@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from alphaprune import memory
+from alphaprune.data import check_tokens
 from alphaprune.files import first_line
 from alphaprune.generate import ends_of
 from alphaprune.serving import copies
@@ -107,6 +108,10 @@ class Engine:
                 "prompt" if asked.prompt is not None else "messages",
                 "context_length_exceeded",
             )
+        try:
+            check_tokens(tokens, self.model.config, "the prompt")
+        except ValueError as error:
+            raise Refused(400, str(error), "prompt" if asked.prompt is not None else "messages") from error
         return tokens
 
     def _encode_chat(self, asked: Asked) -> list[int]:

@@ -1,0 +1,92 @@
+"""Checkpoints whose parts do not fit together: one sentence that names the part, from every command that reads it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+STRANGE = "heavy"  # a word of the text that the tokenizer below has a token of its own for
+
+
+@pytest.fixture(autouse=True)
+def quiet(one_thread: None) -> None:
+    """One thread; matrices are small."""
+
+
+@pytest.fixture
+def model(directory: Path, tmp_path: Path) -> Path:
+    """A checkpoint of its own, with a text beside it."""
+    shutil.copytree(directory, tmp_path / "m")
+    (tmp_path / "text").write_text("a heavy tail, and so on. " * 60)
+    return tmp_path / "m"
+
+
+def add_token(model: Path, word: str = STRANGE) -> int:
+    """Gives the tokenizer a token past the last embedding, as adding one without resizing the model does."""
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    file = model / "tokenizer.json"
+    found = json.loads(file.read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    found["model"]["vocab"] |= {f"unused {n}": n for n in range(len(found["model"]["vocab"]), vocabulary + 3)}
+    found["added_tokens"].append({"id": vocabulary + 3, "content": word, **flags})
+    file.write_text(json.dumps(found))
+    return vocabulary + 3
+
+
+COMMANDS = {
+    "prune": ("prune", "m", "-o", "out", "--sparsity", "0.5", "--samples", "2", "--calibration", "text"),
+    "analyze": ("analyze", "m", "--samples", "2", "--calibration", "text"),
+    "compress": ("compress", "m", "-o", "out", "--bits", "4", "--samples", "2", "--calibration", "text"),
+    "eval": ("eval", "m", "--text", "text"),
+    "recover": ("recover", "m", "-o", "out", "--calibration", "text", "--steps", "1", "--length", "8"),
+    "compare": ("compare", "m", "-o", "out", "--calibration", "text", "--text", "text", "--sparsity", "0.5"),
+    "generate": ("generate", "m", "--prompt", "a heavy tail", "--max-new", "2"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_token_that_the_model_has_no_embedding_of(run, model: Path, command: str) -> None:
+    if command == "recover":
+        pytest.importorskip("peft")
+    token = add_token(model)
+    before = sorted(p.as_posix() for p in Path().rglob("*"))
+    status, out, err = run(*COMMANDS[command])
+    assert status == 2 and len(err.strip().splitlines()) == 1 and not out
+    assert f"has token {token}, and the model has embeddings for 0 to " in err and "tokenizer" in err
+    assert sorted(p.as_posix() for p in Path().rglob("*")) == before
+
+
+def test_texts_without_that_token_are_read(run, model: Path) -> None:
+    add_token(model, "elsewhere")
+    assert run(*COMMANDS["eval"])[0] == run(*COMMANDS["generate"])[0] == 0
+
+
+def test_a_server_refuses_it_and_goes_on(model: Path) -> None:
+    """Engines stop at errors: one text of one client would end the answers of all."""
+    pytest.importorskip("uvicorn")
+    from alphaprune import data, hf
+    from alphaprune.serving import kv
+    from alphaprune.serving.engine import Engine
+    from alphaprune.serving.request import Defaults, Refused, parse
+
+    token, tokenizer = add_token(model), data.load_tokenizer(model)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    loaded = hf.load(model)
+    engine = Engine(loaded, tokenizer, kv.plan(loaded.config, loaded.dtype, 2, 16, blocks=8), 2, lambda *_: None)
+    text = "a heavy tail"
+    for chat, body in ((False, {"prompt": text}), (True, {"messages": [{"role": "user", "content": text}]})):
+        with pytest.raises(Refused, match=f"has token {token}, and the model has embeddings") as refused:
+            engine.encode(parse(json.dumps(body).encode(), chat, "m", engine.vocabulary, Defaults()))
+        assert refused.value.status == 400
+
+
+def test_a_conversation_stays_as_it_was(model: Path) -> None:
+    from alphaprune.chat import Chat
+    from alphaprune.textgen import TextGeneration
+
+    add_token(model)
+    chat = Chat(TextGeneration(model), plain=True, max_new_tokens=2)
+    with pytest.raises(ValueError, match="the prompt: has token"):
+        chat.ask("a heavy tail")
+    assert not chat.turns and list(chat.ask("a tail"))
