@@ -70,7 +70,7 @@ def evaluate(
     """Perplexity by the protocol of Wanda and SparseGPT: non-overlapping windows of `length`, the tail dropped.
 
     In every window tokens 2…length are predicted; perplexity = exp(mean over windows of the mean loss).
-    windows: only the first so many.   Raises ValueError if the text is shorter than one window.
+    windows: only the first so many.   Raises ValueError if the text is shorter than a window, or a loss not finite.
     """
     context = getattr(text_config(model.config), "max_position_embeddings", length)
     if length > context:
@@ -79,6 +79,12 @@ def evaluate(
     count = len(tokens)
     started = perf_counter()
     losses = window_losses(model, tokens, progress)
+    if (wrong := losses.isfinite().logical_not().nonzero()).numel():
+        first = int(wrong[0])
+        raise ValueError(
+            f"{text.name}: the loss of window {first + 1} is {losses[first].item()}: the model's outputs are not "
+            f"finite; its weights or config.json are damaged, or its dtype is too narrow for it"
+        )
     scored = scored_bytes(text, length, count)
     mean, spread = mean_and_error(losses)
     return Evaluation(

@@ -1,6 +1,7 @@
 """New tokens from a model: through our decoder where it knows the family, otherwise through transformers' own loop."""
 
 import contextlib
+import math
 import queue
 import statistics
 import threading
@@ -37,6 +38,10 @@ NEUTRAL = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "length_penalty", "typical_p"), 1),
     **dict.fromkeys(("min_length", "no_repeat_ngram_size", "diversity_penalty", "epsilon_cutoff", "eta_cutoff"), 0),
 }
+NOT_FINITE = (
+    "the model's scores for the next token are not finite; its weights or config.json are damaged, or its dtype is too "
+    "narrow for it"
+)
 Choose = Callable[[Tensor, Tensor], Tensor]  # tokens so far [batch, length], logits [batch, vocabulary] → [batch]
 
 
@@ -130,6 +135,8 @@ def continuation(
     state.length = min(state.length, length - 1)  # the logits after the last are wanted
     ended = torch.zeros(batch, dtype=torch.bool)
     logits = decoder.prefill(state, tokens[:, state.length :])
+    if not (logits < math.inf).all():  # NaN is not, either
+        raise ValueError(NOT_FINITE)
     for count in range(1, max_new + 1):
         new = choose(tokens, logits)
         yield new
@@ -172,9 +179,19 @@ def chooser(settings: Any, seed: int = 0) -> Choose:
             return scores.argmax(-1)
         if scores.device not in generators:
             generators[scores.device] = torch.Generator(scores.device).manual_seed(seed)
-        return torch.multinomial(scores.softmax(-1), 1, generator=generators[scores.device])[:, 0]
+        try:
+            return torch.multinomial(scores.softmax(-1), 1, generator=generators[scores.device])[:, 0]
+        except RuntimeError as error:
+            if _drew_among_nan(error):
+                raise ValueError(NOT_FINITE) from error
+            raise
 
     return choose
+
+
+def _drew_among_nan(error: BaseException) -> bool:
+    """Whether this is what torch says of drawing a token where scores are not finite."""
+    return str(error).startswith("probability tensor contains")
 
 
 def ends_of(settings: Any) -> frozenset[int]:
@@ -367,6 +384,8 @@ def _theirs(
     try:
         while (item := found.get()) is not None:
             if isinstance(item, BaseException):
+                if _drew_among_nan(item):
+                    raise ValueError(NOT_FINITE) from item
                 raise item
             yield item
     finally:

@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 STRANGE = "heavy"  # a word of the text that the tokenizer below has a token of its own for
 
@@ -90,3 +92,35 @@ def test_a_conversation_stays_as_it_was(model: Path) -> None:
     with pytest.raises(ValueError, match="the prompt: has token"):
         chat.ask("a heavy tail")
     assert not chat.turns and list(chat.ask("a tail"))
+
+
+def spoil(model: Path) -> None:
+    """Makes the last norm NaN, as a damaged file may; every output of the model then is."""
+    for file in model.glob("*.safetensors"):
+        tensors = load_file(file)
+        if "model.norm.weight" in tensors:
+            tensors["model.norm.weight"].fill_(torch.nan)
+            save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("options", [(), ("--temperature", "1"), ("--temperature", "1", "--json")])
+def test_scores_that_are_no_numbers_make_no_text(run, model: Path, options: tuple[str, ...]) -> None:
+    spoil(model)
+    status, out, err = run(*COMMANDS["generate"], *options)
+    assert status == 2 and not out and len(err.strip().splitlines()) == 1
+    assert "scores for the next token are not finite" in err
+
+
+def test_transformers_own_loop_says_so_too(model: Path) -> None:
+    from alphaprune.textgen import TextGeneration
+
+    spoil(model)
+    with pytest.raises(ValueError, match="scores for the next token are not finite"):
+        TextGeneration(model)("a tail", max_new_tokens=2, min_new_tokens=2, temperature=1.0)
+
+
+def test_a_loss_that_is_no_number_is_no_perplexity(run, model: Path) -> None:
+    spoil(model)
+    status, out, err = run(*COMMANDS["eval"], "--json")
+    assert status == 2 and not out and len(err.strip().splitlines()) == 1
+    assert "text: the loss of window 1 is nan" in err
