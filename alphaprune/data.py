@@ -55,11 +55,13 @@ def load_tokenizer(folder: "str | os.PathLike") -> Any:
 
     if not (Path(folder) / "tokenizer.json").is_file() and not any(Path(folder).glob("tokenizer*")):
         raise ValueError(f"{folder}: no tokenizer in it; put the tokenizer files of the model beside its weights")
+    if (Path(folder) / "config.json").is_file():
+        read_config(Path(folder))  # the tokenizer depends on it: what is wrong with it is said in one sentence
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # it has no types of its own for files that are damaged
-        read_config(Path(folder))  # if that is the reason, it is said
-        raise ValueError(f"{folder}: its tokenizer cannot be loaded: {first_line(error)}") from error
+        reason = first_line(error)
+        raise ValueError(f"{folder}: its tokenizer cannot be loaded: {reason}; copy its files again") from error
 
 
 def check_tokens(tokens: Iterable[int], config: Any, name: str) -> None:

@@ -5,6 +5,7 @@ the whole, and a small config in tests/family_models.py, with which it goes thro
 generation; `python bench/families.py` writes docs/families.md.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -164,6 +165,10 @@ _LLAVA_NAMES = (
     ("model.image_newline", "image_newline"),
 )
 _QWEN_NAMES = (("model.language_model.", "model."), ("model.visual.", "visual."))
+SIZES = {  # of a text model, that all families count from 1 if they have them
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings"),
+}
 TEXT = "model.language_model"  # path of the text model in all of these
 MULTIMODAL = {
     "gemma3": Multimodal(_LLAVA_NAMES),
@@ -180,6 +185,20 @@ MULTIMODAL = {
 def text_config(config: Any) -> Any:
     """What a config of transformers says of the text model: all of it, but in multimodal models."""
     return config.get_text_config()
+
+
+def check_written(found: Any) -> None:
+    """ValueError if what a config.json holds can be of no model; transformers says less of it, or nothing."""
+    if not isinstance(found, dict):
+        raise ValueError(f"wanted one JSON object, it is {json.dumps(found)[:40]}")
+    settings = found.get("quantization_config", {})
+    if not isinstance(settings, dict):
+        raise ValueError(f"quantization_config should be an object, it is {settings!r}")
+    text = found.get("text_config")
+    for part in (found, text if isinstance(text, dict) else {}):
+        for name in sorted(SIZES & part.keys()):
+            if isinstance(part[name], int) and part[name] < 1:
+                raise ValueError(f"{name} is {part[name]}; wanted 1 or more")
 
 
 def of(config: Any) -> Family | None:

@@ -55,6 +55,8 @@ def is_refusal(error: BaseException) -> bool:
 
 def first_line(error: Exception) -> str:
     """What an error says, in one line; its type if it says nothing."""
+    if isinstance(error, KeyError) and len(error.args) == 1 and " " not in str(error.args[0]):
+        return f"there is no {error}"  # it says the key alone
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 

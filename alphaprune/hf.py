@@ -31,7 +31,7 @@ from alphaprune.layer import (
     round_activations,
     worth_packing,
 )
-from alphaprune.model import check_places, family_of, prunable, read_config, resolve
+from alphaprune.model import check_places, family_of, make_skeleton, prunable, read_config, resolve
 from alphaprune.shards import Shards, read_header
 from alphaprune.stored import check_entries, check_version
 
@@ -368,6 +368,7 @@ def load(
         )
         model, found = made
     except (OSError, ImportError, ArithmeticError, AttributeError, KeyError, TypeError, RuntimeError) as error:
+        make_skeleton(config)  # if its settings are the reason, that is said
         raise ValueError(f"{folder}: cannot be loaded: {first_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)

@@ -304,9 +304,7 @@ def read_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
-        if not isinstance(settings, dict):
-            raise ValueError(f"quantization_config should be an object, it is {settings!r}")
+        families.check_written(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # wrong types in it have error types of their own, and the reason beneath them
         reason = first_line(error.__cause__ or error)

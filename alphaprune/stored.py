@@ -181,7 +181,7 @@ def check_entries(name: str, layer: nn.Linear, entries: dict[str, dict]) -> None
             found = BY_CODE.get(entry["dtype"], entry["dtype"])
             raise ValueError(
                 f"{name}: {suffix} should be {BY_CODE[dtype]} {' or '.join(map(str, shapes))} for a layer of {n}×{k}, "
-                f"the file has {found} {entry['shape']}"
+                f"the file has {found} {entry['shape']}; config.json or the file is of another model"
             )
 
 

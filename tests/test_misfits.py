@@ -124,3 +124,55 @@ def test_a_loss_that_is_no_number_is_no_perplexity(run, model: Path) -> None:
     status, out, err = run(*COMMANDS["eval"], "--json")
     assert status == 2 and not out and len(err.strip().splitlines()) == 1
     assert "text: the loss of window 1 is nan" in err
+
+
+def edit(model: Path, **changes: object) -> None:
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+SETTINGS = {
+    "no heads": ({"num_attention_heads": 0}, "num_attention_heads is 0; wanted 1 or more"),
+    "fewer than none": ({"hidden_size": -96}, "hidden_size is -96; wanted 1 or more"),
+    "no positions": ({"max_position_embeddings": 0}, "max_position_embeddings is 0; wanted 1 or more"),
+    "activation": ({"hidden_act": "gellu"}, "no model is of these settings: there is no 'gellu'"),
+    "family": ({"model_type": "llamma"}, "model type `llamma`"),
+}
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("command", ["analyze", "prune", "eval", "generate"])
+def test_settings_that_no_model_has_are_named(run, model: Path, kind: str, command: str) -> None:
+    changes, message = SETTINGS[kind]
+    edit(model, **changes)
+    status, out, err = run(*COMMANDS[command])
+    assert status == 2 and not out and len(err.strip().splitlines()) == 1
+    assert "m: config.json cannot be used: " in err and message in err
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "3", "null"])
+def test_a_config_that_is_no_object(run, model: Path, text: str) -> None:
+    (model / "config.json").write_text(text)
+    status, _, err = run(*COMMANDS["eval"])
+    assert status == 2 and f"m: config.json cannot be used: wanted one JSON object, it is {text}" in err
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_damaged_tokenizer_has_a_remedy(run, model: Path, file: str, text: str) -> None:
+    (model / file).write_text(text)
+    status, _, err = run(*COMMANDS["generate"])
+    if (file, text) == ("tokenizer_config.json", "{}"):
+        assert status == 0  # nothing is wrong with it
+    else:
+        assert status == 2 and len(err.strip().splitlines()) == 1
+        assert "m: its tokenizer cannot be loaded: " in err and "; copy its files again" in err
+
+
+def test_a_packed_folder_of_another_width_says_where_to_look(run, model: Path) -> None:
+    assert run("prune", "m", "-o", "p", "--sparsity", "0.5", "--method", "magnitude", "--allocator", "uniform")[0] == 0
+    edit(Path("p"), hidden_size=128, head_dim=16)
+    for command in (("info", "p"), ("eval", "p", "--text", "text"), ("analyze", "p")):
+        status, _, err = run(*command)
+        assert status == 2 and "weight_mask should be int32" in err
+        assert "config.json or the file is of another model" in err
