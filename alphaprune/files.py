@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+NO_FILE = "is no regular file; name another"  # but a pipe or a device, which would be replaced
+
 
 def atomic_write_text(path: "str | Path", text: str) -> None:
     """`atomic_write` of `text` as UTF-8."""
@@ -15,17 +17,21 @@ def atomic_write_text(path: "str | Path", text: str) -> None:
 def atomic_write(path: "str | Path", content: bytes) -> None:
     """Writes a file beside `path`, flushes it to the disk, and renames it into place.
 
-    Raises ValueError in one sentence if the disk is full or the place is not writable; `path` is then as it was.
+    A link stays one: the file that it names is replaced.   Raises ValueError in one sentence if the disk is full, or
+    the place is not writable or no place for a file, as a device is; `path` is then as it was.
     """
     path = Path(path)
-    beside = path.with_name(path.name + ".part")
+    target = path.resolve()
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise ValueError(f"{path}: not written: {NO_FILE}")
+    beside = target.with_name(target.name + ".part")
     try:
         with beside.open("wb") as handle:
             handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
-        beside.replace(path)
-        fsync_folder(path.parent)
+        beside.replace(target)
+        fsync_folder(target.parent)
     except OSError as error:
         beside.unlink(missing_ok=True)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -219,8 +219,9 @@ def check_free(out: Path) -> None:
     """ValueError if there is something at `out` that writing there would overwrite, or it has no name."""
     if out.name in ("", ".."):
         raise ValueError(f"{out}: name a folder that does not exist yet")
-    if out.is_file():
-        raise ValueError(f"{out}: is a file; name a folder that does not exist yet") from FileExistsError(str(out))
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        kind = "link" if out.is_symlink() else "file"  # a folder cannot be renamed to either
+        raise ValueError(f"{out}: is a {kind}; name a folder that does not exist yet") from FileExistsError(str(out))
     if any_in(out) and not journal_beside(out).is_file():
         reason = "this folder exists and is not empty; name another, or delete it"
         raise ValueError(f"{out}: {reason}") from FileExistsError(str(out))

@@ -9,6 +9,7 @@ from alphaprune import __version__
 from alphaprune import model as models
 from alphaprune.console import COMMAND
 from alphaprune.families import text_config
+from alphaprune.files import NO_FILE
 from alphaprune.unfinished import RECIPE
 
 LONGEST = 2048  # tokens per window, unless the model's context is shorter
@@ -29,6 +30,8 @@ def check_file(output: str) -> None:
         raise ValueError(f"{output}: there is no folder {folder} to write it to")
     if Path(output).is_dir():
         raise ValueError(f"{output}: is a folder; name a file")
+    if Path(output).exists() and not Path(output).is_file():
+        raise ValueError(f"{output}: {NO_FILE}")
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{output}: the folder {folder} is not writable")
 
