@@ -343,6 +343,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if command in ALONE and (size := int(os.environ.get("WORLD_SIZE", 1))) > 1:
             raise ValueError(f"is done by one process, and {size} were started; leave out torchrun")
+        if abs(options.get("seed") or 0) >= 2**40:  # some commands draw by a million seeds of their own for each
+            raise ValueError(f"--seed {options['seed']}: wanted a whole number between -2**40 and 2**40")
         module = {"eval": "evaluate"}.get(command, command)
         importlib.import_module(f"alphaprune.commands.{module}").run(**options)
     except ValueError as error:

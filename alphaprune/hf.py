@@ -33,7 +33,7 @@ from alphaprune.layer import (
 )
 from alphaprune.model import check_places, family_of, make_skeleton, prunable, read_config, resolve
 from alphaprune.shards import Shards, read_header
-from alphaprune.stored import check_entries, check_version
+from alphaprune.stored import check_entries, check_generation, check_version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -353,6 +353,7 @@ def load(
     devices.named(device)
     folder = resolve(path)
     config = read_config(folder)
+    check_generation(folder)
     stored = Shards(folder).names()  # truncated and missing files are found here, by name
     if layers := bitmask.find(stored):
         raise ValueError(

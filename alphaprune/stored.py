@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import alphaprune
 from alphaprune import bitmask, formats
+from alphaprune.files import first_line
 from alphaprune.formats import PACKED_SUFFIXES, Packed, quantize, slices
 from alphaprune.shards import BY_CODE, DTYPES, Shards
 
@@ -228,6 +229,16 @@ def read_settings(folder: Path) -> dict[str, dict[str, Any]]:
         if not isinstance(settings, dict):
             raise ValueError(f"{folder}: {name} in config.json should be an object, got {settings!r}")
     return {name: settings for name, settings in found.items() if settings}
+
+
+def check_generation(folder: Path) -> None:
+    """ValueError if a folder's settings of generation cannot be read: transformers would go on without them."""
+    file = folder / "generation_config.json"
+    try:
+        if file.exists() and not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
+            raise ValueError("wanted one JSON object")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: cannot be read ({first_line(error)}); copy it again, or delete it") from error
 
 
 def check_version(layout: str, version: Any) -> None:

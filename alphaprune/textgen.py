@@ -140,6 +140,10 @@ class TextGeneration:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """The tokens of a prompt; one at least.   special: with those that the tokenizer adds to a text."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # bytes of a command line, or half a pair of surrogates
+            raise ValueError("prompt: is not valid UTF-8; give it in that encoding") from error
         tokens = list(self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
         data.check_tokens(tokens, self.model.config, "the prompt")
         return tokens or [text_config(self.model.config).bos_token_id or 0]

@@ -176,3 +176,34 @@ def test_a_packed_folder_of_another_width_says_where_to_look(run, model: Path) -
         status, _, err = run(*command)
         assert status == 2 and "weight_mask should be int32" in err
         assert "config.json or the file is of another model" in err
+
+
+def test_settings_of_generation_that_cannot_be_read(run, model: Path) -> None:
+    """transformers goes on without them, and a text that should end does not."""
+    for text in ("{", "[]"):
+        (model / "generation_config.json").write_text(text)
+        for command in ("generate", "eval"):
+            status, _, err = run(*COMMANDS[command])
+            assert status == 2 and "generation_config.json: " in err and len(err.strip().splitlines()) == 1
+
+
+NUMBERS = {
+    "memory": (("prune", "--memory", "inf"), "--memory inf: wanted GB"),
+    "no memory": (("prune", "--memory", "nan"), "--memory nan: wanted GB"),
+    "seed": (("prune", "--seed", str(2**70)), f"--seed {2**70}: wanted a whole number"),
+    "seed of a text": (("generate", "--temperature", "1", "--seed", str(-(2**70))), "wanted a whole number"),
+    "seed of training": (("recover", "--seed", str(2**62)), "wanted a whole number"),
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_numbers_out_of_range(run, model: Path, kind: str) -> None:
+    (command, *options), message = NUMBERS[kind]
+    status, out, err = run(*COMMANDS[command], *options)
+    assert status == 2 and not out and message in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_prompt_that_is_no_text(run, model: Path) -> None:
+    """Bytes of a command line that are not UTF-8."""
+    status, out, err = run("generate", "m", "--prompt", b"caf\xe9".decode("utf-8", "surrogateescape"))
+    assert status == 2 and not out and "prompt: is not valid UTF-8" in err and len(err.strip().splitlines()) == 1

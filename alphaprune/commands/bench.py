@@ -40,7 +40,7 @@ def run(
         raise ValueError("--decode belongs to --shape; the decoding of a MODEL is timed without it")
     usable = len(affinity.cpus())
     if threads is not None and not 1 <= threads <= usable:
-        raise ValueError(f"--threads {threads}: this process may use {usable} CPUs")
+        raise ValueError(f"--threads {threads}: this process may use {usable} CPUs; give 1 to {usable}")
     if pin == "core":
         if tune:
             raise ValueError("--pin core belongs to MODEL or --shape: a time table is of threads that are not bound")

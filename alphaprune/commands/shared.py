@@ -1,6 +1,7 @@
 """What several commands check and print."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ def room_for(memory: float | None, spill: str | None, output: str) -> Any:
     """Where hidden states may lie: `memory` GB of them in memory, the others in a file in the folder `spill`."""
     from alphaprune.states import Room
 
+    if memory is not None and not 0 <= memory < math.inf:
+        raise ValueError(f"--memory {memory}: wanted GB, 0 or more")
     folder = Path(output).absolute().parent if spill is None else Path(spill)
     if spill is None and not folder.is_dir():
         folder = None  # it is made later
