@@ -290,7 +290,7 @@ def step_kernels(emulator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[
     monkeypatch.setattr(cuda, "_find", lambda: (Module(emulator, Counting), ""))
     for name, key in (("add_norm", "norm"), ("swiglu", "swiglu")):
         original = getattr(neighbours, name)
-        counting = lambda *given, of=original, key=key: called[key].append(1) or of(*given)  # noqa: E731
+        counting = lambda *given, of=original, key=key, **how: called[key].append(1) or of(*given, **how)  # noqa: E731
         monkeypatch.setattr(neighbours, name, counting)
     return called
 
