@@ -359,7 +359,8 @@ def check_shapes(found: stored.Stored, skeleton: nn.Module, prefix: str, model: 
     for name, parameter in parameters.items():
         if name not in tied and (shape := found.shape(name)) != tuple(parameter.shape):
             raise ValueError(
-                f"{model}: {name} has shape {shape} in the file, but config.json describes {tuple(parameter.shape)}"
+                f"{model}: {name} has shape {shape} in the file, but config.json describes {tuple(parameter.shape)}; "
+                f"one of them belongs to another model"
             )
 
 

@@ -74,7 +74,7 @@ def test_config_and_shards_that_disagree_are_named(directory: Path, tmp_path: Pa
     shutil.copytree(directory, tmp_path / "m")
     config = json.loads((directory / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "intermediate_size": 208}))
-    with pytest.raises(ValueError, match=r"mlp\.gate_proj\.weight has shape \(200, 96\)"):
+    with pytest.raises(ValueError, match=r"gate_proj\.weight has shape \(200, 96\) .* belongs to another model"):
         models.open_source(tmp_path / "m")
     (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
     with pytest.raises(ValueError, match=r"no tensor model\.layers\.3"):
