@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -149,6 +150,14 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tokenizer(folder)
     assert (folder / "model.safetensors.index.json").exists()
     return folder
+
+
+@pytest.fixture
+def own_copy(directory: Path, tmp_path: Path) -> Path:
+    """A checkpoint of its own to be damaged, with a text beside it."""
+    shutil.copytree(directory, tmp_path / "m")
+    (tmp_path / "text").write_text("a heavy tail, and so on. " * 60)
+    return tmp_path / "m"
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Checkpoints whose parts do not fit together: one sentence that names the part, from every command that reads it."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -17,11 +16,8 @@ def quiet(one_thread: None) -> None:
 
 
 @pytest.fixture
-def model(directory: Path, tmp_path: Path) -> Path:
-    """A checkpoint of its own, with a text beside it."""
-    shutil.copytree(directory, tmp_path / "m")
-    (tmp_path / "text").write_text("a heavy tail, and so on. " * 60)
-    return tmp_path / "m"
+def model(own_copy: Path) -> Path:
+    return own_copy
 
 
 def add_token(model: Path, word: str = STRANGE) -> int:
