@@ -95,9 +95,9 @@ class Engine:
     def encode(self, asked: Asked) -> list[int]:
         """The tokens of the prompt; raises Refused if there are none, or too many. May take long: not for the loop."""
         if asked.prompt is None:
-            tokens = self._encode_chat(asked)
+            field, tokens = "messages", self._encode_chat(asked)
         else:
-            given = asked.prompt
+            field, given = "prompt", asked.prompt
             tokens = given if isinstance(given, list) else self.tokenizer(given, verbose=False)["input_ids"]
         if not tokens:
             raise Refused(400, "the prompt has no tokens")
@@ -105,13 +105,13 @@ class Engine:
             raise Refused(
                 400,
                 f"the prompt has {len(tokens)} tokens, and {self.kv.context - 1} fit beside a new one; shorten it",
-                "prompt" if asked.prompt is not None else "messages",
+                field,
                 "context_length_exceeded",
             )
         try:
             check_tokens(tokens, self.model.config, "the prompt")
         except ValueError as error:
-            raise Refused(400, str(error), "prompt" if asked.prompt is not None else "messages") from error
+            raise Refused(400, str(error), field) from error
         return tokens
 
     def _encode_chat(self, asked: Asked) -> list[int]:
