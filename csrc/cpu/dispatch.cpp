@@ -50,7 +50,8 @@ struct Cpu {
     avx512vnni = avx512bw && (c >> 11 & 1);
     avx512 = avx512vnni && (c >> 6 & 1);
     const bool amx = (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1);  // BF16, tiles, INT8
-    avx512bf16 = avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+    const bool picks = (c >> 1 & 1) && (c >> 12 & 1);                  // VBMI, BITALG
+    avx512bf16 = avx512 && picks && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
     if (!avx512 || !amx) return;
     // Linux gives tile registers only to a process that asks: ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA.
     without_amx = syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? "" : "the operating system does not grant AMX tiles";
@@ -105,7 +106,7 @@ class Forms {
   }
 
  private:
-  static constexpr int kDtypes = 4, kMostLayouts = 4;  // per dtype
+  static constexpr int kDtypes = 4, kMostLayouts = 6;  // per dtype
 
   struct Form {
     int key;
@@ -214,7 +215,7 @@ std::string unavailable(const Isa& isa) {
   if (name == "amx") return cpu().without_amx;
   if (name.rfind("avx512", 0) == 0) {
     if (!cpu().os_zmm) return "the operating system does not save AVX-512 registers";
-    if (name == "avx512bf16" && !cpu().avx512bf16) return "this CPU has no AVX-512 with VBMI2 and BF16";
+    if (name == "avx512bf16" && !cpu().avx512bf16) return "this CPU has no AVX-512 with VBMI, VBMI2, BITALG and BF16";
     if (name == "avx512bf16" && !cpu().amd) return "on Intel's CPUs VDPBF16PS is slower than what avx512 does";
     if (name == "avx512" && !cpu().avx512) return "this CPU has no AVX-512 with VBMI2 and VNNI";
     if (name == "avx512vnni" && !cpu().avx512vnni) return "this CPU has no AVX-512 with BW, DQ, VL and VNNI";
@@ -232,7 +233,7 @@ std::string unavailable(const Isa& isa) {
 
 bool multiplies_twice() {
 #if defined(__x86_64__)
-  return cpu().amd && cpu().family >= 26;
+  return kEmulated || (cpu().amd && cpu().family >= 26);
 #else
   return false;
 #endif

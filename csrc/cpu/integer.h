@@ -38,11 +38,6 @@ struct Integer {
     const uint8_t* at;
   };
 
-  static __m512 total(const __m512i* sum) {
-    if (kBytes == 1) return _mm512_cvtepi32_ps(sum[0]);
-    return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(sum[kBytes - 1], 8), sum[0]));
-  }
-
   // One macro tile; `x` points to the tokens' bytes of its columns.
   template <int T, class Weights>
   static inline void tile(Weights& weights, const uint8_t* x, Sums<T>& sum) {
@@ -95,7 +90,7 @@ struct Integer {
       for (int t = 0; t < T; ++t) {
         float* to = sums + t * kSums + v * 16;
         const __m512 factor = _mm512_mul_ps(_mm512_set1_ps(units[t]), scale);
-        _mm512_store_ps(to, _mm512_fmadd_ps(total(sum[v][t]), factor, _mm512_load_ps(to)));
+        _mm512_store_ps(to, _mm512_fmadd_ps(total<kBytes>(sum[v][t]), factor, _mm512_load_ps(to)));
       }
     }
   }
@@ -168,15 +163,6 @@ struct Integer {
       for (int64_t t = 0; t < p.tokens; ++t)
         store_sums(p, row_tile, t, sum_fours(Vectors<kVectors>(sums + t * kSums).v));
     }
-  }
-
-  // call(std::integral_constant of `tokens`), of T to Most.
-  template <int T, int Most, class Call>
-  static inline void known(int64_t tokens, const Call& call) {
-    if constexpr (T < Most) {
-      if (tokens > T) return known<T + 1, Most>(tokens, call);
-    }
-    call(std::integral_constant<int, T>());
   }
 
   // Many tokens, from a panel of one group of up to two row tiles, [four columns][row tile][row][column]: a load of
@@ -252,7 +238,7 @@ struct Integer {
       for (int t = 0; t < T; ++t) {
         const __m512 unit = _mm512_set1_ps(units[t]), factor = scales ? _mm512_mul_ps(unit, scales[r]) : unit;
         float* to = sums + (t * R + r) * 16;
-        _mm512_store_ps(to, _mm512_fmadd_ps(total(sum[r][t]), factor, _mm512_load_ps(to)));
+        _mm512_store_ps(to, _mm512_fmadd_ps(total<kBytes>(sum[r][t]), factor, _mm512_load_ps(to)));
       }
     }
   }
@@ -302,9 +288,7 @@ struct Integer {
       for (; row_tile + 1 < end; row_tile += 2) panel<2>(p, row_tile, scratch);
       if (row_tile < end) panel<1>(p, row_tile, scratch);
     }
-    const Made rounded(p.weight, p.tokens);
-    for (int64_t t = 0; t < p.tokens; ++t)
-      if (rounded.exact(p.x, t)) exact_integers<Expanded>(p, begin, end, t);
+    exact_tokens<Expanded>(p, begin, end, Made(p.weight, p.tokens));
   }
 };
 static_assert(kGroupCols == 2 * sbt::kTileCols, "a group is two macro tiles");
@@ -314,19 +298,6 @@ template <class Expanded>
 void integer_product(const Product& p, int64_t begin, int64_t end, void* scratch) {
   if (p.weight.to_bytes) return Integer<Expanded, 1>::product(p, begin, end, scratch);
   Integer<Expanded, 2>::product(p, begin, end, scratch);
-}
-// use(the layout of the activations).
-template <class Use>
-auto with_rounded(const sbt::View& weight, int64_t tokens, const Use& use) {
-  return weight.to_bytes ? use(Rounded<1>(weight, tokens)) : use(Rounded<2>(weight, tokens));
-}
-inline int64_t integer_bytes(const Activations& x, const sbt::View& weight) {
-  return with_rounded(weight, x.tokens, [](const auto& rounded) { return rounded.bytes(); });
-}
-inline void prepare_integers(const Activations& x, const sbt::View& weight, int64_t first, int64_t last, void* to) {
-  with_rounded(weight, x.tokens, [&](const auto& rounded) {
-    for (int64_t t = first; t < last; ++t) rounded.prepare(x, weight.cols, t, to);
-  });
 }
 
 }  // namespace

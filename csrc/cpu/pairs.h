@@ -49,16 +49,26 @@ struct Blocks {
   int64_t bytes(const sbt::View& weight) const { return header() + ceil_div(weight.col_tiles(), tiles) * span(); }
 };
 
-// Whether skipping the zeros is faster than the panel, in the time that the panel takes for a token, as measured at 17
-// to 256 tokens: on a Zen 4 the lists cost 11, a vector of tokens 3 and 40 times the density; on a Zen 5 the lists 8.5,
-// two vectors 7.3 and 88 times the density, one alone 4.6 and 55 times, and the panel 1 for its expansion. With
-// activations of 8 bits the panel takes 0.6 a token.
-inline bool pays(const sbt::View& weight, int64_t tokens) {
-  const double panel = static_cast<double>(tokens) * (weight.to_bytes ? 0.6 : 1), density = density_of(weight);
+// What 1024 weights take on a Zen 5, as measured at 17 to 256 tokens: 40 ns of lists, and then two vectors of tokens or
+// one alone; and what a panel takes.
+inline double nanoseconds(double density, int64_t tokens) {
   const int64_t vectors = ceil_div(tokens, kLanes);
-  if (!multiplies_twice()) return 10 + static_cast<double>(vectors) * (3 + 40 * density) < 1.05 * panel;
   const auto twos = static_cast<double>(vectors / 2), ones = static_cast<double>(vectors % 2);
-  return 8.5 + twos * (7.3 + 88 * density) + ones * (4.6 + 55 * density) < panel + 1;
+  return 40 + twos * (35 + 418 * density) + ones * (22 + 261 * density);
+}
+inline double panel_nanoseconds(const sbt::View& weight, int64_t tokens) {
+  const auto many = static_cast<double>(tokens);
+  return weight.to_bytes ? 15 + 2.4 * many : 9 + 4.7 * many;
+}
+
+// Whether skipping the zeros is faster than the panel. On a Zen 4 by the time that the panel takes for a token, 0.6 of
+// it with activations of 8 bits: the lists cost 11, a vector of tokens 3 and 40 times the density.
+inline bool pays(const sbt::View& weight, int64_t tokens) {
+  const double density = density_of(weight);
+  if (multiplies_twice()) return nanoseconds(density, tokens) < panel_nanoseconds(weight, tokens);
+  const double panel = static_cast<double>(tokens) * (weight.to_bytes ? 0.6 : 1);
+  const auto vectors = static_cast<double>(ceil_div(tokens, kLanes));
+  return 10 + vectors * (3 + 40 * density) < 1.05 * panel;
 }
 
 // The non-zeros of a few macro tiles: per row, values and the byte offsets of their columns in a block of activations.

@@ -39,8 +39,9 @@ struct RoundedGroup {
   int32_t offsets[4];  // -128 * sum(integers), of each four columns of 16: of a lane of the product
 };
 
-// Rounds the columns of a group from `first` on to one byte each, or to two, of which the high ones go kGroupCols on.
-template <int kBytes>
+// Rounds the columns of a group from `first` on to one byte each, or to two, of which the high ones go kGroupCols on;
+// kPlus128: bytes are unsigned then, 128 more.
+template <int kBytes, bool kPlus128 = false>
 inline RoundedGroup round_group(const void* from, Dtype dtype, int64_t first, int64_t cols, int64_t padded,
                                 uint8_t* to) {
   constexpr int64_t kVectors = kGroupCols / 16;
@@ -56,14 +57,17 @@ inline RoundedGroup round_group(const void* from, Dtype dtype, int64_t first, in
   const bool usable = largest == 0 || (largest >= kLeastLargest && largest < 0x7f800000);
   const float inverse = usable && largest ? kMost / bits_to_float(largest) : 0.0f;
   __m512i sums = _mm512_setzero_si512();
+  const auto store = [](uint8_t* at, __m512i q) {
+    __m128i bytes = _mm512_cvtepi32_epi8(q);
+    if (kPlus128) bytes = _mm_xor_si128(bytes, _mm_set1_epi8(static_cast<char>(0x80)));
+    _mm_store_si128(reinterpret_cast<__m128i*>(at), bytes);
+  };
   for (int64_t i = 0; i < kVectors && first + i * 16 < padded; ++i, to += 16) {
     __m512i q = _mm512_setzero_si512();
     if (usable) q = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], _mm512_set1_ps(inverse)));
     sums = _mm512_add_epi32(sums, q);
-    _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(q));
-    if (kBytes == 1) continue;
-    const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
-    _mm_store_si128(reinterpret_cast<__m128i*>(to + kGroupCols), _mm512_cvtepi32_epi8(high));
+    store(to, q);
+    if (kBytes == 2) store(to + kGroupCols, _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8));
   }
   RoundedGroup made = {usable ? bits_to_float(largest) / kMost : bits_to_float(0x7fc00000), {}};
   alignas(64) int32_t lanes[16];
@@ -140,6 +144,7 @@ struct Rounded {
     return offsets(base, groups, 0) + group * tokens + token;
   }
 
+  template <bool kPlus128 = false>
   void prepare(const Activations& x, int64_t cols, int64_t token, void* base) const {
     const char* from = static_cast<const char*>(x.data) + token * x.stride * size_of(x.dtype);
     const auto writable = [](auto* p) {
@@ -148,7 +153,7 @@ struct Rounded {
     float exact = 0;
     for (int64_t g = 0; g < groups; ++g) {
       uint8_t* to = writable(columns(base, g, token));
-      const RoundedGroup made = round_group<kBytes>(from, x.dtype, g * kGroupCols, cols, padded, to);
+      const auto made = round_group<kBytes, kPlus128>(from, x.dtype, g * kGroupCols, cols, padded, to);
       if (is_nan(made.unit)) exact = 1;
       *writable(units(base, g, token)) = is_nan(made.unit) ? 0 : made.unit;
       int32_t* each = writable(offsets(base, g, token));
@@ -175,11 +180,50 @@ inline __m512i add_products(__m512i sum, __m512i unsigned_bytes, __m512i signed_
 
 inline __m512i flip() { return _mm512_set1_epi8(static_cast<char>(0x80)); }
 
+// The sum of products as a float, from those of each byte of the activations.
+template <int kBytes>
+inline __m512 total(const __m512i* sum) {
+  if (kBytes == 1) return _mm512_cvtepi32_ps(sum[0]);
+  return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(sum[kBytes - 1], 8), sum[0]));
+}
+
+// call(std::integral_constant of `tokens`), of T to Most.
+template <int T, int Most, class Call>
+inline void known(int64_t tokens, const Call& call) {
+  if constexpr (T < Most) {
+    if (tokens > T) return known<T + 1, Most>(tokens, call);
+  }
+  call(std::integral_constant<int, T>());
+}
+
+// The tokens that could not be rounded.
+template <class Expanded, int kBytes>
+void exact_tokens(const Product& p, int64_t begin, int64_t end, const Rounded<kBytes>& rounded) {
+  for (int64_t t = 0; t < p.tokens; ++t)
+    if (rounded.exact(p.x, t)) exact_integers<Expanded>(p, begin, end, t);
+}
+
 // Whether the product is taken from rounded activations.
 inline bool rounds(const Activations& x, const sbt::View& weight) {
   return weight.dtype == Dtype::int8 && (x.dtype != Dtype::float32 || weight.to_bytes);
 }
-constexpr int kBytesLayout = 3;  // Isa::layout of activations of 8 bits
+// Isa::layout of activations of 8 bits; of 16, and after it of 8 bits, 128 more.
+constexpr int kBytesLayout = 3, kSlotsLayout = 4;
+
+// use(the layout of the activations).
+template <class Use>
+auto with_rounded(const sbt::View& weight, int64_t tokens, const Use& use) {
+  return weight.to_bytes ? use(Rounded<1>(weight, tokens)) : use(Rounded<2>(weight, tokens));
+}
+inline int64_t integer_bytes(const Activations& x, const sbt::View& weight) {
+  return with_rounded(weight, x.tokens, [](const auto& rounded) { return rounded.bytes(); });
+}
+template <bool kPlus128 = false>
+void prepare_integers(const Activations& x, const sbt::View& weight, int64_t first, int64_t last, void* to) {
+  with_rounded(weight, x.tokens, [&](const auto& rounded) {
+    for (int64_t t = first; t < last; ++t) rounded.template prepare<kPlus128>(x, weight.cols, t, to);
+  });
+}
 
 }  // namespace
 }  // namespace alphaprune

@@ -6,6 +6,7 @@
 #include "integer.h"
 #include "pairs.h"
 #include "pipeline.h"
+#include "slots.h"
 
 namespace alphaprune {
 namespace {
@@ -67,12 +68,18 @@ bool may_widen(const Activations& x, const sbt::View& weight) {
   return weight.dtype == Dtype::int8 && weight.groups == 1 && x.dtype == Dtype::bfloat16;
 }
 
+// Integers times rounded activations, most zeros left out.
+bool in_slots(const Activations& x, const sbt::View& weight) {
+  return rounds(x, weight) && slots::pays(weight, x.tokens, may_widen(x, weight));
+}
+
 bool skips_zeros(const Activations& x, const sbt::View& weight) {
-  return x.tokens > kTokenBlock && (both_bfloat16(x, weight) || may_widen(x, weight)) && pairs::pays(weight, x.tokens);
+  if (x.tokens <= kTokenBlock || !pairs::pays(weight, x.tokens)) return false;
+  return both_bfloat16(x, weight) || (may_widen(x, weight) && !in_slots(x, weight));
 }
 
 bool widened(const Activations& x, const sbt::View& weight) {
-  if (!may_widen(x, weight)) return false;
+  if (!may_widen(x, weight) || in_slots(x, weight)) return false;
   return weight.to_bytes ? skips_zeros(x, weight) : x.tokens > few_tokens();
 }
 
@@ -80,6 +87,7 @@ bool in_pairs(const Activations& x, const sbt::View& weight) { return both_bfloa
 
 // As on AVX-512, asking for memory as a Zen 4 likes it.
 void rounded(const Product& p, int64_t begin, int64_t end, void* scratch) {
+  if (in_slots(p.given, p.weight)) return slots::product(p, begin, end, scratch);
   if (density_of(p.weight) < kFewLines) return integer_product<ExpandedBytes<AsksFar<8>>>(p, begin, end, scratch);
   integer_product<ExpandedBytes<AsksFar<16>>>(p, begin, end, scratch);
 }
@@ -116,6 +124,7 @@ int64_t prepared_bytes(const Activations& x, const sbt::View& weight) {
 }
 
 void prepare(const Activations& x, const sbt::View& weight, int64_t first, int64_t last, void* to) {
+  if (in_slots(x, weight)) return prepare_integers<true>(x, weight, first, last, to);
   if (!in_pairs(x, weight)) return kAvx512.prepare(x, weight, first, last, to);
   if (skips_zeros(x, weight)) return pairs::prepare_tokens(x, weight, first, to);
   const int64_t padded = weight.padded_cols();
@@ -137,6 +146,7 @@ struct DenseBfloat16 {
 bool takes_dense(Dtype dtype) { return dtype == Dtype::bfloat16; }
 
 int layout(const Activations& x, const sbt::View& weight) {
+  if (in_slots(x, weight)) return kSlotsLayout + weight.to_bytes;
   if (!in_pairs(x, weight)) return kAvx512.layout(x, weight);
   return skips_zeros(x, weight) ? 2 : static_cast<int>(widened(x, weight));
 }

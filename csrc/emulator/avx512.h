@@ -17,14 +17,18 @@
 
 // Macros where the compiler does not optimise.
 #undef _mm512_cmp_ps_mask
+#undef _mm512_cmpge_epu8_mask
+#undef _mm512_cmplt_epu8_mask
 #undef _mm512_cvtps_ph
 #undef _mm512_extractf32x8_ps
 #undef _mm512_extracti32x4_epi32
 #undef _mm512_extracti64x4_epi64
+#undef _mm512_inserti64x4
 #undef _mm512_mask_i32gather_ps
 #undef _mm512_setr_epi32
 #undef _mm512_shuffle_i32x4
 #undef _mm512_slli_epi32
+#undef _mm512_slli_epi64
 #undef _mm512_srai_epi32
 #undef _mm512_srli_epi32
 
@@ -135,6 +139,25 @@ inline Vector permute_two(Vector a, Vector index, Vector b) {
   return vector<Vector>(out);
 }
 
+// The lanes of one, and of another where the mask has a bit.
+template <class T, class Vector, class Mask>
+inline Vector blend(Mask mask, Vector a, Vector b) {
+  auto out = lanes<T>(a);
+  const auto other = lanes<T>(b);
+  for (size_t i = 0; i < out.size(); ++i)
+    if (mask >> i & 1) out[i] = other[i];
+  return vector<Vector>(out);
+}
+
+// A bit for each lane of two vectors that `holds` of.
+template <class T, class Vector, class Holds>
+inline uint64_t mask_of(Vector x, Vector y, Holds holds) {
+  const auto a = lanes<T>(x), b = lanes<T>(y);
+  uint64_t out = 0;
+  for (size_t i = 0; i < a.size(); ++i) out |= static_cast<uint64_t>(holds(a[i], b[i])) << i;
+  return out;
+}
+
 // Subnormals count as zero, in and out.
 inline float flushed(float v) { return std::fabs(v) < 0x1p-126f ? std::copysign(0.0f, v) : v; }
 
@@ -222,6 +245,12 @@ inline __m256i _mm512_castsi512_si256(__m512i v) { return twin::part<__m256i>(v,
 inline __m256 _mm512_castps512_ps256(__m512 v) { return twin::part<__m256>(v, 0); }
 inline __m128i _mm512_extracti32x4_epi32(__m512i v, int which) { return twin::part<__m128i>(v, which & 3); }
 inline __m256i _mm512_extracti64x4_epi64(__m512i v, int which) { return twin::part<__m256i>(v, which & 1); }
+inline __m512i _mm512_inserti64x4(__m512i v, __m256i half, int which) {
+  std::array<__m256i, 2> out = {twin::part<__m256i>(v, 0), twin::part<__m256i>(v, 1)};
+  out[which & 1] = half;
+  return twin::vector<__m512i>(out);
+}
+inline __m512i _mm512_castsi256_si512(__m256i v) { return twin::vector<__m512i>(std::array<__m256i, 2>{v, v}); }
 inline __m256 _mm512_extractf32x8_ps(__m512 v, int which) { return twin::part<__m256>(v, which & 1); }
 
 inline __m512i _mm512_mask_expand_epi8(__m512i other, __mmask64 m, __m512i v) {
@@ -236,9 +265,15 @@ inline __m512i _mm512_mask_expand_epi32(__m512i other, __mmask16 m, __m512i v) {
 inline __m512i _mm512_mask_compress_epi16(__m512i other, __mmask32 m, __m512i v) {
   return twin::compress<uint16_t>(other, m, v);
 }
+inline __m512i _mm512_mask_compress_epi8(__m512i other, __mmask64 m, __m512i v) {
+  return twin::compress<uint8_t>(other, m, v);
+}
 inline __m512i _mm512_maskz_compress_epi32(__mmask16 m, __m512i v) { return twin::compress<uint32_t>(__m512i{}, m, v); }
 inline __m512i _mm512_permutex2var_epi16(__m512i a, __m512i index, __m512i b) {
   return twin::permute_two<uint16_t>(a, index, b);
+}
+inline __m512i _mm512_permutex2var_epi8(__m512i a, __m512i index, __m512i b) {
+  return twin::permute_two<uint8_t>(a, index, b);
 }
 inline __m512i _mm512_unpacklo_epi16(__m512i a, __m512i b) { return twin::unpack<int16_t>(a, b, 0); }
 inline __m512i _mm512_unpackhi_epi16(__m512i a, __m512i b) { return twin::unpack<int16_t>(a, b, 1); }
@@ -259,12 +294,24 @@ inline __m512 _mm512_permutexvar_ps(__m512i index, __m512 v) {
   const auto from = twin::lanes<float>(v);
   return twin::convert<__m512, float, uint32_t>(index, [&](uint32_t i) { return from[i % 16]; });
 }
-inline __m512i _mm512_mask_blend_epi32(__mmask16 m, __m512i a, __m512i b) {
-  auto out = twin::lanes<int>(a);
-  const auto other = twin::lanes<int>(b);
-  for (int i = 0; i < 16; ++i)
-    if (m >> i & 1) out[i] = other[i];
-  return twin::vector<__m512i>(out);
+inline __m512i _mm512_permutexvar_epi8(__m512i index, __m512i v) {
+  const auto from = twin::lanes<uint8_t>(v);
+  return twin::convert<__m512i, uint8_t, uint8_t>(index, [&](uint8_t i) { return from[i % 64]; });
+}
+inline __m512i _mm512_mask_blend_epi32(__mmask16 m, __m512i a, __m512i b) { return twin::blend<int>(m, a, b); }
+inline __m512i _mm512_mask_mov_epi8(__m512i a, __mmask64 m, __m512i b) { return twin::blend<uint8_t>(m, a, b); }
+inline __m512i _mm512_maskz_mov_epi8(__mmask64 m, __m512i v) { return twin::blend<uint8_t>(m, __m512i{}, v); }
+inline __m512i _mm512_mask2_permutex2var_epi8(__m512i a, __m512i index, __mmask64 m, __m512i b) {
+  return twin::blend<uint8_t>(m, index, _mm512_permutex2var_epi8(a, index, b));
+}
+inline __mmask64 _mm512_cmpge_epu8_mask(__m512i a, __m512i b) {
+  return twin::mask_of<uint8_t>(a, b, [](uint8_t x, uint8_t y) { return x >= y; });
+}
+inline __mmask64 _mm512_cmplt_epu8_mask(__m512i a, __m512i b) {
+  return twin::mask_of<uint8_t>(a, b, [](uint8_t x, uint8_t y) { return x < y; });
+}
+inline __mmask64 _mm512_movepi8_mask(__m512i v) {
+  return twin::mask_of<int8_t>(v, v, [](int8_t x, int8_t) { return x < 0; });
 }
 inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int predicate) {
   if (predicate != _CMP_UNORD_Q) twin::fault("a comparison without a twin");
@@ -277,6 +324,21 @@ inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int predicate) {
 inline __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
 inline __m512i _mm512_xor_si512(__m512i a, __m512i b) { return a ^ b; }
 inline __m512i _mm512_or_si512(__m512i a, __m512i b) { return a | b; }
+inline __m512i _mm512_add_epi8(__m512i a, __m512i b) {
+  return twin::each<uint8_t>(a, b, [](uint8_t x, uint8_t y) { return x + y; });
+}
+inline __m512i _mm512_sub_epi8(__m512i a, __m512i b) {
+  return twin::each<uint8_t>(a, b, [](uint8_t x, uint8_t y) { return x - y; });
+}
+inline __m512i _mm512_add_epi16(__m512i a, __m512i b) {
+  return twin::each<uint16_t>(a, b, [](uint16_t x, uint16_t y) { return x + y; });
+}
+inline __m512i _mm512_sub_epi16(__m512i a, __m512i b) {
+  return twin::each<uint16_t>(a, b, [](uint16_t x, uint16_t y) { return x - y; });
+}
+inline __m512i _mm512_popcnt_epi16(__m512i v) {
+  return twin::convert<__m512i, uint16_t, uint16_t>(v, [](uint16_t x) { return __builtin_popcount(x); });
+}
 inline __m512i _mm512_add_epi32(__m512i a, __m512i b) {
   return twin::each<uint32_t>(a, b, [](uint32_t x, uint32_t y) { return x + y; });
 }
@@ -304,6 +366,9 @@ inline long long _mm512_reduce_add_epi64(__m512i v) {
 }
 inline __m512i _mm512_slli_epi32(__m512i v, unsigned n) {
   return twin::convert<__m512i, uint32_t, uint32_t>(v, [n](uint32_t x) { return n > 31 ? 0 : x << n; });
+}
+inline __m512i _mm512_slli_epi64(__m512i v, unsigned n) {
+  return twin::convert<__m512i, uint64_t, uint64_t>(v, [n](uint64_t x) { return n > 63 ? 0 : x << n; });
 }
 inline __m512i _mm512_srli_epi32(__m512i v, unsigned n) {
   return twin::convert<__m512i, uint32_t, uint32_t>(v, [n](uint32_t x) { return n > 31 ? 0 : x >> n; });

@@ -115,6 +115,23 @@ OPERATION(expand8, F ",avx512vbmi2", put(out, _mm512_mask_expand_epi8(B, in.mask
 OPERATION(compress16, F ",avx512vbmi2", put(out, _mm512_mask_compress_epi16(B, static_cast<__mmask32>(in.mask), A)))
 OPERATION(compress32, F, put(out, _mm512_maskz_compress_epi32(MASK16, A)))
 OPERATION(permute_two, F, put(out, _mm512_permutex2var_epi16(A, B, C)))
+OPERATION(permute_bytes, F ",avx512vbmi", put(out, _mm512_permutexvar_epi8(A, B)))
+OPERATION(permute_two_bytes, F ",avx512vbmi", put(out, _mm512_permutex2var_epi8(A, B, C)))
+OPERATION(permute_some_bytes, F ",avx512vbmi", put(out, _mm512_mask2_permutex2var_epi8(A, B, in.mask, C)))
+OPERATION(compress8, F ",avx512vbmi2", put(out, _mm512_mask_compress_epi8(B, in.mask, A)))
+OPERATION(count16, F ",avx512bitalg", put(out, _mm512_popcnt_epi16(A)))
+OPERATION(mix_bytes, F, put(out, _mm512_mask_mov_epi8(A, in.mask, B)))
+OPERATION(some_bytes, F, put(out, _mm512_maskz_mov_epi8(in.mask, A)))
+OPERATION(add_bytes, F, put(out, _mm512_add_epi8(A, B)))
+OPERATION(subtract_bytes, F, put(out, _mm512_sub_epi8(A, B)))
+OPERATION(add_halves, F, put(out, _mm512_add_epi16(A, B)))
+OPERATION(subtract_halves, F, put(out, _mm512_sub_epi16(A, B)))
+OPERATION(shift_left64, F, put(out, _mm512_slli_epi64(A, 16)))
+OPERATION(insert_half, F,
+          put(out, _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_castsi512_si256(A)), _mm512_castsi512_si256(B), 1)))
+OPERATION(not_less, F, put(out, _mm512_maskz_mov_epi8(_mm512_cmpge_epu8_mask(A, B), C)))
+OPERATION(less, F, put(out, _mm512_maskz_mov_epi8(_mm512_cmplt_epu8_mask(A, B), C)))
+OPERATION(signs, F, put(out, _mm512_maskz_mov_epi8(_mm512_movepi8_mask(A), C)))
 OPERATION(unpack_low16, F, put(out, _mm512_unpacklo_epi16(A, B)))
 OPERATION(unpack_high16, F, put(out, _mm512_unpackhi_epi16(A, B)))
 OPERATION(unpack_low, F, put(out, _mm512_unpacklo_epi32(A, B)))
@@ -162,6 +179,7 @@ namespace {
 void compare_vectors() {
   const bool f = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   const bool vbmi2 = f && __builtin_cpu_supports("avx512vbmi2"), vnni = f && __builtin_cpu_supports("avx512vnni");
+  const bool vbmi = f && __builtin_cpu_supports("avx512vbmi"), bitalg = f && __builtin_cpu_supports("avx512bitalg");
   COMPARE(loads, false, f);
   COMPARE(loads16, false, f);
   COMPARE(loads16_256, false, f);
@@ -184,6 +202,22 @@ void compare_vectors() {
   COMPARE(compress16, false, vbmi2);
   COMPARE(compress32, false, f);
   COMPARE(permute_two, false, f);
+  COMPARE(permute_bytes, false, f);
+  COMPARE(permute_two_bytes, false, f);
+  COMPARE(permute_some_bytes, false, f);
+  COMPARE(compress8, false, f);
+  COMPARE(count16, false, f);
+  COMPARE(mix_bytes, false, f);
+  COMPARE(some_bytes, false, f);
+  COMPARE(add_bytes, false, f);
+  COMPARE(subtract_bytes, false, f);
+  COMPARE(add_halves, false, f);
+  COMPARE(subtract_halves, false, f);
+  COMPARE(shift_left64, false, f);
+  COMPARE(insert_half, false, f);
+  COMPARE(not_less, false, f);
+  COMPARE(less, false, f);
+  COMPARE(signs, false, f);
   COMPARE(unpack_low16, false, f);
   COMPARE(unpack_high16, false, f);
   COMPARE(unpack_low, false, f);

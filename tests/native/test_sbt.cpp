@@ -35,6 +35,7 @@ struct Case {
   bool grouped = false;  // int8: a scale per 128 columns instead of one per row
   bool special = false;  // infinities, NaN and very small numbers among weights and activations
   bool bytes = false;    // int8: activations may be rounded to 8 bits
+  bool uneven = false;   // a few rows of every other macro tile are kept wholly
 };
 
 struct Problem {
@@ -58,7 +59,8 @@ struct Problem {
     fill(*bias, c.rows, c.bias);
     if (c.special) plant();
     std::bernoulli_distribution kept(c.density);
-    for (int64_t i = 0; i < c.rows * c.cols; ++i) keep->as<uint8_t>()[i] = kept(random);
+    for (int64_t i = 0; i < c.rows * c.cols; ++i)
+      keep->as<uint8_t>()[i] = kept(random) || (c.uneven && i / c.cols % 16 < 3 && i % c.cols % 128 >= 64);
     const int64_t tiles = ceil_div(c.rows, sbt::kTileRows) * ceil_div(c.cols, sbt::kTileCols);
     mask = std::make_unique<Guarded>(tiles * sbt::kWords * 4);
     offsets = std::make_unique<Guarded>((tiles + 1) * 4);
@@ -239,11 +241,13 @@ void check_expand(const Isa& isa, const Problem& p) {
 // Weights that share their activations give what each gives alone, whatever their dtypes and sizes.
 void check_group(const Isa& isa, Dtype x, int64_t tokens) {
   std::vector<std::unique_ptr<Problem>> problems;
-  const int64_t rows[] = {300, 17, 1, 640, 50};
-  const Dtype weights[] = {Dtype::bfloat16, Dtype::float32, Dtype::int8, Dtype::bfloat16, Dtype::int8};
-  for (uint32_t i = 0; i < 5; ++i)
+  const int64_t rows[] = {300, 17, 1, 640, 50, 33, 90, 16};
+  const Dtype weights[] = {Dtype::bfloat16, Dtype::float32, Dtype::int8, Dtype::bfloat16,
+                           Dtype::int8,     Dtype::int8,    Dtype::int8, Dtype::float16};
+  const double densities[] = {0.2, 0.4, 0.6, 0.8, 1, 0.15, 0.15, 0.2};  // of what is skipped and what is not
+  for (uint32_t i = 0; i < std::size(rows); ++i)
     problems.push_back(std::make_unique<Problem>(
-        Case{rows[i], 200, tokens, 0.2 + 0.2 * i, weights[i], x, x, false, false, i == 4}, i));
+        Case{rows[i], 200, tokens, densities[i], weights[i], x, x, false, false, i == 4 || i == 6}, i));
   std::vector<Item> items;
   std::vector<std::unique_ptr<Guarded>> together;
   for (const auto& p : problems) {
@@ -387,18 +391,21 @@ void check_special(const Isa& isa, uint32_t& seed) {
       }
 }
 
-// Many tokens of weights of which few are kept, where zeros are skipped; once with infinities and NaN.
+// Many tokens of weights of which few are kept, where zeros are skipped; once with infinities and NaN, once with a few
+// rows that are fuller than the others.
 void check_sparse(const Isa& isa, uint32_t& seed) {
   for (const auto& [weight, bytes] : {kKinds[2], kKinds[3], kKinds[4]})
-    for (const double density : {0.0, 0.1, 0.3})
-      for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{1, 1}, {19, 70}, {40, 333}})
-        for (const int64_t tokens : {17, 24, 33, 64, 81}) {
-          if (quick && (density != 0.1 || tokens == 64)) continue;
-          const Problem p({rows, cols, tokens, density, weight, Dtype::bfloat16, kFloats[seed % 3], seed % 2 == 0,
-                           density == 0.3, bytes},
-                          seed);
-          check_product(isa, p, seed++ % 4 < 2);
-        }
+    for (const Dtype x : {Dtype::bfloat16, Dtype::float16})
+      for (const double density : {0.0, 0.1, 0.3})
+        for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{1, 1}, {19, 70}, {40, 333}})
+          for (const int64_t tokens : {12, 17, 24, 33, 64, 81}) {
+            if (quick && (density != 0.1 || tokens == 64)) continue;
+            if (x == Dtype::float16 && (weight != Dtype::int8 || tokens > 33)) continue;
+            const Problem p({rows, cols, tokens, density, weight, x, kFloats[seed % 3], seed % 2 == 0, density == 0.3,
+                             bytes, density == 0.1},
+                            seed);
+            check_product(isa, p, seed++ % 4 < 2);
+          }
 }
 
 // More rows, columns and tokens than any kernel takes at once.
@@ -430,7 +437,7 @@ int main(int count, char** names) {
     check_large(**isa, seed);
     check_dense(**isa, seed);
     for (const Dtype x : kFloats)
-      for (const int64_t tokens : {1, 3, 20}) check_group(**isa, x, tokens);
+      for (const int64_t tokens : {1, 3, 20, 70}) check_group(**isa, x, tokens);
     check_threads_and_fork(**isa);
     std::printf("%s: %u products\n", (*isa)->name, seed);
   }
