@@ -127,6 +127,7 @@ def test_what_fails_in_a_later_block_comes_after_what_was_found() -> None:
 @pytest.mark.parametrize("windows", [None, farms.Windows(20, 2)])
 def test_blocks_on_a_gpu_are_as_alone(windows, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the CPU in its place: one call for all layers of a block, and another thread for the fits."""
+    torch.set_num_threads(1)  # with more, sums of float32 may come out otherwise
     solved, fitted, solve, fit = [], set(), spectrum.solve_all, alpha.fit
     work, own = WeightStats("robust", "cuda", "auto", True, windows), threading.get_ident()
     alone = {unit: replace(work, device="cpu").entry(layers) for unit, layers in units().items()}
@@ -139,7 +140,6 @@ def test_blocks_on_a_gpu_are_as_alone(windows, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(spectrum, "solve_all", on_cpu)
     monkeypatch.setattr(farms, "columns", lambda weight, given, device: COLUMNS(weight, given, "cpu"))
     monkeypatch.setattr(alpha, "fit", lambda *given, **named: fitted.add(threading.get_ident()) or fit(*given, **named))
-    torch.set_num_threads(1)
     read = []
     blocks = (read.append(number) or units() for number in range(3))
     found = work.of_blocks(blocks, shapes(units()))
