@@ -44,15 +44,20 @@ struct Lists {
   int32_t count[sbt::kTileRows];
 };
 
-// Whether skipping the zeros is faster than the panel. Cycles per 8 weights as measured on Cascade Lake, 16 lanes: the
-// lists cost 4 and a mispredicted branch or two, a kept weight 2.25 and 0.3 per vector; the panel 4 and 0.47 per token.
-inline bool pays(const sbt::View& weight, int64_t tokens, int64_t lanes) {
+// Cycles per 8 weights as measured on Cascade Lake, 16 lanes: the lists cost 4 and a mispredicted branch or two, a kept
+// weight 2.25 and 0.3 per vector.
+inline double cycles(const sbt::View& weight, int64_t tokens, int64_t lanes) {
   const Blocks blocks(tokens, lanes);
-  const double density = density_of(weight);
-  const double scale = 16.0 / static_cast<double>(lanes), vectors = static_cast<double>(blocks.width / lanes);
-  const double lists = static_cast<double>(blocks.count) * (4 + vectors + 8 * density * (2.25 + 0.3 * vectors));
-  const double panel = 4 * static_cast<double>(blocks.count) + 0.47 * scale * static_cast<double>(tokens);
-  return lists < panel;
+  const auto vectors = static_cast<double>(blocks.width / lanes);
+  return static_cast<double>(blocks.count) * (4 + vectors + 8 * density_of(weight) * (2.25 + 0.3 * vectors));
+}
+
+// Whether skipping the zeros is faster than the panel, which costs 4 and 0.47 per token.
+inline bool pays(const sbt::View& weight, int64_t tokens, int64_t lanes) {
+  const double scale = 16.0 / static_cast<double>(lanes);
+  const double panel =
+      4 * static_cast<double>(Blocks(tokens, lanes).count) + 0.47 * scale * static_cast<double>(tokens);
+  return cycles(weight, tokens, lanes) < panel;
 }
 
 // `Math`: Vector, kLanes, load, store, broadcast(p), multiply(w, x, sum);

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "avx512.h"
+#include "rounding.h"
 
 namespace alphaprune {
 namespace {
@@ -23,19 +24,13 @@ inline __m512 quarter(__m512i weights, int which) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
 }
 
-// Activations are rounded to integers in units of 1 / 32639, or 1 / 127, of the largest among 128 columns of a token:
-// an error of at most half a unit each (0.504 with what the quotient is rounded by), and exact sums of 128 products. An
-// integer of 16 bits is 256 * high + low, signed bytes (127 * 257 = 32639 is the largest) that multiply weights as they
-// come out of the expansion: two instructions of 64 products, where weights widened to 16 bits cost three shuffles on
-// top.
+// An integer of 16 bits is 256 * high + low, signed bytes that multiply weights as they come out of the expansion: two
+// instructions of 64 products, where weights widened to 16 bits cost three shuffles on top.
 // vpdpbusd wants one side unsigned: 128 is added to the weights, zeros among them, and each lane of a sum begins with
-// -128 times the sum of its activations, which is of x alone. The sum of 128 products itself stays below
-// 127 * 32639 * 128 < 2^30, so that it does not matter what its parts overflow to.
-constexpr int64_t kGroupCols = sbt::kScaleCols;
-constexpr uint32_t kLeastLargest = 0x0d800000;  // 2^-100: below it the unit or its inverse leaves the normal floats
-
+// -128 times the sum of its activations, which is of x alone. As the sum of 128 products fits 32 bits, it does not
+// matter what its parts overflow to.
 struct RoundedGroup {
-  float unit;          // NaN where a number is not finite or all are too small; the bytes are then zeros
+  float unit;          // NaN where the group cannot be rounded
   int32_t offsets[4];  // -128 * sum(integers), of each four columns of 16: of a lane of the product
 };
 
@@ -45,7 +40,6 @@ template <int kBytes, bool kPlus128 = false>
 inline RoundedGroup round_group(const void* from, Dtype dtype, int64_t first, int64_t cols, int64_t padded,
                                 uint8_t* to) {
   constexpr int64_t kVectors = kGroupCols / 16;
-  constexpr float kMost = kBytes == 2 ? 32639.0f : 127.0f;
   __m512 v[kVectors];
   __m512i bits = _mm512_setzero_si512();
   for (int64_t i = 0; i < kVectors; ++i) {
@@ -53,9 +47,7 @@ inline RoundedGroup round_group(const void* from, Dtype dtype, int64_t first, in
     const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(v[i]), _mm512_set1_epi32(0x7fffffff));
     bits = _mm512_max_epi32(bits, magnitude);
   }
-  const auto largest = static_cast<uint32_t>(_mm512_reduce_max_epi32(bits));
-  const bool usable = largest == 0 || (largest >= kLeastLargest && largest < 0x7f800000);
-  const float inverse = usable && largest ? kMost / bits_to_float(largest) : 0.0f;
+  const Unit unit(static_cast<uint32_t>(_mm512_reduce_max_epi32(bits)), kBytes == 2 ? kLargestOf2 : kLargestOf1);
   __m512i sums = _mm512_setzero_si512();
   const auto store = [](uint8_t* at, __m512i q) {
     __m128i bytes = _mm512_cvtepi32_epi8(q);
@@ -64,12 +56,12 @@ inline RoundedGroup round_group(const void* from, Dtype dtype, int64_t first, in
   };
   for (int64_t i = 0; i < kVectors && first + i * 16 < padded; ++i, to += 16) {
     __m512i q = _mm512_setzero_si512();
-    if (usable) q = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], _mm512_set1_ps(inverse)));
+    if (unit.usable()) q = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], _mm512_set1_ps(unit.inverse)));
     sums = _mm512_add_epi32(sums, q);
     store(to, q);
     if (kBytes == 2) store(to + kGroupCols, _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8));
   }
-  RoundedGroup made = {usable ? bits_to_float(largest) / kMost : bits_to_float(0x7fc00000), {}};
+  RoundedGroup made = {unit.unit, {}};
   alignas(64) int32_t lanes[16];
   _mm512_store_si512(lanes, sums);
   for (int i = 0; i < 16; ++i) made.offsets[i / 4] -= 128 * lanes[i];

@@ -1,6 +1,8 @@
-// SBT on AVX2 with FMA and F16C.
+// SBT on AVX2 with FMA and F16C: in float32, but for int8 weights beside activations of 16 bits, which are rounded to
+// integers where the zeros are not skipped.
 #include "expand8.h"
 #include "nonzeros.h"
+#include "words.h"
 
 namespace alphaprune {
 namespace {
@@ -92,12 +94,25 @@ struct Sparse {
 };
 using Many = nonzeros::Nonzeros<Sparse>;
 
-bool skips_zeros(const sbt::View& weight, int64_t tokens) {
-  return tokens > 4 && nonzeros::pays(weight, tokens, Sparse::kLanes);
+// Integers cost 1.6 cycles per 8 weights and 0.33 per token, as measured on a Zen 5.
+bool skips_zeros(const Activations& x, const sbt::View& weight) {
+  if (x.tokens <= 4) return false;
+  if (!words::takes(x, weight)) return nonzeros::pays(weight, x.tokens, Sparse::kLanes);
+  const auto passes = static_cast<double>(ceil_div(x.tokens, words::kPass));
+  return nonzeros::cycles(weight, x.tokens, Sparse::kLanes) < 1.6 * passes + 0.33 * static_cast<double>(x.tokens);
+}
+
+// How a product is computed, which is the layout of its activations.
+enum class Way { rows, nonzeros, words };
+Way way_of(const Activations& x, const sbt::View& weight) {
+  if (skips_zeros(x, weight)) return Way::nonzeros;
+  return words::takes(x, weight) ? Way::words : Way::rows;
 }
 
 void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
-  if (skips_zeros(p.weight, p.tokens)) return Many::product(p, begin, end, scratch);
+  const Way way = way_of(p.given, p.weight);
+  if (way == Way::nonzeros) return Many::product(p, begin, end, scratch);
+  if (way == Way::words) return words::product(p, begin, end, scratch);
   if (p.tokens > 2) return Panel<Float32>::product(p, begin, end, scratch);
   by_value(p.weight.dtype, [&](auto value) {
     using Value = decltype(value);
@@ -107,15 +122,19 @@ void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
 }
 
 int64_t prepared_bytes(const Activations& x, const sbt::View& weight) {
-  return skips_zeros(weight, x.tokens) ? Many::bytes(x, weight) : row_bytes(x, weight);
+  const Way way = way_of(x, weight);
+  if (way == Way::nonzeros) return Many::bytes(x, weight);
+  return way == Way::words ? words::Rounded(weight, x.tokens).bytes() : row_bytes(x, weight);
 }
 
 void prepare(const Activations& x, const sbt::View& weight, int64_t first, int64_t last, void* to) {
-  if (skips_zeros(weight, x.tokens)) return Many::prepare(x, weight, first, to, convert);
+  const Way way = way_of(x, weight);
+  if (way == Way::nonzeros) return Many::prepare(x, weight, first, to, convert);
+  if (way == Way::words) return words::prepare(x, weight, first, last, to);
   prepare_rows<convert>(x, weight, first, last, to);
 }
 
-int layout(const Activations& x, const sbt::View& weight) { return skips_zeros(weight, x.tokens); }
+int layout(const Activations& x, const sbt::View& weight) { return static_cast<int>(way_of(x, weight)); }
 
 }  // namespace
 
