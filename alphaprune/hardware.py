@@ -13,7 +13,21 @@ ROOT = Path("/")
 # What kernels for x86 and Arm ask of a processor, by the names of /proc/cpuinfo.
 SETS = (
     *("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_vbmi2", "avx512_bf16"),
-    *("avx_vnni", "amx_tile", "amx_bf16", "amx_int8", "asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve", "sve2"),
+    *(
+        "avx512_fp16",
+        "avx_vnni",
+        "amx_tile",
+        "amx_bf16",
+        "amx_fp16",
+        "amx_int8",
+        "asimd",
+        "asimdhp",
+        "asimddp",
+        "bf16",
+        "i8mm",
+        "sve",
+        "sve2",
+    ),
 )
 MODEL = ("cpu family", "model", "stepping", "CPU part")  # of /proc/cpuinfo
 ZEN4 = ((0x10, 0x1F), (0x60, 0x7F), (0xA0, 0xAF))  # models of family 25; the others are Zen 3
@@ -71,6 +85,12 @@ def full_name(name: str, model: str) -> str:
     fourth = any(first <= model_number <= last for first, last in ZEN4)
     found = {23: 2 if model_number >= 0x30 else 1, 25: 4 if fourth else 3, 26: 5}.get(family)
     return name if found is None else f"{name} (Zen {found})"
+
+
+def maker(root: Path = ROOT) -> str | None:
+    """Of an x86 processor, as it names itself: GenuineIntel, AuthenticAMD."""
+    found = re.search(r"^vendor_id\s*:\s*(\S+)", _text(root / "proc/cpuinfo") or "", re.MULTILINE)
+    return found and found[1]
 
 
 def instruction_sets(root: Path = ROOT) -> list[str]:

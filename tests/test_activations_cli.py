@@ -115,9 +115,10 @@ def test_rows_of_shapes(run, cheap: None) -> None:
     assert json.loads(by_name)["rows"][0]["kernel"] == "reference"
 
 
-def test_the_timed_layer_may_round(native_only: None) -> None:
+def test_the_timed_layer_may_round(native_only: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from alphaprune.kernels import cpu
 
+    monkeypatch.setattr(cpu, "fast_in_torch", lambda dtype: True)  # so that expansion is taken for many tokens
     options = {"total_bytes": 1, "bandwidth": 1.0, "values": torch.int8}
     best = next(isa for isa in cpu.ISAS if cpu.missing(isa) is None)
     row = timing.time_linear((48, 130), 0.3, 2000, torch.bfloat16, activations=torch.int8, **options)

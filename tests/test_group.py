@@ -75,7 +75,8 @@ def test_bits_do_not_depend_on_threads(calls: list[int]) -> None:
             torch.set_num_threads(before)
 
 
-def test_what_cannot_share_a_call_takes_its_own(calls: list[int]) -> None:
+def test_what_cannot_share_a_call_takes_its_own(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "fast_in_torch", lambda dtype: True)
     prepared, x = projections(130, 2, torch.float32, torch.float32)
     other = spmm.prepare(prepared[0].packed, "layer", "reference")
     assert same(group.spmm_group(x, [prepared[1], other]), [prepared[1](x), other(x)])

@@ -126,6 +126,8 @@ def test_a_processor_by_its_file(tmp_path: Path) -> None:
     )
     assert hardware.processor(tmp_path) == ("AMD EPYC", "cpu family 26, model 2, stepping 1")
     assert hardware.processor(tmp_path / "nothing")[1] == ""
+    assert hardware.maker(tmp_path) == "AuthenticAMD"
+    assert hardware.maker(tmp_path / "nothing") is None
 
 
 def test_openmp_libraries(tmp_path: Path) -> None:

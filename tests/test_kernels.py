@@ -350,37 +350,6 @@ def test_packed_tensors_need_only_the_alignment_of_their_elements(kernel: str) -
         check(kernel, (dense, moved, x))
 
 
-def test_chunks_of_a_gpu_are_large_and_alike() -> None:
-    for n, k in itertools.product((16, 1000, 4096, 28672, 128256), (64, 4096, 14336, 2 << 20)):
-        step = expansion.chunk_rows((n, k), 2, True)
-        count = -(-n // step)
-        assert step % 128 == 0 and (step * k * 2 <= expansion.GPU_CHUNK_BYTES or step == 128)
-        assert n - (count - 1) * step > step - 128 * count, "the last chunk is nearly as large as the others"
-    assert expansion.chunk_rows((11008, 4096), 2, True) >= 11008, "one chunk"
-    assert expansion.chunk_rows((4096, 4096), 2, False) == 1024
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_products_of_chunks_are_written_in_place(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
-    monkeypatch.setattr(expansion, "chunk_rows", lambda *_: 32)
-    dense, packed, x = problem(100, 70, 6, 0.5, torch.float32, torch.float32)
-    added = torch.randn(100) if bias else None
-    y = expansion.multiply_in_place(x.view(2, 3, 70), packed, added, expansion.expand)
-    assert_product(y.view(6, 100), x, dense, added)
-
-
-def test_skipping_zeros_knows_no_limit_of_tokens() -> None:
-    """Kernels are taken past their limits for what they multiply without zeros, and for nothing else."""
-    kernels = base.kernels()
-    for name, weight, x in itertools.product(("avx512bf16", "avx512"), (*DTYPES, torch.int8), DTYPES):
-        kernel, pairs = kernels[name], weight in (torch.bfloat16, torch.int8) and x == torch.bfloat16
-        assert kernel.takes(kernel.most_tokens, weight, x, None) and not kernel.takes(10**6, weight, x, None)
-        assert not kernel.takes(10**6, weight, x, 0.6)
-        assert kernel.takes(10**6, weight, x, 0.5) == (pairs and name == "avx512bf16")
-        assert kernel.takes(10**6, weight, x, 0.3) == (weight != torch.int8 or (pairs and name == "avx512bf16"))
-    assert not kernels["amx"].takes(10**6, torch.bfloat16, torch.bfloat16, 0.1)
-
-
 @pytest.mark.parametrize("values", [torch.bfloat16, "int8"])
 def test_zeros_that_meet_infinity_where_they_are_skipped(values: Kind) -> None:
     """Many tokens of a weight of which little is kept, some of them not finite: as in the dense layer."""
