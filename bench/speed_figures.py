@@ -10,9 +10,9 @@ BRIEF = {1: (0.5, 0.7, 0.8), 16: (0.7,), 64: (0.8,), 256: (0.8,)}
 
 
 def linear() -> str:
-    """On the newest machine that has rows; with activations of 8 bits where they gain most."""
-    found = newest([row for row in layer_rows(BRIEF) if not row.get("activations") or row["tokens"] == 16])
-    return linear_of(found)
+    """On the newest machine that has rows, of bfloat16; with activations of 8 bits where they gain most."""
+    found = newest([row for row in layer_rows(BRIEF) if row["dtype"] == "bfloat16"])
+    return linear_of([row for row in found if not row.get("activations") or row["tokens"] == 16])
 
 
 def linears() -> str:
@@ -67,8 +67,9 @@ def linear_of(found: list[dict]) -> str:
 
 
 def values_of(row: dict) -> str:
-    """The dtype of the packed values, and of x where kernels might round it."""
-    return (row.get("values") or row["dtype"]) + (f", x in {row['activations']}" if row.get("activations") else "")
+    """The dtype of the packed values, and of x where kernels might round it or it is none of the others'."""
+    beside = row.get("activations") or (row.get("values") == "int8" and row.get("dtype") == "float16" and "float16")
+    return (row.get("values") or row["dtype"]) + (f", x in {beside}" if beside else "")
 
 
 def peers() -> str:

@@ -71,7 +71,7 @@ inline void prepare(const Activations& x, const sbt::View& weight, int64_t first
       const int64_t col = g * kGroupCols, count = std::min(kGroupCols, weight.cols - col);
       const float unit = round_group(from + col * size_of(x.dtype), x.dtype, count, rounded.columns(to, g, t));
       if (unit != unit) exact = 1;
-      *rounded.units(to, g, t) = unit != unit ? 0 : unit;
+      *rounded.units(to, g, t) = unit;
     }
     *rounded.units(to, rounded.groups, t) = exact;
   }
