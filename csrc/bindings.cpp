@@ -158,7 +158,6 @@ void norm(Address h, Address delta, Address weight, Address out, int64_t rows, i
           float epsilon, const std::string& isa) {
   const Norm p{at<void>(h), at<const void>(delta), at<const void>(weight), at<void>(out), rows, cols, float_of(dtype),
                epsilon};
-  if (p.dtype == Dtype::float16) throw std::invalid_argument("the norm is for bfloat16 and float32");
   const StepLoops& loops = *isa_named(isa).loops;
   const py::gil_scoped_release release;
   loops.norm(p);
@@ -176,7 +175,6 @@ class Attend {
     p_.page = page, p_.page_stride = page_stride;
     p_.position_stride = position_stride, p_.head_stride = head_stride;
     p_.dtype = float_of(dtype);
-    if (p_.dtype == Dtype::float16) throw std::invalid_argument("attention is for bfloat16 and float32");
   }
 
   // Addresses and what is between sequences, as attention.h has them; norm: weights of q and k or 0, and epsilons.

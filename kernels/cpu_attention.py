@@ -10,7 +10,7 @@ from alphaprune.formats import native
 from alphaprune.kernels import cpu, neighbours
 from alphaprune.kernels.spmm import needs_op
 
-DTYPES = (torch.bfloat16, torch.float32)  # that csrc/cpu/attention.h knows
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # that csrc/cpu/attention.h knows
 HeadNorm = tuple[Tensor, float]  # weight [dim], epsilon
 
 

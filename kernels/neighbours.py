@@ -13,7 +13,7 @@ from torch.nn import functional
 from alphaprune.formats import native
 from alphaprune.kernels import cpu, portable
 
-NATIVE = (torch.bfloat16, torch.float32)  # dtypes that csrc/cpu/norm.h knows
+NATIVE = (torch.bfloat16, torch.float16, torch.float32)  # dtypes that csrc/cpu/norm.h knows
 MOST_ROWS = 16  # that it takes, in one thread
 
 

@@ -18,6 +18,9 @@ NAN = float("nan")
 ISAS = [] if native.load() is None else [isa for isa in cpu.ISAS if cpu.missing(isa) is None]
 
 
+HALF_UNITS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # what one rounding is off by, relatively
+
+
 @dataclasses.dataclass
 class Case:
     """Sequences of some lengths, each with a new token, and what of the cache they see; the rest of it is NaN."""
@@ -88,9 +91,9 @@ class Case:
         q, k = neighbours.norm_heads(self.q, self.k, self.norms)
         q, k = (part.view(len(part), -1, self.dim) for part in (q, k))
         q, k = (neighbours._rotate(part, *self.turns) for part in (q, k))
-        step = 2.0**-8 if self.dtype == torch.bfloat16 else 2.0**-23
+        step = 2.0**-23 if self.dtype == torch.float32 else HALF_UNITS[self.dtype]
         # A product that the compiler fuses with a sum is rounded once less, and a norm's sum has another order.
-        off = 0 if self.dtype == torch.bfloat16 and not self.normed else 4 * step
+        off = 0 if self.dtype in HALF_UNITS and not self.normed else 4 * step
         for place, position in enumerate(self.positions):
             key, value = self.at(cache, place, position)
             size = k[place].abs().amax(-1, keepdim=True) if off else torch.zeros(1)
@@ -116,8 +119,8 @@ class Case:
         sizes = (keys.abs() @ q.abs()[:, :, None])[:, :, 0].amax(-1) / math.sqrt(self.dim)  # [heads]
         scored = (sizes * ((self.dim + 4) * 2.0**-24 + 3 * off) + 4e-7)[:, None]
         bound = (2 * scored.expm1() + (keys.shape[1] + 8) * 2.0**-24) * spread
-        if self.dtype == torch.bfloat16:
-            bound += 2.0**-8 * wanted.abs()
+        if self.dtype in HALF_UNITS:
+            bound += HALF_UNITS[self.dtype] * wanted.abs() + 2.0**-25  # half of the smallest float16
         assert ((out - wanted).abs() <= bound + 1e-30).all(), ((out - wanted).abs() / bound).max()
 
 
@@ -253,7 +256,7 @@ def test_nothing_to_attend() -> None:
 def test_where_torch_does_it() -> None:
     case = Case([4])
     assert not cpu_attention.takes(case.q.float(), case.cache)
-    assert not cpu_attention.takes(case.q.half(), case.cache.half())
+    assert not cpu_attention.takes(case.q.double(), case.cache.half())
     assert not cpu_attention.takes(case.q, case.cache[..., :48])
     assert not cpu_attention.takes(case.q, case.cache[..., ::2])
     assert not cpu_attention.takes(case.q.float().requires_grad_(), case.cache.float())

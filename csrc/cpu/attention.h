@@ -24,7 +24,7 @@ struct Attention {
   float q_epsilon, k_epsilon;
   int64_t window;  // sees the last so many positions; 0 for all
   int64_t sequences, heads, key_heads, dim;
-  Dtype dtype;  // of everything that is not an index: bfloat16 or float32
+  Dtype dtype;  // of everything that is not an index: a float
 };
 
 constexpr int64_t kMostDim = 512;     // and a multiple of 32

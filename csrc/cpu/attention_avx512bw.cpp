@@ -7,7 +7,13 @@ namespace {
 
 struct Wide : Lanes<16, 16> {
   using Lanes::load;
+  using Lanes::round;
+  using Lanes::store;
   static V load(const uint16_t* p) { return Bfloat16::widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static V load(const Binary16* p) { return Float16::widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static void store(Binary16* p, V v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves(v)); }
+  static V round(V v, Binary16) { return Float16::widen(halves(v)); }
+  static __m256i halves(V v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static void sums(const V* v, float* to) {
     const __m512d ab = _mm512_castps_pd(half_fours(v[0], v[1])), cd = _mm512_castps_pd(half_fours(v[2], v[3]));
     const __m512 four = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),

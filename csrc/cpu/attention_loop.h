@@ -15,6 +15,10 @@ namespace {
 
 constexpr float kNone = -HUGE_VALF;  // the largest score of no keys
 
+struct Binary16 {  // a float16, where uint16_t is a bfloat16
+  uint16_t bits;
+};
+
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Vectors of so many lanes; the attribute takes no template argument.
@@ -53,7 +57,16 @@ struct Lanes : Types<kWidth> {
     std::memcpy(&v, p, sizeof v);
     return reinterpret_cast<V>(__builtin_convertvector(v, U) << 16);
   }
+  static V load(const Binary16* p) {
+    H v;
+    std::memcpy(&v, p, sizeof v);
+    return widened(__builtin_convertvector(v, U));
+  }
   static void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
+  static void store(Binary16* p, V v) {
+    const H bits = __builtin_convertvector(halves(v), H);
+    std::memcpy(p, &bits, sizeof bits);
+  }
   static void store(uint16_t* p, V v) {
     const H halves = __builtin_convertvector(reinterpret_cast<U>(v) >> 16, H);
     std::memcpy(p, &halves, sizeof halves);
@@ -64,13 +77,14 @@ struct Lanes : Types<kWidth> {
     const U kept = (v == v) ? rounded : (bits | 0x400000);
     return reinterpret_cast<V>(kept & 0xffff0000);
   }
+  static V round(V v, Binary16) { return widened(halves(v)); }
   static V round(V v, float) { return v; }
 
   static float sum(V v) {
-    return halves(v, [](float a, float b) { return a + b; });
+    return folded(v, [](float a, float b) { return a + b; });
   }
   static float largest(V v) {
-    return halves(v, [](float a, float b) { return a > b ? a : b; });
+    return folded(v, [](float a, float b) { return a > b ? a : b; });
   }
   // The sums of four vectors.
   static void sums(const V* v, float* to) {
@@ -97,8 +111,24 @@ struct Lanes : Types<kWidth> {
   }
 
  private:
+  // float16_to_float and float_to_float16.
+  static V widened(U half) {
+    const U sign = (half & 0x8000) << 16, magnitude = (half & 0x7fff) << 13;
+    const V finite = reinterpret_cast<V>(magnitude) * 0x1p112f;
+    const U bits = magnitude >= (0x7c00 << 13) ? (magnitude | 0x7f800000) : reinterpret_cast<U>(finite);
+    return reinterpret_cast<V>(sign | bits);
+  }
+  static U halves(V v) {
+    const U bits = reinterpret_cast<U>(v), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+    const U normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    const U small = reinterpret_cast<U>(reinterpret_cast<V>(magnitude) + 0.5f) - 0x3f000000;
+    const U number = magnitude < 0x38800000 ? small : normal, none = 0x7e00 | ((magnitude >> 13) & 0x3ff);
+    const U finite = magnitude >= 0x477ff000 ? U{} + 0x7c00 : number;
+    return sign | (magnitude > 0x7f800000 ? none : finite);
+  }
+
   template <class Two>
-  static float halves(V v, Two two) {
+  static float folded(V v, Two two) {
     float lanes[kWidth];
     std::memcpy(lanes, &v, sizeof v);
     for (int width = kWidth / 2; width; width /= 2)
@@ -288,9 +318,12 @@ struct Loop {
 // One number beside the vectors, as they have it.
 inline float one_of(float value) { return value; }
 inline float one_of(uint16_t half) { return bfloat16_to_float(half); }
+inline float one_of(Binary16 half) { return float16_to_float(half.bits); }
 inline float rounded_one(float value, float) { return value; }
 inline float rounded_one(float value, uint16_t) { return bfloat16_to_float(float_to_bfloat16(value)); }
+inline float rounded_one(float value, Binary16) { return float16_to_float(float_to_float16(value)); }
 inline void store_one(float* to, float value) { *to = value; }
+inline void store_one(Binary16* to, float value) { to->bits = float_to_float16(value); }
 inline void store_one(uint16_t* to, float value) { *to = float_to_bfloat16(value); }
 
 // RMSNorm of a row. There are 16 sums side by side for vectors of any width, so that they are added in one order.
@@ -336,26 +369,30 @@ struct NormLoop {
   }
 };
 
+// call(a number of the dtype).
+template <class Call>
+void by_dtype(Dtype dtype, const Call& call) {
+  if (dtype == Dtype::float32) return call(float{});
+  if (dtype == Dtype::float16) return call(Binary16{});
+  call(uint16_t{});
+}
+
 // The loops of an ISA, whatever the dtype is.
 template <class L>
 struct AnyLoop {
   static void norm(const Norm& p) {
-    for (int64_t row = 0; row < p.rows; ++row) {
-      if (p.dtype == Dtype::float32) {
-        NormLoop<L, float>::row(p, row);
-      } else {
-        NormLoop<L, uint16_t>::row(p, row);
-      }
-    }
+    by_dtype(p.dtype, [&](auto number) {
+      for (int64_t row = 0; row < p.rows; ++row) NormLoop<L, decltype(number)>::row(p, row);
+    });
   }
   static void rotate(const Attention& p, int64_t sequence, int64_t key_head, float* q) {
-    if (p.dtype == Dtype::float32) return Loop<L, float>::rotate(p, sequence, key_head, q);
-    Loop<L, uint16_t>::rotate(p, sequence, key_head, q);
+    by_dtype(p.dtype, [&](auto number) { Loop<L, decltype(number)>::rotate(p, sequence, key_head, q); });
   }
   static void chunk(const Attention& p, int64_t sequence, int64_t key_head, const float* q, int64_t count,
                     int64_t first, int64_t last, float* sums) {
-    if (p.dtype == Dtype::float32) return Loop<L, float>::chunk(p, sequence, key_head, q, count, first, last, sums);
-    Loop<L, uint16_t>::chunk(p, sequence, key_head, q, count, first, last, sums);
+    by_dtype(p.dtype, [&](auto number) {
+      Loop<L, decltype(number)>::chunk(p, sequence, key_head, q, count, first, last, sums);
+    });
   }
 };
 

@@ -38,7 +38,7 @@ constexpr int64_t kScratchBytes = 176 * 1024;
 struct Attention;  // attention.h
 struct Norm;       // norm.h
 
-// Of what stands between the products of a decode step, in bfloat16 and float32. It needs no more of an ISA than the
+// Of what stands between the products of a decode step. It needs no more of an ISA than the
 // width of its vectors, so that ISAs share it.
 struct StepLoops {
   // Rotates the queries of one key head of one sequence, after their norm, into floats [queries of the head][dim], each

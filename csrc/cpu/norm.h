@@ -7,7 +7,7 @@ namespace alphaprune {
 
 // h += delta, in place and rounded; out = h / sqrt(mean(h^2) + epsilon) * weight, in half precision rounded before the
 // weight, too (Zhang and Sennrich, NeurIPS 2019, as transformers rounds it). h, delta and out are [rows, cols] in
-// `dtype`, bfloat16 or float32, as weight [cols] is; delta may be null.
+// `dtype`, a float, as weight [cols] is; delta may be null.
 struct Norm {
   void* h;
   const void* delta;

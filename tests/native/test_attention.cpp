@@ -151,6 +151,16 @@ struct Problem {
   }
 };
 
+float rounded_to(Dtype dtype, float x) {
+  if (dtype == Dtype::float32) return x;
+  return dtype == Dtype::bfloat16 ? bfloat16_to_float(float_to_bfloat16(x)) : float16_to_float(float_to_float16(x));
+}
+// What one rounding to a half-precision dtype is off by at most; float16 has no smaller numbers than 2^-24.
+double half_unit(Dtype dtype, double x) {
+  if (dtype == Dtype::float32) return 0;
+  return dtype == Dtype::bfloat16 ? 0x1p-8 * std::fabs(x) : 0x1p-11 * std::fabs(x) + 0x1p-25;
+}
+
 // Where a number lies that was rounded on the way.
 struct Range {
   double low, high;
@@ -162,14 +172,13 @@ struct Range {
     const double relative = (before + (dtype == Dtype::float32)) * kUnit;
     const Range wide{low - relative * std::fabs(low), high + relative * std::fabs(high)};
     if (dtype == Dtype::float32) return wide;
-    const auto round = [](double x) { return bfloat16_to_float(float_to_bfloat16(static_cast<float>(x))); };
-    return {round(wide.low), round(wide.high)};
+    return {rounded_to(dtype, static_cast<float>(wide.low)), rounded_to(dtype, static_cast<float>(wide.high))};
   }
   double middle() const { return (low + high) / 2; }
   double slack() const { return (high - low) / 2; }
 };
 
-// A head after norm and rotation. Of bfloat16 nearly always one number each: its products and sums are exact in
+// A head after norm and rotation. Of 16 bits nearly always one number each: their products and sums are exact in
 // float32, and the norm's scale rarely decides which neighbour a product is rounded to.
 std::vector<Range> turned(const Problem& p, int64_t s, const Guarded& from, int64_t at, const Guarded& weight,
                           double epsilon) {
@@ -253,7 +262,7 @@ void check_head(const Isa& isa, const Problem& p, int64_t s, int64_t head, const
     const double wanted = sum / total;
     EXPECT(loose < total / 8, "%s: the bound means nothing", isa.name);
     double bound = (slack + std::fabs(wanted) * loose) / (total - loose) + 2 * kUnit * std::fabs(wanted);
-    if (c.dtype == Dtype::bfloat16) bound += 0x1p-8 * (std::fabs(wanted) + bound);
+    bound += half_unit(c.dtype, std::fabs(wanted) + bound);
     const double got = load_float(out.as<void>(), (s * heads + head) * c.dim + d, c.dtype);
     EXPECT(
         std::fabs(got - wanted) <= bound,
@@ -272,7 +281,7 @@ void check(const Isa& isa, const Problem& p) {
     for (int64_t head = 0; head < p.c.key_heads * p.c.shared; ++head) check_head(isa, p, s, head, *out);
 }
 
-constexpr Dtype kDtypes[] = {Dtype::float32, Dtype::bfloat16};
+constexpr Dtype kDtypes[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16};
 constexpr int64_t kWindows[] = {0, 1, 40, 256, 300};
 
 // Every shape around what is taken at once: chunks, blocks, pages, queries, vectors; on 1, 2, 3 and 7 threads.
@@ -323,9 +332,7 @@ void check_norm(const Isa& isa, uint32_t seed) {
           store_float(h.as<void>(), i, dtype, normal(random));
           store_float(delta.as<void>(), i, dtype, normal(random));
           const float before = load_float(h.as<void>(), i, dtype), more = load_float(delta.as<void>(), i, dtype);
-          float sum = before + (added ? more : 0.0f);
-          if (dtype == Dtype::bfloat16) sum = bfloat16_to_float(float_to_bfloat16(sum));
-          wanted[i] = sum;
+          wanted[i] = rounded_to(dtype, before + (added ? more : 0.0f));
         }
         const Norm p{
             h.as<void>(), added ? delta.as<void>() : nullptr, weight.as<void>(), out.as<void>(), rows, cols, dtype,
@@ -340,9 +347,10 @@ void check_norm(const Isa& isa, uint32_t seed) {
             EXPECT(load_float(h.as<void>(), at, dtype) == static_cast<float>(wanted[at]), "%s: h[%ld]", isa.name, at);
             const double y = wanted[at] * scale * load_float(weight.as<void>(), i, dtype);
             const double got = load_float(out.as<void>(), at, dtype);
-            // The sum of squares of one sign, its root and quotient, two products; of bfloat16 two roundings more.
+            // The sum of squares of one sign, its root and quotient, two products; of 16 bits two roundings more.
             const double bound = std::fabs(y) * (static_cast<double>(cols) / 16 + 12) * kUnit;
-            const double rounding = dtype == Dtype::bfloat16 ? 2 * 0x1.02p-8 * std::fabs(y) : 0;
+            const double weighed = std::fabs(static_cast<double>(load_float(weight.as<void>(), i, dtype)));
+            const double rounding = 1.02 * half_unit(dtype, y) + weighed * half_unit(dtype, y / weighed);
             EXPECT(std::fabs(got - y) <= bound + rounding, "%s: norm of %ld: %g, wanted %g", isa.name, cols, got, y);
           }
         }
