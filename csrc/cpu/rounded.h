@@ -179,15 +179,6 @@ inline __m512 total(const __m512i* sum) {
   return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(sum[kBytes - 1], 8), sum[0]));
 }
 
-// call(std::integral_constant of `tokens`), of T to Most.
-template <int T, int Most, class Call>
-inline void known(int64_t tokens, const Call& call) {
-  if constexpr (T < Most) {
-    if (tokens > T) return known<T + 1, Most>(tokens, call);
-  }
-  call(std::integral_constant<int, T>());
-}
-
 // The tokens that could not be rounded.
 template <class Expanded, int kBytes>
 void exact_tokens(const Product& p, int64_t begin, int64_t end, const Rounded<kBytes>& rounded) {

@@ -27,8 +27,9 @@ constexpr int64_t kFew = 32;                        // kept weights of four rows
 // Whether this is faster than the panel and, if the weight may go in pairs, than those: ns of a Zen 5 for 1024 weights,
 // as measured at 9 to 256 tokens. From 0.36 on most tiles need the large tables. Not measured on other CPUs.
 inline bool pays(const sbt::View& weight, int64_t tokens, bool or_pairs) {
+  if (tokens <= 8 || !multiplies_twice()) return false;
   const double density = density_of(weight), many = static_cast<double>(tokens);
-  if (!multiplies_twice() || tokens <= 8 || density > 0.36) return false;
+  if (density > 0.36) return false;
   const double a_token = weight.to_bytes ? 0.69 + 3.1 * density : 1.3 + 5.8 * density;
   const double others = pairs::panel_nanoseconds(weight, tokens);
   return 22 + 47 * density + a_token * many <
@@ -120,6 +121,17 @@ inline void find(const uint32_t* words, const uint8_t* value, Kept& kept) {
   }
 }
 
+// Finds what a macro tile keeps, and asks for what comes later.
+inline void look(const sbt::View& weight, int64_t tile, Kept& kept) {
+  constexpr int64_t kLines = 8;  // of values at half density; as many at any other, which is known to the CPU
+  const uint32_t* words = weight.mask + tile * sbt::kWords;
+  const uint8_t* value = tile_values<uint8_t>(weight, tile);
+  Far asks;
+  asks.start(words, value, tile_values<uint8_t>(weight, tile + 1) - value, kLines);
+  for (int64_t i = 0; i < kLines; ++i) asks.more();
+  find(words, value, kept);
+}
+
 // 32 bytes from each of two places.
 inline __m512i two_halves(const uint8_t* low, const uint8_t* high) {
   const auto half = [](const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); };
@@ -150,9 +162,9 @@ struct Table {
   }
 };
 
-// The slots of a macro tile; returns what comes after the last. Adds -128 times their weights to `start`.
+// The slots of a macro tile; returns what comes after the last. Adds 128 times their weights to `offset`.
 template <bool kSmall>
-inline Slot* fill(const uint32_t* words, const Kept& kept, Slot* to, __m512i& start) {
+inline Slot* fill(const uint32_t* words, const Kept& kept, Slot* to, __m512i& offset) {
   __m512i index[sbt::kSteps], end[sbt::kSteps];  // of each step: of the next four weights; where rows end
   const __m512i fours = _mm512_load_si512(kSmall ? kConstants.small : kConstants.large);
 #pragma GCC unroll 2
@@ -178,7 +190,7 @@ inline Slot* fill(const uint32_t* words, const Kept& kept, Slot* to, __m512i& st
                                   Table<kSmall>(kept.column[0] + 2 * kStepBytes),
                                   Table<kSmall>(kept.column[0] + 3 * kStepBytes)};
   const __m512i next = _mm512_set1_epi8(4);
-  __m512i place = _mm512_set1_epi32(0x03020100), sum = start;
+  __m512i place = _mm512_set1_epi32(0x03020100), sum = offset;
   for (Slot* const after = to + kept.slots; to < after; ++to) {
     __m512i w = value[0].at(index[0]), c = column[0].at(index[0]);
 #pragma GCC unroll 4
@@ -195,20 +207,20 @@ inline Slot* fill(const uint32_t* words, const Kept& kept, Slot* to, __m512i& st
 #pragma GCC unroll 4
     for (int64_t step = 0; step < sbt::kSteps; ++step) index[step] = _mm512_add_epi8(index[step], next);
   }
-  start = sum;
+  offset = sum;
   return to;
 }
 
 inline void make(const sbt::View& weight, int64_t tile, int64_t width, const Kept* kept, Group& group) {
-  __m512i start = _mm512_setzero_si512();
+  __m512i offset = _mm512_setzero_si512();
   Slot* to = group.slot;
   for (int64_t i = 0; i < width; ++i) {
     const uint32_t* words = weight.mask + (tile + i) * sbt::kWords;
-    to = kept[i].few ? fill<true>(words, kept[i], to, start) : fill<false>(words, kept[i], to, start);
+    to = kept[i].few ? fill<true>(words, kept[i], to, offset) : fill<false>(words, kept[i], to, offset);
     if (i == 0) group.first = to - group.slot;
   }
   group.count = to - group.slot;
-  _mm512_store_si512(group.start, _mm512_sub_epi32(_mm512_setzero_si512(), start));
+  _mm512_store_si512(group.start, _mm512_sub_epi32(_mm512_setzero_si512(), offset));
 }
 
 template <int kBytes>
@@ -276,17 +288,7 @@ struct Slots {
           store_sums(p, row_tile, token + t, _mm512_load_ps(sums + t * sbt::kTileRows));
       }
     }
-    exact_tokens<ExpandedBytes<AsksNear<>>>(p, begin, end, rounded);
-  }
-
-  static void look(const sbt::View& weight, int64_t tile, Kept& kept) {
-    constexpr int64_t kLines = 8;  // of values at half density; as many at any other, which is known to the CPU
-    const uint32_t* words = weight.mask + tile * sbt::kWords;
-    const uint8_t* value = tile_values<uint8_t>(weight, tile);
-    Far asks;
-    asks.start(words, value, tile_values<uint8_t>(weight, tile + 1) - value, kLines);
-    for (int64_t i = 0; i < kLines; ++i) asks.more();
-    find(words, value, kept);
+    exact_tokens<NearBytes>(p, begin, end, rounded);
   }
 };
 

@@ -167,15 +167,6 @@ __attribute__((noinline)) void block(const int16_t* panel, int64_t pairs, const 
   }
 }
 
-template <int T = 1>
-void block_of(int64_t count, const int16_t* panel, int64_t pairs, const int16_t* x, const float* units,
-              const float* scales, float* sums) {
-  if constexpr (T < kBlock) {
-    if (count > T) return block_of<T + 1>(count, panel, pairs, x, units, scales, sums);
-  }
-  block<T>(panel, pairs, x, units, scales, sums);
-}
-
 // A token that could not be rounded, in float32.
 inline void exact(const Product& p, int64_t row_tile, int64_t token) {
   const void* x = static_cast<const char*>(p.given.data) + token * p.given.stride * size_of(p.given.dtype);
@@ -221,9 +212,13 @@ inline void product(const Product& p, int64_t begin, int64_t end, void* scratch)
         for (int64_t i = 0; i < width; ++i) expand_tile(p.weight, row_tile * tiles + c + i, panel + i * kTilePanel);
         alignas(32) float scales[sbt::kTileRows];
         if (p.weight.grouped()) tile_scales(p.weight, row_tile, c, scales);
-        for (int64_t t = 0; t < pass; t += some)
-          block_of(std::min(some, pass - t), panel, width * sbt::kTileCols / 2, rounded.columns(p.x, g, token + t),
-                   rounded.units(p.x, g, token + t), p.weight.grouped() ? scales : nullptr, sums + t * sbt::kTileRows);
+        for (int64_t t = 0; t < pass; t += some) {
+          known<1, kBlock>(std::min(some, pass - t), [&](auto count) {
+            block<decltype(count)::value>(panel, width * sbt::kTileCols / 2, rounded.columns(p.x, g, token + t),
+                                          rounded.units(p.x, g, token + t), p.weight.grouped() ? scales : nullptr,
+                                          sums + t * sbt::kTileRows);
+          });
+        }
       }
       for (int64_t t = 0; t < pass; ++t) store_rows(p, row_tile, token + t, sums + t * sbt::kTileRows);
       for (int64_t t = 0; t < pass; ++t)
