@@ -4,6 +4,7 @@ On a GPU times are those between events of the device; nothing waits for a token
 calls run one after the other.
 """
 
+import functools
 import itertools
 import statistics
 import time
@@ -17,6 +18,7 @@ from alphaprune.graphs import Steps
 from alphaprune.ragged import Ragged
 
 WARM_UPS = 3
+TURN = 8  # calls in a row, the first of which is not timed
 
 
 class Watch:
@@ -48,10 +50,10 @@ def time_steps(model: nn.Module, batch: int, prompt: int, new: int, how: str = "
 
     step_seconds: median of `new` steps; tokens_per_second: of all sequences together, over the sum of these steps.
     kernel_seconds: every product of a step with a weight called alone with a random x, in one graph, median.
-    step_over_kernels: median of the ratios of a step to the products next to it.
+    step_over_kernels: median of the ratios of steps to the products next to them, each several in a row.
     """
     decoder = Decoder(model, direct=how != "compile")
-    ragged = Ragged(decoder, batch, prompt + WARM_UPS + 2 * new + 1)
+    ragged = Ragged(decoder, batch, prompt + WARM_UPS + new + max(TURN, new) + 1)
     steps = Steps(ragged, how, buckets=(batch,))
     slots = [ragged.open() for _ in range(batch)]
     tokens = random_tokens(decoder, batch, prompt)
@@ -68,16 +70,19 @@ def time_steps(model: nn.Module, batch: int, prompt: int, new: int, how: str = "
         steps(slots)
         watch.mark()
     found = watch.seconds()
-    ratios, kernels = [], []
-    for _ in range(new):
-        watch.mark()
-        steps(slots)
-        watch.mark()
-        multiply()
-        watch.mark()
-        step, product = watch.seconds()
-        ratios.append(step / product)
-        kernels.append(product)
+    # By turns of several, as steps follow one another: after a pause or another graph a device waits for a launch.
+    kernels, ratios = [], []
+    for _ in range(max(1, new // TURN)):
+        turns = []
+        for call in (functools.partial(steps, slots), multiply):
+            call()
+            watch.mark()
+            for _ in range(TURN - 1):
+                call()
+                watch.mark()
+            turns.append(watch.seconds())
+        kernels += turns[1]
+        ratios.append(statistics.median(turns[0]) / statistics.median(turns[1]))
     return {
         "step_seconds": statistics.median(found),
         "tokens_per_second": batch * new / sum(found),
