@@ -35,11 +35,13 @@ COLUMNS = ("instr", "alu", "popc", "lsu", "hmma", "fma", "uniform", "control")
 TEMPLATES = (
     "sbt_mma<",
     "sbt_mma_int8<",
+    "pair_mma<",
     "nm_mma_sp<",
     "nm_mma_sp_sm90<",
     "delta_spmv<",
 )  # kernels with <value type, tiles or tokens>
-HOPPER = ("sbt_wgmma<", "nm_mma_sp_sm90<")  # kernels of sm_90a
+WIDE = ("sbt_wgmma<", "pair_wgmma<")  # whose first number is tokens
+HOPPER = (*WIDE, "nm_mma_sp_sm90<")  # kernels of sm_90a
 # Weights of the dense matrix that an instruction multiplies by eight tokens, and the registers of operands a and b.
 PRODUCTS = {
     "HMMA.SP.16832": (512, 4, 4),
@@ -83,10 +85,21 @@ SHARED = {
         "mma_shared_bytes<IntegerLane<Bfloat16>>({{1, 14 / {1}, 1, 2, 2}}, {1}, {0}, "
         "Copies::{copies}, {0} * 8, half(kChunk, 1))",
     ),
+    "pair_mma": (
+        "cuda/sbt_mma.cuh",
+        "mma_shared_bytes<PairLane>({{1, 14 / {1}, 1, 2, 2}}, {1}, {0}, Copies::{copies}, {0} * 8, half(2))",
+    ),
     "sbt_wgmma": (
         "cuda/sbt_wgmma.cuh",
         "[] {{ WideProblem p{{}}; p.row_tiles = p.clusters = p.slices = 1, p.stages = 2, p.groups = wide_groups({0}); "
-        "p.value_bytes = half(kChunk), p.stage_bytes = p.tiles() * p.tile_bytes(); return p.shared_bytes({0}); }}()",
+        "p.value_bytes = half(kChunk), p.mask_bytes = kChunk * kWideTileMask, "
+        "p.stage_bytes = p.tiles() * p.tile_bytes(); return p.shared_bytes({0}); }}()",
+    ),
+    "pair_wgmma": (
+        "cuda/sbt_wgmma.cuh",
+        "[] {{ WideProblem p{{}}; p.row_tiles = p.clusters = p.slices = 1, p.stages = 2, p.groups = wide_groups({0}); "
+        "p.value_bytes = half(2), p.mask_bytes = kWideTileMask, "
+        "p.stage_bytes = p.tiles() * p.tile_bytes(); return p.shared_bytes({0}); }}()",
     ),
     "sbt_expand": ("cuda/sbt_expand.cuh", "expand_shared_bytes(half(kChunk))"),
     "nm_mma_sp": ("cuda/nm_mma_sp.cuh", "nm_shared_bytes({0})"),
@@ -141,7 +154,11 @@ def dynamic_shared(kernels: list[str], folder: Path) -> dict[str, int]:
 def copies_of(kernel: str) -> str:
     """How sbt_mma copies: the name of the number that stands for it, the last but one or last of the template's."""
     numbers = [a for a in arguments_of(kernel) if a.isdigit()]
-    return ("edges", "whole", "bulk")[int(numbers[2])] if kernel.startswith("sbt_mma") and len(numbers) > 2 else ""
+    return (
+        ("edges", "whole", "bulk")[int(numbers[2])]
+        if kernel.startswith(("sbt_mma", "pair_mma")) and len(numbers) > 2
+        else ""
+    )
 
 
 def arguments_of(kernel: str) -> list[str]:
@@ -153,7 +170,7 @@ def arguments_of(kernel: str) -> list[str]:
 def count_of(kernel: str) -> int:
     """Tiles of eight tokens, or tokens of an SpMV: the first number of the template; 1 for other kernels."""
     numbers = [int(a.rstrip("u")) for a in arguments_of(kernel) if re.fullmatch(r"\d+u?", a)]
-    if numbers and kernel.startswith("sbt_wgmma<"):
+    if numbers and kernel.startswith(WIDE):
         return numbers[0] // 8
     return numbers[0] if numbers and kernel.startswith(TEMPLATES) else 1
 

@@ -124,6 +124,32 @@ def wide() -> str:
     return "\n\n".join(parts)
 
 
+def pairs() -> str:
+    """pair_mma beside sbt_wgmma and torch."""
+    parts, of = [], rows("pairs.jsonl")
+    for name in dict.fromkeys(row["gpu"] for row in of):
+        here = sorted(
+            (row for row in of if row["gpu"] == name),
+            key=lambda row: (row["tokens"], row["sparsity"], [-size for size in row["shape"]]),
+        )
+        lines = [
+            [
+                f"{row['tokens']}",
+                "×".join(map(str, row["shape"])),
+                f"{row['sparsity']:.0%}",
+                *(f"{1e6 * row['seconds'][by]:.1f}" for by in ("dense", "sbt_wgmma", "pair_mma")),
+                f"{row['seconds']['dense'] / row['seconds']['pair_mma']:.2f}×",
+            ]
+            for row in here
+        ]
+        columns = ["tokens", "layer", "sparsity", "torch", "sbt_wgmma", "pair_mma", "over torch"]
+        parts.append(
+            f"{table(columns, lines)}\n\nMicroseconds, bfloat16, weights from memory, by what `bench/wide.py` measures "
+            f"with, {name}: `pair_mma` in a run some minutes after the others ([rows](RESULTS/pairs.jsonl))."
+        )
+    return "\n\n".join(parts)
+
+
 def gpu_decode() -> str:
     """Whole models on GPUs."""
     parts = []

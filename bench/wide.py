@@ -7,7 +7,7 @@ Rows, one JSON object each; a time is the median of graph replays over so many c
 
 machine's facts            as in bench/gpu.py
 shape, sparsity, tokens    of the layer [N, K] and its call, in bfloat16
-seconds                    by name: dense, sbt_mma, chosen, and "groups, slices, splits" of every way (WideWays)
+seconds                    by name: dense, sbt_mma, pair_mma, chosen, and "groups, slices, splits" of every way
 best, over_dense           the fastest way; dense over what is chosen
 
 A way whose product is not that of torch ends the script: what it took is then worth nothing.
@@ -41,6 +41,7 @@ PLAN: tuple[tuple[Shape, float, tuple[int, ...]], ...] = (
     *((shape, 0.8, (32,)) for shape in (LARGE, OUT)),
 )
 GROUPS = {32: 4, 64: 4, 128: 3, 256: 2}  # wide_groups of csrc/cuda/sbt_wgmma.cuh, by tokens
+OTHERS = ("sbt_mma", "pair_mma")  # kernels for as few tokens
 ALLOWED = 5e-3  # of the norm of y: rounding to bfloat16
 REPEATS = 7
 
@@ -54,8 +55,8 @@ def ways(tokens: int) -> Iterator[tuple[int, int, int]]:
 
 
 def calls_of(name: str, copies: list[Packed], x: torch.Tensor) -> list[Call]:
-    """A call for each copy of the weight, by sbt_mma or by a way of sbt_wgmma."""
-    if name == "sbt_mma":
+    """A call for each copy of the weight, by a kernel of that name or by a way of sbt_wgmma."""
+    if name in OTHERS:
         return [functools.partial(spmm.prepare(one, "bench", name), x) for one in copies]
     way = (0, 0, 0) if name == "chosen" else tuple(int(part) for part in name.split(", "))
     return [wide(one, x, way) for one in copies]
@@ -101,7 +102,7 @@ def measure(
 def row(rig: Cuda, weights: Weights, sparsity: float, tokens: int) -> dict[str, object]:
     """Of every way."""
     names = ["chosen", *(", ".join(map(str, way)) for way in ways(tokens))]
-    found = measure(rig, weights, sparsity, tokens, (["sbt_mma"] if tokens <= 64 else []) + names)
+    found = measure(rig, weights, sparsity, tokens, [*(OTHERS if tokens <= 64 else ()), *names])
     best = min((name for name in names if name in found), key=lambda name: found[name])
     return {
         **rig.facts(),
@@ -113,7 +114,7 @@ def row(rig: Cuda, weights: Weights, sparsity: float, tokens: int) -> dict[str, 
 def line(row: dict) -> str:
     micro = {name: f"{1e6 * seconds:.1f}" for name, seconds in row["seconds"].items()}
     shape = "x".join(map(str, row["shape"]))
-    known = "  ".join(f"{name} {micro[name]}" for name in ("dense", "sbt_mma", "chosen") if name in micro)
+    known = "  ".join(f"{name} {micro[name]}" for name in ("dense", *OTHERS, "chosen") if name in micro)
     return f"{shape:>12} {row['sparsity']:.0%} {row['tokens']:>4}  {known}  best ({row['best']}) {micro[row['best']]}"
 
 

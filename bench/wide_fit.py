@@ -1,4 +1,4 @@
-"""Fits the constants by which sbt_wgmma shares its work (csrc/cuda/sbt_wgmma.cu) to rows of bench/wide.py.
+"""Fits the constants by which sbt_wgmma shares its work (csrc/cuda/launch_wide.cuh) to rows of bench/wide.py.
 
 python bench/wide_fit.py                                     what the constants as they are take, over the fastest ways
 python bench/wide_fit.py --fit bench/results/wide.jsonl      new ones, to be written into the source by hand
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ROWS, SOURCE = ROOT / "bench" / "results" / "wide.jsonl", ROOT / "csrc" / "cuda" / "sbt_wgmma.cu"
+ROWS, SOURCE = ROOT / "bench" / "results" / "wide.jsonl", ROOT / "csrc" / "cuda" / "launch_wide.cuh"
 NAMES = ("kBlock", "kRound", "kRoundTokens", "kCluster", "kClusterTokens", "kAlone", "kBusy", "kBusyTokens", "kOrder",
          "kOrderTiles", "kActivationBytes")  # fmt: skip
 WEIGHT_BYTES, CLOCK = 18, 1.755e9  # kWeightBytes; Hz of an H200

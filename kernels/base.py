@@ -18,6 +18,7 @@ MEMBERS = (  # in order of preference, on each device
         "nm_mma_sp",
         "delta_spmv",
         "triton_ell",
+        "pair_mma",
         "sbt_wgmma",
         "sbt_mma",
         "sbt_expand",
@@ -59,7 +60,8 @@ class Kernel:
     bind(packed) -> Bound, for a packed weight that was validated; it keeps the tensors alive.
     most_tokens: without a time table, the automatic choice takes it up to so many; where None, for any number.
     least_tokens: without a time table, the automatic choice takes it from so many on.
-    most_density: without a time table, the automatic choice takes it for weights of which so much is kept at most.
+    most_density: without a time table, the automatic choice takes it for weights of which so much is kept at most; a
+    function where that depends on the machine.
     Both are the built-in default: predicted, not measured on the machine at hand. What `supports` says of
     tokens changes at most_tokens or at a number that time tables measure, if at all.
     fits(packed) -> None, or the sentence that says why it does not take this weight, whatever its shape and dtype.
@@ -75,7 +77,7 @@ class Kernel:
     supports: Callable[[tuple[int, int], int, torch.dtype, torch.dtype], str | None]
     bind: Callable[[Packed], Bound]
     most_tokens: int | None = None
-    most_density: float = 1.0
+    most_density: float | Callable[[], float] = 1.0
     fits: Callable[[Packed], str | None] | None = None
     least_tokens: int = 0
     bind_group: Callable[[Sequence[Packed], bool], Together | None] | None = None
@@ -87,6 +89,11 @@ class Kernel:
         if self.most_tokens is None or tokens <= self.most_tokens:
             return True
         return self.any_tokens is not None and self.any_tokens(weight, x, density)
+
+    @property
+    def densest(self) -> float:
+        """most_density on this machine."""
+        return self.most_density() if callable(self.most_density) else self.most_density
 
 
 def kernels() -> dict[str, Kernel]:
@@ -151,8 +158,8 @@ def choose(
             passed.append(f"{kernel.name}: past {kernel.most_tokens} tokens another is faster")
         elif tokens < kernel.least_tokens:
             passed.append(f"{kernel.name}: below {kernel.least_tokens} tokens another is faster")
-        elif kernel.most_density < 1 and (density is None or density > kernel.most_density):
-            passed.append(f"{kernel.name}: another is thought to be faster above a density of {kernel.most_density}")
+        elif kernel.densest < 1 and (density is None or density > kernel.densest):
+            passed.append(f"{kernel.name}: another is thought to be faster above a density of {kernel.densest}")
         else:
             return kernel, "; ".join(passed)
     raise ValueError(f"no kernel takes {shape} in {weight_dtype} with {x_dtype} on {device}: {'; '.join(passed)}")

@@ -1,12 +1,13 @@
 """What kernels keep for good beside a packed weight, in layouts of their own."""
 
 from alphaprune.formats import Packed
-from alphaprune.kernels import delta_layout, nm_layout, nm_library
+from alphaprune.kernels import delta_layout, nm_layout, nm_library, pair_layout
 
 SIZES = {
     "nm_mma_sp": nm_layout.nbytes,
     "nm_cusparselt": nm_library.nbytes,
     "delta_spmv": delta_layout.nbytes,
+    "pair_mma": pair_layout.nbytes,
 }
 
 

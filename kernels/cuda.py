@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from alphaprune import devices
 from alphaprune.formats import Packed, native
-from alphaprune.kernels import delta_layout, nm_layout
+from alphaprune.kernels import delta_layout, nm_layout, pair_layout
 from alphaprune.kernels.base import Bound, Kernel, Norm, Together
 
 OLDEST = 10 * devices.OLDEST[0] + devices.OLDEST[1]  # for cp.async and mma.m16n8k16 in bfloat16
@@ -285,21 +285,62 @@ def bind_nm_group(weights: Sequence[Packed], swiglu: bool) -> Together | None:
     return joined(load().NmWeight.joined(made), rows, cols, weights[0].device, len(rows), *panels)
 
 
-_panels: "weakref.WeakKeyDictionary[Packed, weakref.ref[nm_layout.NmPanels]]" = weakref.WeakKeyDictionary()
-
-
 def _nm(packed: Packed) -> tuple[Any, nm_layout.NmPanels]:
-    """The native weight, and the panels that it reads: those that there are, as long as anyone keeps them."""
+    """The native weight, and the panels that it reads."""
     index = packed.device.index or 0
     _device(index)
-    known = _panels.get(packed)
-    panels = None if known is None else known()
-    if panels is None:
-        panels = nm_layout.build(packed)
-        if packed.device.type == "cuda":  # the kernel may read them before those before it in the stream have ended
-            torch.cuda.current_stream(packed.device).synchronize()
-        _panels[packed] = weakref.ref(panels)
+    panels = _layout(packed, nm_layout.build)
     return load().NmWeight(panels.panels.data_ptr(), *packed.shape, native.DTYPES[packed.dtype], index), panels
+
+
+def bind_pairs(packed: Packed) -> Bound:
+    """pair_mma with one packed weight, of which it makes and keeps pairs of columns."""
+    made, pairs = _pairs(packed)
+    return _bound(made, packed, pairs)
+
+
+def bind_pairs_group(weights: Sequence[Packed], swiglu: bool) -> Together | None:
+    """pair_mma with up to 3 weights, on the pairs that each of them has for itself."""
+    if swiglu or not _may_share(weights):
+        return None
+    made, pairs = zip(*map(_pairs, weights), strict=True)
+    rows, (_, cols) = [packed.shape[0] for packed in weights], weights[0].shape
+    return joined(load().PairWeight.joined(made), rows, cols, weights[0].device, len(rows), *pairs)
+
+
+def _pairs(packed: Packed) -> tuple[Any, pair_layout.Pairs]:
+    """The native weight, and the pairs that it reads."""
+    index = packed.device.index or 0
+    _device(index)
+    pairs = _layout(packed, pair_layout.build)
+    addresses = [tensor.data_ptr() for tensor in (pairs.packed.weight, pairs.packed.mask, pairs.packed.offsets)]
+    units = stage_units(pairs.packed, 1)
+    return load().PairWeight(*addresses, *packed.shape, native.DTYPES[packed.dtype], units, index), pairs
+
+
+def pair_density() -> float:
+    """Up to which density pairs are faster by themselves: they read more bytes, and issue half of the instructions.
+
+    On an H200 they were at 70 % sparsity, and not at 60 % (bench/results/wide.jsonl); with less memory bandwidth for a
+    multiprocessor, as an A100 has it, bytes count for more: a prediction.
+    """
+    return 0.2 if missing_wide() else 0.32
+
+
+_layouts: "dict[Callable[[Packed], Any], weakref.WeakKeyDictionary[Packed, weakref.ref[Any]]]" = {}
+
+
+def _layout(packed: Packed, build: Callable[[Packed], Any]) -> Any:
+    """What `build` makes of a packed weight: the one that there is, as long as anyone keeps it."""
+    made = _layouts.setdefault(build, weakref.WeakKeyDictionary())
+    known = made.get(packed)
+    found = None if known is None else known()
+    if found is None:
+        found = build(packed)
+        if packed.device.type == "cuda":  # the kernel may read it before those before it in the stream have ended
+            torch.cuda.current_stream(packed.device).synchronize()
+        made[packed] = weakref.ref(found)
+    return found
 
 
 def crowded(packed: Packed) -> str | None:
@@ -346,6 +387,11 @@ KERNELS = (
     Kernel(
         *("delta_spmv", "cuda", missing, supports_delta, bind_delta),
         **{"most_tokens": 2, "most_density": 0.5, "bind_group": bind_delta_group, "adds": True},
+    ),
+    Kernel(
+        *("pair_mma", "cuda", missing, supports, bind_pairs),
+        **{"most_tokens": 64, "least_tokens": 17, "most_density": pair_density, "bind_group": bind_pairs_group},
+        adds=True,
     ),
     Kernel(
         *("sbt_wgmma", "cuda", missing_wide, supports, bind_wide),

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from alphaprune.kernels import delta_layout
+from alphaprune.kernels import delta_layout, pair_layout
 from alphaprune.kernels.table import DENSE, Curve, Gpu, Table
 
 UNIT = 1024
@@ -59,14 +59,18 @@ COUNTS: dict[str, dict[tuple[str, int], tuple[float, float]]] = {
         ("nm_mma_sp", 16): (22.5, 7.0),
         ("nm_mma_sp", 32): (36.75, 11.0),
         ("nm_mma_sp", 64): (64.25, 19.75),
-        ("sbt_mma", 8): (209.0, 65.64),
-        ("sbt_mma", 16): (217.0, 73.64),
-        ("sbt_mma", 32): (241.0, 89.64),
-        ("sbt_mma", 64): (293.75, 89.64),
-        ("sbt_mma_int8", 8): (190.0, 59.0),
+        ("pair_mma", 8): (127.0, 36.0),
+        ("pair_mma", 16): (144.5, 44.0),
+        ("pair_mma", 32): (164.5, 60.0),
+        ("pair_mma", 64): (207.25, 60.25),
+        ("sbt_mma", 8): (208.0, 65.64),
+        ("sbt_mma", 16): (217.5, 73.64),
+        ("sbt_mma", 32): (240.0, 89.64),
+        ("sbt_mma", 64): (302.0, 89.64),
+        ("sbt_mma_int8", 8): (191.0, 59.0),
         ("sbt_mma_int8", 16): (203.0, 67.0),
-        ("sbt_mma_int8", 32): (222.5, 83.0),
-        ("sbt_mma_int8", 64): (312.0, 115.0),
+        ("sbt_mma_int8", 32): (224.0, 83.0),
+        ("sbt_mma_int8", 64): (311.5, 115.0),
     },
     "sm_90a": {
         ("delta_spmv", 1): (255.0, 46.0),
@@ -80,21 +84,28 @@ COUNTS: dict[str, dict[tuple[str, int], tuple[float, float]]] = {
         ("nm_mma_sp_sm90", 16): (17.25, 4.75),
         ("nm_mma_sp_sm90", 32): (25.75, 7.0),
         ("nm_mma_sp_sm90", 64): (45.75, 11.0),
+        ("pair_mma", 8): (129.0, 33.5),
+        ("pair_mma", 16): (142.5, 41.5),
+        ("pair_mma", 32): (167.0, 56.5),
+        ("pair_mma", 64): (211.25, 57.75),
+        ("pair_wgmma", 16): (107.0, 22.5),
+        ("pair_wgmma", 32): (107.0, 22.5),
+        ("pair_wgmma", 64): (108.0, 23.5),
         ("sbt_mma", 8): (216.0, 65.64),
         ("sbt_mma", 16): (226.0, 73.64),
         ("sbt_mma", 32): (242.5, 89.64),
-        ("sbt_mma", 64): (292.0, 89.64),
-        ("sbt_mma_int8", 8): (200.5, 59.0),
+        ("sbt_mma", 64): (297.75, 89.64),
+        ("sbt_mma_int8", 8): (199.5, 59.0),
         ("sbt_mma_int8", 16): (214.5, 67.0),
-        ("sbt_mma_int8", 32): (238.5, 83.0),
-        ("sbt_mma_int8", 64): (342.5, 115.0),
-        ("sbt_wgmma", 128): (200.5, 41.5),
-        ("sbt_wgmma", 256): (202.0, 41.5),
-        ("sbt_wgmma", 32): (199.5, 41.5),
-        ("sbt_wgmma", 64): (200.0, 41.5),
+        ("sbt_mma_int8", 32): (239.5, 83.0),
+        ("sbt_mma_int8", 64): (349.5, 115.0),
+        ("sbt_wgmma", 32): (199.5, 42.0),
+        ("sbt_wgmma", 64): (200.0, 42.0),
+        ("sbt_wgmma", 128): (200.5, 42.0),
+        ("sbt_wgmma", 256): (202.0, 42.0),
     },
 }
-MOST = {"delta_spmv": 4, "nm_mma_sp": 64, "sbt_mma": 64, "sbt_wgmma": 256}  # tokens of one call
+MOST = {"delta_spmv": 4, "nm_mma_sp": 64, "pair_mma": 64, "sbt_mma": 64, "sbt_wgmma": 256}  # tokens of one call
 # What an H200 took over what the parts say, 28672x4096 at 50 % (bench/results/gpu.jsonl and wide.jsonl): latencies are
 # not hidden. Of int8 values it is a guess.
 OVER = {
@@ -108,7 +119,8 @@ OVER = {
     ("sbt_mma_int8", 64): 1.5,
 }
 INT8 = {"sbt_mma": "sbt_mma_int8"}  # compiled kernels that multiply int8 values: under what name they are counted
-SM90 = {"nm_mma_sp": "nm_mma_sp_sm90"}  # what runs for it on sm_90a
+# What runs for a kernel on sm_90a, and from how many tokens on.
+SM90 = {"nm_mma_sp": {"nm_mma_sp_sm90": 0}, "pair_mma": {"pair_mma": 0, "pair_wgmma": 32}}
 EXPANDED = ("sbt_expand", "triton_expand")
 
 
@@ -139,8 +151,9 @@ def seconds(
         return 2 * LAUNCH + memory(packed + 4 * weights / CACHE) + max(memory(passing), multiplied)
     most, counts = MOST.get(kernel), COUNTS[rates.arch]
     kernel = INT8.get(kernel, "") if itemsize == 1 else kernel
-    counted = SM90[kernel] if kernel in SM90 and rates.arch == "sm_90a" else kernel
-    sizes = {m: found for (name, m), found in sorted(counts.items()) if name == counted}
+    counted = SM90[kernel] if kernel in SM90 and rates.arch == "sm_90a" else {kernel: 0}
+    known = [(m, name) for name, m in sorted(counts) if name in counted and m >= counted[name]]
+    sizes = {m: counts[name, m] for m, name in sorted(known)}
     if most is None or not sizes:
         return None
     calls, last = divmod(tokens, most)
@@ -164,6 +177,8 @@ def _call(
         packed = weights * delta_layout.bytes_per_weight(density)
     elif kernel == "nm_mma_sp":
         packed = weights * 9 / 8
+    elif kernel == "pair_mma":
+        packed = weights * pair_layout.bytes_per_weight(density)
     per_clock = 0 if kernel == "delta_spmv" else rates.fmas * (2 if kernel == "nm_mma_sp" else 1)
     parts = (
         packed / (MEMORY * rates.memory),

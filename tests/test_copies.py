@@ -10,7 +10,7 @@ from test_cuda import of_four
 
 import alphaprune
 from alphaprune.formats import Packed, sbt
-from alphaprune.kernels import base, copies, delta_layout, nm_layout, spmm
+from alphaprune.kernels import base, copies, delta_layout, nm_layout, pair_layout, spmm
 from alphaprune.kernels.base import Kernel
 from alphaprune.serving import copies as served
 from alphaprune.serving import kv
@@ -73,6 +73,7 @@ def test_bytes_are_those_of_the_layouts(shape: tuple[int, int], density: float) 
     if density == 0.5:
         assert copies.nbytes("nm_mma_sp", weight) == nm_layout.build(weight).nbytes
         assert copies.nbytes("nm_cusparselt", weight) == shape[0] * shape[1] * 9 // 16 * 2
+    assert copies.nbytes("pair_mma", weight) == pair_layout.build(weight).nbytes
     made = delta_layout.build(weight)
     built, line = made.nbytes, len(made.counts) * 32 * (8 * 2 + 4)
     # By chance the largest part of a small weight has a line more than is foreseen, and all are as long as that.

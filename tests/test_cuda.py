@@ -1,9 +1,10 @@
-"""sbt_mma and sbt_expand: the kernels' own source, run thread by thread on the CPU, and on a GPU where there is one."""
+"""sbt_mma, pair_mma and sbt_expand: the kernels' own source, run thread by thread on the CPU, and on a GPU if any."""
 
 import gc
 import itertools
 from dataclasses import replace
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import test_decoder
@@ -18,16 +19,24 @@ from torch import Tensor
 from alphaprune import hardware
 from alphaprune.decoder import Decoder
 from alphaprune.formats import Packed, quantize, sbt
-from alphaprune.kernels import base, cuda, group, neighbours, spmm
+from alphaprune.kernels import base, cuda, group, neighbours, pair_layout, spmm
 
 HALVES = cuda.HALVES
 H100, SMALL = (90, 132, 232448), (80, 1, 166912)  # SMALL: so few multiprocessors that a block owns all row tiles
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 100)
 INTEGERS = ("int8", "int8/128")  # with a scale per row, and per 128 columns of it
+PAIRS = "pairs"  # of floats, by pair_mma
+KINDS = (None, PAIRS, *INTEGERS)
 SHAPES = [(1, 1, 1), (16, 64, 0.4), (17, 65, 0), (17, 65, 1), (5, 300, 0.4), (50, 128, 0.6), (37, 512, 0.3)]
 
 
-def multiply(packed: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
+def multiply(packed: Packed, x: Tensor, bias: Tensor | None, values: str | None = None) -> Tensor:
+    """By sbt_mma; by pair_mma of PAIRS."""
+    if values == PAIRS:
+        pairs = pair_layout.build(packed)
+        pairs = replace(pairs, packed=pairs.packed.map(guarded))
+        with mock.patch.object(cuda, "_layout", lambda *_: pairs):
+            return cuda.bind_pairs(packed)(guarded(x), None if bias is None else guarded(bias))
     return cuda.bind(packed.map(guarded))(guarded(x), None if bias is None else guarded(bias))
 
 
@@ -41,12 +50,13 @@ def check(
     seed: int = 0,
     values: str | None = None,
 ) -> None:
-    """One product; values: one of INTEGERS, or floats in `dtype`."""
-    dense, packed, x = problem(n, k, tokens, density, values or dtype, dtype, seed)
-    assert_product(multiply(packed, x, bias), x, dense, bias)
+    """One product; values: one of INTEGERS, or floats in `dtype`, with PAIRS by pairs of columns."""
+    kind = values if values in INTEGERS else dtype
+    dense, packed, x = problem(n, k, tokens, density, kind, dtype, seed)
+    assert_product(multiply(packed, x, bias, values), x, dense, bias)
 
 
-@pytest.mark.parametrize("values", [None, *INTEGERS])
+@pytest.mark.parametrize("values", KINDS)
 @pytest.mark.parametrize("order", range(3))
 @pytest.mark.parametrize("dtype", HALVES)
 def test_product_is_within_the_bound(emulator: ModuleType, poisoned: None, dtype, order: int, values) -> None:
@@ -63,7 +73,7 @@ def test_product_is_within_the_bound(emulator: ModuleType, poisoned: None, dtype
     tokens=st.integers(0, 140),
     density=st.floats(0, 1),
     dtype=st.sampled_from(HALVES),
-    values=st.sampled_from((None, *INTEGERS)),
+    values=st.sampled_from(KINDS),
     order=st.integers(0, 2),
     seed=st.integers(0, 1000),
 )
@@ -94,6 +104,17 @@ def test_kernels_with_layouts_of_their_own(emulator: ModuleType, poisoned: None,
         assert_product(cuda.bind_nm(sbt.pack(pruned))(guarded(x), bias), x, pruned, bias)
 
 
+@pytest.mark.parametrize("tokens", [5, 20, 70])
+def test_pairs_of_several_weights_are_one_launch(emulator: ModuleType, poisoned: None, tokens: int) -> None:
+    rows, k = (40, 17, 64), 264
+    found = [problem(n, k, tokens, 0.2 + 0.1 * i, torch.bfloat16, torch.bfloat16, i) for i, n in enumerate(rows)]
+    x, biases = found[0][2], [None, torch.randn(17), None]
+    together = cuda.bind_pairs_group([packed for _, packed, _ in found], False)
+    for (dense, _, _), bias, y in zip(found, biases, together.run(guarded(x), biases, None), strict=True):
+        assert_product(y, x, dense, bias)
+    assert cuda.bind_pairs_group([packed for _, packed, _ in found[:2]], True) is None
+
+
 def test_two_of_four_is_recognised() -> None:
     for keep, fits in ((0, True), (1, True), (2, True), (3, False), (4, False)):
         weight = torch.randn(40, 200).bfloat16()
@@ -112,7 +133,9 @@ def test_any_device_shares_out_the_work(
 ) -> None:
     """From all of x in shared memory to slabs of few columns, from warps that take turns to several row tiles each."""
     emulator.emulate_device(capability, multiprocessors, shared)
-    for (n, k), tokens, values in itertools.product(((40, 1000), (70, 2048)), (3, 9, 40), (None, *INTEGERS)):
+    for (n, k), tokens, values in itertools.product(((40, 1000), (70, 2048)), (3, 9, 40), KINDS):
+        if values == PAIRS and tokens > 16 and capability == 90 and shared < 1 << 16:
+            continue  # no Hopper has so little for pair_wgmma
         emulator.emulate_in_order((n + tokens) % 3)
         check(n, k, tokens, 0.5, torch.bfloat16, torch.randn(n), values=values)
 
@@ -121,7 +144,7 @@ def test_any_device_shares_out_the_work(
 def test_more_row_tiles_than_warps(emulator: ModuleType, poisoned: None, order: int) -> None:
     emulator.emulate_device(90, 1, 80000)
     emulator.emulate_in_order(order)
-    for (n, k, tokens), values in itertools.product(((530, 128, 2), (700, 64, 20), (530, 512, 50)), (None, *INTEGERS)):
+    for (n, k, tokens), values in itertools.product(((530, 128, 2), (700, 64, 20), (530, 512, 50)), KINDS):
         check(n, k, tokens, 0.5, HALVES[tokens % 3 == 0], None, values=values)
 
 
@@ -133,7 +156,8 @@ def test_dense_tiles_beside_empty_ones(emulator: ModuleType, poisoned: None) -> 
         mask[16:32, 256:] = False
         dense = torch.randn(48, k).bfloat16() * mask
         x = torch.randn(5, k).bfloat16()
-        assert_product(multiply(sbt.pack(dense, mask), x, None), x, dense)
+        for values in (None, PAIRS):
+            assert_product(multiply(sbt.pack(dense, mask), x, None, values), x, dense)
         for columns in (None, 128):
             integers, scale, _ = quantize.quantize(dense, mask, columns)
             packed = sbt.pack(integers, mask, scale)

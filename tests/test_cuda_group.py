@@ -17,7 +17,7 @@ from tolerance import assert_product
 from torch import Tensor
 
 from alphaprune.formats import Packed, sbt
-from alphaprune.kernels import base, cuda, group, spmm
+from alphaprune.kernels import base, cuda, group, nm_layout, spmm
 
 TRIPLES = [(1, 15, 16), (17, 1, 100), (40, 33)]  # rows of each weight: parts of row tiles and whole ones
 DENSITIES = (0.2, 0.9, 0.0)
@@ -239,10 +239,11 @@ def test_panels_are_made_once(launches: list[int]) -> None:
         group.spmm_group(x, prepared)
         for one in prepared:
             one(x)
-        panels = [cuda._panels[one.packed]() for one in prepared]
+        known = cuda._layouts[nm_layout.build]
+        panels = [known[one.packed]() for one in prepared]
         assert [one.copied() for one in prepared] == [each.nbytes for each in panels]
         assert [cuda._nm(one.packed)[1] for one in prepared] == panels
-        alive = [cuda._panels[one.packed] for one in prepared]
+        alive = [known[one.packed] for one in prepared]
         del panels
         prepared[1].leave_out("nm_mma_sp", "no room")
         group.spmm_group(x, prepared)

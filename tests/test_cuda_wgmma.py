@@ -221,8 +221,8 @@ PLANTED = {
         "fence is missing",
     ),
     "a fence before the operand": (
-        "mine.decode(words, set[i]);\n        }\n        wgmma_fence();",
-        "if (i == 0) wgmma_fence();\n          mine.decode(words, set[i]);\n        }",
+        "mine.decode(meta, first, next, set);\n        wgmma_fence();",
+        "wgmma_fence();\n        mine.decode(meta, first, next, set);",
         "fence is missing",
     ),
     "an operand written too early": ("a[first / kWideAtOnce % kWideSets]", "a[0]", "operand|error is"),
@@ -238,7 +238,7 @@ PLANTED = {
         "kSwizzleAlign >> 5) << 32",
         "error is|nobody",
     ),
-    "a box too few": ("box < kChunk; ++box", "box < kChunk - 1; ++box", "bytes more"),
+    "a box too few": ("box < kBoxes; ++box", "box < kBoxes - 1; ++box", "bytes more"),
     "the first box twice": (
         "chunk * kChunkCols + box * static_cast<int>(kBoxCols), 0",
         "chunk * kChunkCols, 0",
@@ -266,8 +266,8 @@ PLANTED = {
         "barrier|races",
     ),
     "a macro tile past the last": (
-        "if (number < limit) mask",
-        "if (number < limit + 9) mask",
+        "mine.store_meta(number < limit,",
+        "mine.store_meta(number < limit + 9,",
         "nobody wrote|error is|wait is missing|signal",
     ),
     "the word of the other half": ("const bool low = mask[i % 2]", "const bool low = mask[i / 2]", "error is|nobody"),

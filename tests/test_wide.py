@@ -18,7 +18,7 @@ CASES = wide_fit.cases(wide_fit.ROWS)
 
 @pytest.fixture(scope="module")
 def choose(tmp_path_factory: pytest.TempPathFactory):
-    """The choice of csrc/cuda/sbt_wgmma.cu: (groups, slices, splits)."""
+    """The choice of csrc/cuda/launch_wide.cuh: (groups, slices, splits)."""
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     library = cuda_face.build("wgmma", tmp_path_factory.mktemp("wide"))

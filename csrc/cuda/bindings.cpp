@@ -197,6 +197,57 @@ class Weight {
   Device device_;
 };
 
+// Pairs of neighbouring columns on a device, of one weight or of several that share x.
+class PairWeight {
+ public:
+  static constexpr int64_t kMostPairMma = 16;  // tokens, past which sm_90 has a faster kernel
+
+  // cols: of x. dtype: of each of a pair, x and y.
+  PairWeight(Address values, Address mask, Address offsets, int64_t rows, int64_t cols, int32_t dtype,
+             uint32_t stage_units, int device)
+      : views_{{at<const void>(values), at<const uint32_t>(mask), at<const uint32_t>(offsets), rows, ceil_div(cols, 2),
+                half_of(dtype)}},
+        rows_{rows},
+        cols_(cols),
+        stage_units_(stage_units),
+        index_(device),
+        device_(described(device)) {
+    if (rows < 1 || cols < 1) throw std::invalid_argument("a packed weight has at least one row and one column");
+    if (values % 16 || mask % 16 || offsets % 4)
+      throw std::invalid_argument("values and mask of pairs start on 16 bytes, offsets on 4");
+  }
+
+  // As of Weight.
+  static PairWeight joined(const std::vector<const PairWeight*>& members) {
+    check_members(members, [](const PairWeight& a, const PairWeight& b) {
+      return b.views_.size() == 1 && a.cols_ == b.cols_ && a.views_[0].dtype == b.views_[0].dtype &&
+             a.index_ == b.index_;
+    });
+    return join(members);
+  }
+
+  void multiply(Address x, int64_t tokens, const Biases& biases, Address residual, Address y, Address stream) const {
+    const bool aligned = x % 16 == 0 && cols_ % 8 == 0;
+    const auto product = [&](const Call& part) {
+      return device_.capability == 90 && aligned && part.tokens > kMostPairMma
+                 ? pair_wgmma(views_.data(), stage_units_, WideWays{}, device_, part, cols_)
+                 : pair_mma(views_.data(), cols_, stage_units_, device_, part);
+    };
+    launch(call_of(views_[0].dtype, rows_, {x, tokens, biases, residual, y, stream}), index_, kMostTokens, cols_,
+           [&](const Call& part) { check(product(part), "pair_mma"); });
+  }
+
+ private:
+  template <class Of>
+  friend Of join(const std::vector<const Of*>& members);
+  std::vector<sbt::View> views_;  // of the members: a column for each pair
+  std::vector<int64_t> rows_;
+  int64_t cols_;
+  uint32_t stage_units_;
+  int index_;
+  Device device_;
+};
+
 // A validated SBT weight on a device of compute capability 9.0, or several that share x.
 class WideWeight {
  public:
@@ -390,6 +441,10 @@ PYBIND11_MODULE(ALPHAPRUNE_MODULE, m) {
       .def("multiply", &Weight::multiply)
       .def("by_row_tiles", &Weight::by_row_tiles)
       .def("expand", &Weight::expand);
+  py::class_<PairWeight>(m, "PairWeight")
+      .def(py::init<Address, Address, Address, int64_t, int64_t, int32_t, uint32_t, int>())
+      .def_static("joined", &PairWeight::joined)
+      .def("multiply", &PairWeight::multiply);
   py::class_<WideWeight>(m, "WideWeight")
       .def(py::init<Address, Address, Address, int64_t, int64_t, int32_t, uint32_t, int>())
       .def_static("joined", &WideWeight::joined)

@@ -470,6 +470,43 @@ ALPHAPRUNE_DEVICE void expand(const uint32_t (&mask)[2], const uint32_t (&bits)[
 #endif
 }
 
+// Twice four 32-bit words from shared memory, zero where mask[i] lacks a bit: of word j of mask[i] a[j / 2] has it at
+// i + 2 * (j % 2). The kept ones of mask[i] lie one after another from start[i] on.
+ALPHAPRUNE_DEVICE void expand_words(const uint32_t (&mask)[2], const uint32_t (&bits)[4], const uint32_t (&start)[2],
+                                    const Opaque& number, uint32_t (&a)[2][4]) {
+#ifdef __CUDACC__
+  uint32_t at0 = start[0], at1 = start[1];
+  asm volatile(
+      "{.reg .pred p0, p1, p2, p3, q0, q1, q2, q3; .reg .u32 bit;\n"
+      "and.b32 bit, %10, %12; setp.ne.u32 p0, bit, 0; and.b32 bit, %11, %12; setp.ne.u32 q0, bit, 0;\n"
+      "and.b32 bit, %10, %13; setp.ne.u32 p1, bit, 0; and.b32 bit, %11, %13; setp.ne.u32 q1, bit, 0;\n"
+      "mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
+      "mov.u32 %4, 0; mov.u32 %5, 0; mov.u32 %6, 0; mov.u32 %7, 0;\n"
+      "@p0 ld.shared.u32 %0, [%8]; @p0 mad.lo.u32 %8, %16, %16, %8;\n"
+      "@q0 ld.shared.u32 %1, [%9]; @q0 mad.lo.u32 %9, %16, %16, %9;\n"
+      "@p1 ld.shared.u32 %2, [%8]; @p1 mad.lo.u32 %8, %16, %16, %8;\n"
+      "@q1 ld.shared.u32 %3, [%9]; @q1 mad.lo.u32 %9, %16, %16, %9;\n"
+      "and.b32 bit, %10, %14; setp.ne.u32 p2, bit, 0; and.b32 bit, %11, %14; setp.ne.u32 q2, bit, 0;\n"
+      "and.b32 bit, %10, %15; setp.ne.u32 p3, bit, 0; and.b32 bit, %11, %15; setp.ne.u32 q3, bit, 0;\n"
+      "@p2 ld.shared.u32 %4, [%8]; @p2 mad.lo.u32 %8, %16, %16, %8;\n"
+      "@q2 ld.shared.u32 %5, [%9]; @q2 mad.lo.u32 %9, %16, %16, %9;\n"
+      "@p3 ld.shared.u32 %6, [%8]; @q3 ld.shared.u32 %7, [%9];}"
+      : "=&r"(a[0][0]), "=&r"(a[0][1]), "=&r"(a[0][2]), "=&r"(a[0][3]), "=&r"(a[1][0]), "=&r"(a[1][1]), "=&r"(a[1][2]),
+        "=&r"(a[1][3]), "+r"(at0), "+r"(at1)
+      : "r"(mask[0]), "r"(mask[1]), "r"(bits[0]), "r"(bits[1]), "r"(bits[2]), "r"(bits[3]), "r"(number.two)
+      : "memory");
+#else
+  uint32_t at[2] = {start[0], start[1]};
+  // In the order of the instructions above, so that a trace shows them as they are.
+  for (int j = 0; j < 4; ++j)
+    for (int i = 0; i < 2; ++i) {
+      const bool kept = mask[i] & bits[j];
+      a[j / 2][i + j % 2 * 2] = emulator::load_shared<uint32_t>(at[i], kept);
+      at[i] += kept ? number.two * number.two : 0;
+    }
+#endif
+}
+
 // Four pairs of 16-bit weights: a[i] has those of bits[i / 2 * 2] and the one after it of mask[i % 2], zeros where it
 // lacks them; the kept ones lie one after another from start[i] on. Halves and `spare` as in
 // `expand`; one: a number that the compiler does not know, 1.

@@ -53,6 +53,13 @@ void emulate_in_order(int order_of_threads);
 // Emulated only: what `query` tells from now on.
 void emulate_device(const Device& device);
 
+// How sbt_wgmma shares the work; 0: chosen.
+struct WideWays {
+  int groups;  // warpgroups of a block with different rows, 1 to 6
+  int slices;  // warpgroups with the same ones
+  int splits;  // blocks of a cluster that share the columns: 1, 2, 4 or 8
+};
+
 // ---- SBT straight from its packed tensors (layout.h) ----
 // weights: as many as the call has members, with the same columns, dtype and groups of scales. stage_units: the largest
 // number of 8-value units that `chunk_tiles()` neighbouring macro tiles of a row tile have, counted from the first, the
@@ -65,16 +72,17 @@ Status sbt_mma(const sbt::View* weights, uint32_t stage_units, const Device& dev
                int row_tiles = 0);
 // The same of int8 values with their scales, where `call.dtype` is that of x, y and the residual only.
 Status sbt_mma_int8(const sbt::View* weights, uint32_t stage_units, const Device& device, const Call& call);
+// The same of pairs of neighbouring columns of which at least one is kept (kernels/pair_layout.py): weights have half
+// of the columns of x, rounded up, and values of 32 bits, two of the call's dtype. cols: of x. stage_units: of one
+// macro tile.
+Status pair_mma(const sbt::View* weights, int64_t cols, uint32_t stage_units, const Device& device, const Call& call);
+// The same for sm_90a; x as sbt_wgmma has it.
+Status pair_wgmma(const sbt::View* weights, uint32_t stage_units, WideWays wanted, const Device& device,
+                  const Call& call, int64_t x_stride);
 // For sm_90a, of up to kMostWideTokens. weights: as many as the call has members, with the same columns and dtype;
 // stage_units as above. x has rows of x_stride elements, a multiple of 8, zeros past the weights' columns, and starts
 // on 16 bytes; masks do, too.
 constexpr int64_t kMostWideTokens = 256;
-// How sbt_wgmma shares the work; 0: chosen.
-struct WideWays {
-  int groups;  // warpgroups of a block with different rows, 1 to 6
-  int slices;  // warpgroups with the same ones
-  int splits;  // blocks of a cluster that share the columns: 1, 2, 4 or 8
-};
 Status sbt_wgmma(const sbt::View* weights, uint32_t stage_units, WideWays wanted, const Device& device,
                  const Call& call, int64_t x_stride);
 // Rows [16 * begin, min(16 * end, rows)) dense from `out` on; 16-bit values only.
@@ -83,6 +91,8 @@ Status sbt_expand(const sbt::View& weight, uint32_t stage_units, int64_t begin, 
 // For `prepare`: the kernels of each file.
 Status allow_sbt_mma(int shared_bytes);
 Status allow_sbt_mma_int8(int shared_bytes);
+Status allow_pair_mma(int shared_bytes);
+Status allow_pair_wgmma(int shared_bytes);
 Status allow_sbt_wgmma(int shared_bytes);
 Status allow_sbt_expand(int shared_bytes);
 

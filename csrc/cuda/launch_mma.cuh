@@ -15,7 +15,7 @@ inline double mma_balance(int chunks, int splits) {
 // A block for each multiprocessor, with as many warps as there may be. shared(plan) -> bytes.
 template <class Shared>
 MmaPlan plan_mma(const MmaProblem& p, int kRows, int most_warps, const Device& device, const Shared& shared) {
-  const int chunks = static_cast<int>(ceil_div(p.col_tiles, kChunk));
+  const int chunks = static_cast<int>(ceil_div(p.cols, kChunkCols));
   MmaPlan plan{};
   plan.blocks = p.units < device.multiprocessors ? p.units : device.multiprocessors;
   const int groups = static_cast<int>(ceil_div(ceil_div(p.units, plan.blocks) * p.unit, kRows));
@@ -56,7 +56,7 @@ Status run_mma(MmaProblem p, const Device& device, const Call& call) {
   const auto shared = [&](const MmaPlan& plan) {
     return mma_shared_bytes<Lane>(plan, kRows, kTiles, copies, p.tokens, p.value_bytes);
   };
-  p.plan = plan_mma(p, kRows, mma_most_warps(kRows, kTiles, Lane::kBytes == 1), device, shared);
+  p.plan = plan_mma(p, kRows, mma_most_warps(kRows, kTiles, Lane::kBytes), device, shared);
   const int threads = p.plan.warps() * kWarp;
   return bulk ? start_early(kernel, p.plan.blocks, threads, shared(p.plan), call.stream, p)
               : start(kernel, p.plan.blocks, threads, shared(p.plan), call.stream, p);
@@ -77,16 +77,17 @@ Status mma_by_tokens(const MmaProblem& p, int row_tiles, const Device& device, c
   return mma_by_rows<Kernels, Value, 8>(p, row_tiles, device, call);
 }
 
-// weights: as many as the call has members.
+// weights: as many as the call has members. cols: of x, which may be more than the packed matrices have.
 template <class Kernels>
-Status launch_mma(const sbt::View* weights, uint32_t stage_units, int row_tiles, const Device& device,
+Status launch_mma(const sbt::View* weights, int64_t cols, uint32_t stage_units, int row_tiles, const Device& device,
                   const Call& call) {
-  constexpr int kOffsetBytes = Values<Kernels::template Lane<Bfloat16>::kBytes>::kOffsetBytes;
+  using Lane = typename Kernels::template Lane<Bfloat16>;
+  constexpr int kOffsetBytes = Values<Lane::kBytes>::kOffsetBytes;
   MmaProblem p{};
   for (int i = 0; i < call.members; ++i)
     p.of[i] = {weights[i].values, weights[i].mask, weights[i].offsets, weights[i].scale};
   p.x = static_cast<const uint16_t*>(call.x);
-  p.cols = static_cast<int>(weights->cols);
+  p.cols = static_cast<int>(cols);
   p.tokens = static_cast<int>(call.tokens);
   p.col_tiles = static_cast<int>(weights->col_tiles());
   p.value_bytes = stage_units * kOffsetBytes;

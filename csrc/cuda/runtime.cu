@@ -68,6 +68,8 @@ Status prepare(int device) {
   if (const Status status = set_device(device, &before)) return status;
   Status status = allow_sbt_mma(found.shared_bytes);
   if (!status) status = allow_sbt_mma_int8(found.shared_bytes);
+  if (!status) status = allow_pair_mma(found.shared_bytes);
+  if (!status && found.capability == 90) status = allow_pair_wgmma(found.shared_bytes);
   if (!status && found.capability == 90) status = allow_sbt_wgmma(found.shared_bytes);
   if (!status) status = allow_sbt_expand(found.shared_bytes);
   if (!status) status = allow_delta_spmv(found.shared_bytes);

@@ -61,10 +61,10 @@ ALPHAPRUNE_KERNEL __launch_bounds__(kExpandWarps* kWarp) sbt_expand(const Expand
   const int col = chunk * kChunkCols + 4 * (lane % 4);
   ALPHAPRUNE_UNROLL
   for (int step = 0; step < kChunkSteps; ++step) {
-    uint32_t a[4];
+    uint32_t a[1][4];
     mine.decode(mine.words(meta, step), a);
-    write_four<kFours>(p, upper, col + step * static_cast<int>(sbt::kStepCols), a[0], a[2]);
-    write_four<kFours>(p, upper + 8, col + step * static_cast<int>(sbt::kStepCols), a[1], a[3]);
+    write_four<kFours>(p, upper, col + step * static_cast<int>(sbt::kStepCols), a[0][0], a[0][2]);
+    write_four<kFours>(p, upper + 8, col + step * static_cast<int>(sbt::kStepCols), a[0][1], a[0][3]);
   }
 }
 

@@ -22,7 +22,7 @@ int chunk_tiles() { return kChunk; }
 Status allow_sbt_mma(int bytes) { return allow_mma<OfFloats>(bytes); }
 
 Status sbt_mma(const sbt::View* weights, uint32_t stage_units, const Device& device, const Call& call, int row_tiles) {
-  return launch_mma<OfFloats>(weights, stage_units, row_tiles, device, call);
+  return launch_mma<OfFloats>(weights, weights->cols, stage_units, row_tiles, device, call);
 }
 
 }  // namespace alphaprune::cuda

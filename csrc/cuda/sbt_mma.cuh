@@ -12,10 +12,11 @@
 
 namespace alphaprune::cuda {
 
-// Warps of a block, as many as the registers for sums leave room for.
-ALPHAPRUNE_BOTH constexpr int mma_most_warps(int row_tiles, int token_tiles, bool integers) {
+// Warps of a block, as many as the registers for sums leave room for. bytes: of a value.
+ALPHAPRUNE_BOTH constexpr int mma_most_warps(int row_tiles, int token_tiles, int bytes) {
   const int tiles = row_tiles * token_tiles;
-  if (integers) return tiles == 1 ? 28 : tiles == 2 ? 24 : tiles <= 4 ? 20 : 12;
+  if (bytes == 4) return tiles <= 2 ? 28 : tiles <= 4 ? 16 : 12;
+  if (bytes == 1) return tiles == 1 ? 28 : tiles == 2 ? 24 : tiles <= 4 ? 20 : 12;
   if (row_tiles > 1) return tiles <= 4 ? 28 : tiles <= 8 ? 16 : 14;
   return tiles <= 4 ? 32 : 20;
 }
@@ -24,16 +25,26 @@ ALPHAPRUNE_BOTH constexpr int mma_most_warps(int row_tiles, int token_tiles, boo
 // the memory system of sm_90 copies by itself.
 enum class Copies { edges, whole, bulk };
 
-// Steps that are unrolled together: all of a chunk, or fewer where the sums leave few registers.
+// Products of 16 columns that are unrolled together: all of a chunk, or fewer where the sums leave few registers.
 ALPHAPRUNE_BOTH constexpr int mma_span(int row_tiles, int token_tiles) {
   return row_tiles * token_tiles > 4 ? 4 : kChunkSteps;
 }
 // Chunks in a warp's ring: so many warps have one each under way that a third gained nothing on an H200.
 constexpr int kStages = 2;
-constexpr uint32_t kMaskBytes = kChunk * sbt::kWords * 4;  // of a chunk
-constexpr uint32_t kChunkBytes = kChunkCols * 2;           // of a token's activations
-// Rows of x are so much longer than their columns, so that those of four tokens are in different banks.
-constexpr uint32_t kActivationPad = 32;
+constexpr uint32_t kChunkBytes = kChunkCols * 2;  // of a token's activations
+// Steps of a chunk.
+template <class Lane>
+constexpr int kMmaSteps = Lane::kMacroTiles * sbt::kSteps;
+// Of a chunk, whose columns of W are the same for every kind of values.
+template <class Lane>
+constexpr uint32_t kMaskBytes = Lane::kMacroTiles * sbt::kWords * 4;
+// {mask word, address} for each word.
+template <class Lane>
+constexpr uint32_t kMmaMetaBytes = Lane::kMacroTiles * kMetaBytes / kChunk;
+// Rows of x are so much longer than their columns, so that those which are loaded together are in different banks: of
+// four tokens 8 bytes a lane, of two 16.
+template <class Lane>
+constexpr uint32_t kActivationPad = 32 / Lane::kProducts;
 
 // How a product is shared out.
 struct MmaPlan {
@@ -76,20 +87,26 @@ constexpr int kTileRows = sbt::kTileRows;
 ALPHAPRUNE_BOTH constexpr int mma_x_rows(int token_tiles, int tokens) {
   return token_tiles == 1 ? tokens : 8 * token_tiles;
 }
-ALPHAPRUNE_BOTH constexpr uint32_t mma_x_stride(int slab_chunks) { return slab_chunks * kChunkBytes + kActivationPad; }
+template <class Lane>
+ALPHAPRUNE_BOTH constexpr uint32_t mma_x_stride(int slab_chunks) {
+  return slab_chunks * kChunkBytes + kActivationPad<Lane>;
+}
+template <class Lane>
 ALPHAPRUNE_BOTH constexpr uint32_t mma_slab_bytes(const MmaPlan& plan, int token_tiles, int tokens) {
-  return mma_x_rows(token_tiles, tokens) * mma_x_stride(plan.slab_chunks);
+  return mma_x_rows(token_tiles, tokens) * mma_x_stride<Lane>(plan.slab_chunks);
 }
 ALPHAPRUNE_BOTH constexpr uint32_t mma_sum_bytes(int row_tiles, int token_tiles) {
   return row_tiles * token_tiles * 128 * sizeof(float);
 }
 // Of a warp: the words of its chunk with their addresses, and its ring, of whose stages each has the words and the
 // values.
+template <class Lane>
 ALPHAPRUNE_BOTH constexpr uint32_t mma_stage_bytes(int row_tiles, Copies copies, uint32_t value_bytes) {
-  return row_tiles * ((copies == Copies::bulk ? kMaskBytes : 0) + value_bytes);
+  return row_tiles * ((copies == Copies::bulk ? kMaskBytes<Lane> : 0) + value_bytes);
 }
+template <class Lane>
 ALPHAPRUNE_BOTH constexpr uint32_t mma_warp_bytes(int row_tiles, Copies copies, uint32_t value_bytes) {
-  return row_tiles * kMetaBytes + kStages * mma_stage_bytes(row_tiles, copies, value_bytes);
+  return row_tiles * kMmaMetaBytes<Lane> + kStages * mma_stage_bytes<Lane>(row_tiles, copies, value_bytes);
 }
 // Barriers: for each of two slabs of x one that it has landed and one that nobody needs it any more, and one for each
 // stage of each warp.
@@ -102,25 +119,24 @@ ALPHAPRUNE_BOTH constexpr uint32_t mma_barrier_bytes(int warps, Copies copies) {
 template <class Lane>
 ALPHAPRUNE_BOTH constexpr size_t mma_shared_bytes(const MmaPlan& plan, int row_tiles, int token_tiles, Copies copies,
                                                   int tokens, uint32_t value_bytes) {
-  const uint32_t ring = mma_warp_bytes(row_tiles, copies, value_bytes);
+  const uint32_t ring = mma_warp_bytes<Lane>(row_tiles, copies, value_bytes);
   const uint32_t sums = mma_sum_bytes(row_tiles, token_tiles);
   return mma_barrier_bytes(plan.warps(), copies) +
-         (plan.slabs > 1 ? 2 : 1) * mma_slab_bytes(plan, token_tiles, tokens) +
+         (plan.slabs > 1 ? 2 : 1) * mma_slab_bytes<Lane>(plan, token_tiles, tokens) +
          plan.warps() * (Lane::kTableBytes + (ring > sums ? ring : sums)) + Lane::kBeyond;
 }
 
 // Starts the copies of a slab of x to `to`: zeros past the last column and, of a tile of tokens, past the last token.
 template <int kTiles>
-ALPHAPRUNE_DEVICE void stage_activations(const MmaProblem& p, int slab, uint32_t to) {
+ALPHAPRUNE_DEVICE void stage_activations(const MmaProblem& p, int slab, uint32_t to, uint32_t stride) {
   constexpr int kUnits = kChunkCols / 8;  // of 8 activations; so many lanes copy a chunk's
-  const int first_chunk = slab * p.plan.slab_chunks, all = (p.col_tiles + kChunk - 1) / kChunk;
+  const int first_chunk = slab * p.plan.slab_chunks, all = (p.cols + kChunkCols - 1) / kChunkCols;
   const int chunks = all - first_chunk < p.plan.slab_chunks ? all - first_chunk : p.plan.slab_chunks;
   const int rows = mma_x_rows(kTiles, p.tokens), unit = thread_index() % kUnits;
   const int first = thread_index() / kUnits, step = p.plan.warps() * kWarp / kUnits;
   // item = token * chunks + chunk, without a division for each.
   int token = first / chunks, chunk = first % chunks;
   const int tokens_further = step / chunks, chunks_further = step % chunks;
-  const uint32_t stride = mma_x_stride(p.plan.slab_chunks);
   ALPHAPRUNE_NO_UNROLL
   while (token < rows) {
     const int col = (first_chunk + chunk) * kChunkCols + unit * 8, left = token < p.tokens ? p.cols - col : 0;
@@ -145,9 +161,10 @@ ALPHAPRUNE_DEVICE void stage_activations(const MmaProblem& p, int slab, uint32_t
 }
 
 // The same by the copies of sm_90, by one thread.
-ALPHAPRUNE_DEVICE void stage_activations_bulk(const MmaProblem& p, int slab, uint32_t to, uint32_t barrier) {
+ALPHAPRUNE_DEVICE void stage_activations_bulk(const MmaProblem& p, int slab, uint32_t to, uint32_t stride,
+                                              uint32_t barrier) {
   const int first = slab * p.plan.slab_chunks * kChunkCols, all = p.plan.slab_chunks * kChunkCols;
-  const uint32_t bytes = (p.cols - first < all ? p.cols - first : all) * 2, stride = mma_x_stride(p.plan.slab_chunks);
+  const uint32_t bytes = (p.cols - first < all ? p.cols - first : all) * 2;
   mbarrier_arrive_expect(barrier, p.tokens * bytes);
   const uint16_t* x = p.x + first;
   ALPHAPRUNE_NO_UNROLL
@@ -155,8 +172,8 @@ ALPHAPRUNE_DEVICE void stage_activations_bulk(const MmaProblem& p, int slab, uin
 }
 // Zeros for tokens of a tile that are not there, in all slabs.
 template <int kTiles>
-ALPHAPRUNE_DEVICE void clear_activations(const MmaProblem& p, uint32_t all_x) {
-  const uint32_t stride = mma_x_stride(p.plan.slab_chunks), rows = mma_x_rows(kTiles, p.tokens);
+ALPHAPRUNE_DEVICE void clear_activations(const MmaProblem& p, uint32_t all_x, uint32_t stride) {
+  const uint32_t rows = mma_x_rows(kTiles, p.tokens);
   const uint32_t first = p.tokens * stride, end = rows * stride;
   for (int i = 0; i < (p.plan.slabs > 1 ? 2 : 1); ++i)
     for (uint32_t at = first + thread_index() * 16; at < end; at += p.plan.warps() * kWarp * 16)
@@ -167,7 +184,8 @@ ALPHAPRUNE_DEVICE void clear_activations(const MmaProblem& p, uint32_t all_x) {
 template <class Lane, int kTiles, int kRows, Copies kCopies>
 struct MmaShared {
   static constexpr bool kBulk = kCopies == Copies::bulk;
-  static constexpr uint32_t kValuesAt = kBulk ? kMaskBytes : 0;  // in a row tile's part of a stage
+  static constexpr uint32_t kMasks = kMaskBytes<Lane>, kMeta = kMmaMetaBytes<Lane>;  // of a row tile's chunk
+  static constexpr uint32_t kValuesAt = kBulk ? kMasks : 0;                          // in a row tile's part of a stage
   uint32_t table, barriers, x, rings, meta, ring;
   uint32_t slab_bytes, x_stride, row_bytes, stage_bytes;  // a row tile's part of a stage; a stage
   uint32_t landed;                                        // the barriers of this warp's stages
@@ -175,15 +193,15 @@ struct MmaShared {
   ALPHAPRUNE_DEVICE MmaShared(const MmaProblem& p, int warp) {
     const int warps = p.plan.warps();
     table = shared_start() + warp * Lane::kTableBytes;
-    slab_bytes = mma_slab_bytes(p.plan, kTiles, p.tokens);
-    x_stride = mma_x_stride(p.plan.slab_chunks);
+    slab_bytes = mma_slab_bytes<Lane>(p.plan, kTiles, p.tokens);
+    x_stride = mma_x_stride<Lane>(p.plan.slab_chunks);
     barriers = shared_start() + warps * Lane::kTableBytes;
     x = barriers + mma_barrier_bytes(warps, kCopies);
     rings = x + (p.plan.slabs > 1 ? 2 : 1) * slab_bytes;
     row_bytes = kValuesAt + p.value_bytes;
     stage_bytes = kRows * row_bytes;
-    meta = rings + warp * mma_warp_bytes(kRows, kCopies, p.value_bytes);
-    ring = meta + kRows * kMetaBytes;
+    meta = rings + warp * mma_warp_bytes<Lane>(kRows, kCopies, p.value_bytes);
+    ring = meta + kRows * kMeta;
     landed = barriers + (kSlabBarriers + warp * kStages) * kMbarrierBytes;
   }
   // Of a slab, by its number over all rounds.
@@ -196,7 +214,7 @@ struct MmaShared {
         mbarrier_init(barriers + thread_index() * kMbarrierBytes, thread_index() < 2 ? 1 : p.plan.warps());
       if (lane < kStages) mbarrier_init(landed + lane * kMbarrierBytes, 1);
       mbarrier_fence_init();
-      if constexpr (kTiles > 1) clear_activations<kTiles>(p, x);
+      if constexpr (kTiles > 1) clear_activations<kTiles>(p, x, x_stride);
       sync_block();
       let_next_begin();
     }
@@ -205,19 +223,21 @@ struct MmaShared {
 
 // The chunks of a team's row tiles that a warp has its turns with: where they are, the offsets of those that come next,
 // and how they go through its ring. `At` is an MmaShared.
-template <class At, int kBytes, int kRows, Copies kCopies>
+template <class At, class Lane, int kRows, Copies kCopies>
 struct Feed {
   static constexpr bool kBulk = kCopies == Copies::bulk, kWhole = kCopies != Copies::edges;
+  static constexpr int kBytes = Lane::kBytes, kTiles = Lane::kMacroTiles;
+  using RowOf = Row<kWhole && kRows == 1, kTiles>;
   const At& at;
   int lane;
-  int stage = 0;                  // of the chunk that is decoded
-  uint32_t phase = 0;             // of the barriers of the stages
-  Row<kWhole && kRows == 1> row;  // the first row tile
-  int there, apart;               // how many there are; macro tiles from one to the next
+  int stage = 0;       // of the chunk that is decoded
+  uint32_t phase = 0;  // of the barriers of the stages
+  RowOf row;           // the first row tile
+  int there, apart;    // how many there are; macro tiles from one to the next
   const void* values;
   // In flight: the chunk that is decoded now, kStages - 1 that are copied, and the offsets of the one after these.
   Chunk chunk[kStages][kRows];
-  [[maybe_unused]] uint2 mask[kRows];
+  [[maybe_unused]] typename RowOf::Words mask[kRows];
 
   ALPHAPRUNE_DEVICE Feed(const At& shared, int this_lane) : at(shared), lane(this_lane) {}
 
@@ -252,7 +272,8 @@ struct Feed {
       row.pass_mask();
     } else {
       ALPHAPRUNE_UNROLL
-      for (int r = 0; r < kRows; ++r) copy_values<kBytes>(values, of[r].first, of[r].last, to + r * at.row_bytes, lane);
+      for (int r = 0; r < kRows; ++r)
+        copy_values<kBytes, kTiles>(values, of[r].first, of[r].last, to + r * at.row_bytes, lane);
     }
   }
   ALPHAPRUNE_DEVICE void copy_bulks(const Chunk (&of)[kRows], uint32_t to, uint32_t barrier) const {
@@ -261,13 +282,13 @@ struct Feed {
     ALPHAPRUNE_UNROLL
     for (int r = 0; r < kRows; ++r) {
       bytes[r] = (of[r].last - of[r].first) * Values<kBytes>::kOffsetBytes;
-      if (r == 0 || r < there) all += bytes[r] + kMaskBytes;
+      if (r == 0 || r < there) all += bytes[r] + At::kMasks;
     }
     mbarrier_arrive_expect(barrier, all);
     ALPHAPRUNE_UNROLL
     for (int r = 0; r < kRows; ++r) {
       if (r > 0 && r >= there) continue;
-      copy_bulk(to + r * at.row_bytes, row.mask + r * apart * static_cast<int>(sbt::kWords / 2), kMaskBytes, barrier);
+      copy_bulk(to + r * at.row_bytes, row.mask + r * apart * RowOf::kTileLanes, At::kMasks, barrier);
       if (bytes[r])
         copy_bulk(to + r * at.row_bytes + At::kValuesAt,
                   from + static_cast<size_t>(of[r].first) * Values<kBytes>::kOffsetBytes, bytes[r], barrier);
@@ -281,9 +302,9 @@ struct Feed {
     ALPHAPRUNE_UNROLL
     for (int r = 0; r < kRows; ++r) {
       if constexpr (kBulk)
-        mask[r] = r == 0 || r < there ? load_shared_u64(here + r * at.row_bytes + lane * 8) : uint2{0, 0};
+        mask[r] = r == 0 || r < there ? RowOf::load(here + r * at.row_bytes, lane) : typename RowOf::Words{};
       store_meta<kBytes>(mask[r], (chunk[0][r].middle - chunk[0][r].first) * Values<kBytes>::kOffsetBytes,
-                         here + r * at.row_bytes + At::kValuesAt, at.meta + r * kMetaBytes, lane);
+                         here + r * at.row_bytes + At::kValuesAt, at.meta + r * At::kMeta, lane);
     }
     if constexpr (!kBulk) {
       if (more) next_mask();
@@ -327,13 +348,13 @@ struct Slabs {
   // The first one of a round, beside the first values.
   ALPHAPRUNE_DEVICE void start() {
     if constexpr (!kBulk)
-      if (fresh) stage_activations<kTiles>(p, 0, at.x + slab_at);
+      if (fresh) stage_activations<kTiles>(p, 0, at.x + slab_at, at.x_stride);
   }
   ALPHAPRUNE_DEVICE void start_bulk() {
     if constexpr (kBulk) {
       if (fresh) {
         wait_for_kernels_before();  // weights were there before them, x may not have been
-        if (thread_index() == 0) stage_activations_bulk(p, 0, at.x + slab_at, at.slab_landed(number));
+        if (thread_index() == 0) stage_activations_bulk(p, 0, at.x + slab_at, at.x_stride, at.slab_landed(number));
       }
     }
   }
@@ -346,7 +367,8 @@ struct Slabs {
       if (more && warp == (number + 1) % p.plan.warps()) {
         if (slab) mbarrier_wait(at.slab_left(number - 1), (number - 1) / 2 % 2);
         if (lane == 0)
-          stage_activations_bulk(p, slab + 1, at.x + (at.slab_bytes - slab_at), at.slab_landed(number + 1));
+          stage_activations_bulk(p, slab + 1, at.x + (at.slab_bytes - slab_at), at.x_stride,
+                                 at.slab_landed(number + 1));
       }
       mbarrier_wait(at.slab_landed(number), number / 2 % 2);
     } else {
@@ -357,7 +379,7 @@ struct Slabs {
       }
       sync_block();  // all of the slab has landed, and nobody reads the one before
       if (more) {
-        stage_activations<kTiles>(p, slab + 1, at.x + (at.slab_bytes - slab_at));
+        stage_activations<kTiles>(p, slab + 1, at.x + (at.slab_bytes - slab_at), at.x_stride);
         copy_commit();
       }
     }
@@ -391,29 +413,40 @@ struct Scales {
   }
 };
 
+// Of the columns that a lane has of a step, for each product.
+ALPHAPRUNE_DEVICE void load_activations(uint2 (&b)[1], uint32_t from) { b[0] = load_shared_u64(from); }
+ALPHAPRUNE_DEVICE void load_activations(uint2 (&b)[2], uint32_t from) {
+  ALPHAPRUNE_UNROLL
+  for (int i = 0; i < 2; ++i) b[i] = {load_shared_u32(from + 32 * i), load_shared_u32(from + 32 * i + 16)};
+}
+
 // sum += the chunk whose words are at `meta` times the activations from `x` on, rows of a tile's tokens x_stride apart.
 template <class Value, int kTiles, int kRows, class Lane>
 ALPHAPRUNE_DEVICE void multiply_chunk(float (&sum)[kRows][kTiles][4], Lane& mine, uint32_t meta, uint32_t x,
                                       uint32_t x_stride) {
-  constexpr int kSpan = mma_span(kRows, kTiles);  // where registers are few, no activations of steps further on
+  constexpr int kSteps = kMmaSteps<Lane>, kProducts = Lane::kProducts;
+  constexpr int kSpan =
+      mma_span(kRows, kTiles) / kProducts;  // where registers are few, no activations of steps further on
   uint4 words = mine.words(meta, 0);
   ALPHAPRUNE_NO_UNROLL
-  for (int span = 0; span < kChunkSteps; span += kSpan) {  // cubins: trips 2: kChunkSteps / kSpan, or 1
+  for (int span = 0; span < kSteps; span += kSpan) {  // cubins: trips 2: kSteps / kSpan, or 1
     ALPHAPRUNE_UNROLL
     for (int in_span = 0; in_span < kSpan; ++in_span) {
       const int step = span + in_span;
-      uint2 b[kTiles];
+      uint2 b[kTiles][kProducts];
       ALPHAPRUNE_UNROLL
-      for (int t = 0; t < kTiles; ++t) b[t] = load_shared_u64(x + 8 * t * x_stride + step * sbt::kStepCols * 2);
+      for (int t = 0; t < kTiles; ++t)
+        load_activations(b[t], x + 8 * t * x_stride + step * kProducts * sbt::kStepCols * 2);
       ALPHAPRUNE_UNROLL
       for (int r = 0; r < kRows; ++r) {
         const uint4 these = words;
         const int next = step * kRows + r + 1;
-        if (next < kChunkSteps * kRows) words = mine.words(meta + next % kRows * kMetaBytes, next / kRows);
-        uint32_t a[4];
+        if (next < kSteps * kRows) words = mine.words(meta + next % kRows * kMmaMetaBytes<Lane>, next / kRows);
+        uint32_t a[kProducts][4];
         mine.decode(these, a);
         ALPHAPRUNE_UNROLL
-        for (int t = 0; t < kTiles; ++t) mma<Value>(sum[r][t], a, b[t]);
+        for (int i = 0; i < kProducts; ++i) ALPHAPRUNE_UNROLL
+        for (int t = 0; t < kTiles; ++t) mma<Value>(sum[r][t], a[i], b[t][i]);
       }
     }
   }
@@ -462,7 +495,7 @@ ALPHAPRUNE_DEVICE void multiply_tiles(const MmaProblem& p) {
   constexpr bool kBulk = kCopies == Copies::bulk;
   const int lane = lane_index(), warp = warp_index(), group = lane / 4, pair = lane % 4;
   const int splits = p.plan.splits, team = warp / splits, part = warp % splits;
-  const int chunks = (p.col_tiles + kChunk - 1) / kChunk;
+  const int chunks = (p.col_tiles + Lane::kMacroTiles - 1) / Lane::kMacroTiles;
   const uint32_t units = p.units, blocks = p.plan.blocks;
   const int block_tile = static_cast<int>(units * block_x() / blocks) * p.unit;
   const int block_end = static_cast<int>(units * (block_x() + 1) / blocks) * p.unit;
@@ -474,15 +507,15 @@ ALPHAPRUNE_DEVICE void multiply_tiles(const MmaProblem& p) {
   // Of the columns and tokens that this lane holds of b. Tokens that are not there, of a tile alone: the last one
   // again.
   const int token = kTiles > 1 || group < p.tokens ? group : p.tokens - 1;
-  const uint32_t x_lane = at.x + token * at.x_stride + pair * 8;
-  Feed<At, Lane::kBytes, kRows, kCopies> feed(at, lane);
+  const uint32_t x_lane = at.x + token * at.x_stride + pair * 8 / Lane::kProducts;
+  Feed<At, Lane, kRows, kCopies> feed(at, lane);
   Slabs<At, kTiles, kCopies> slabs(p, at, warp, lane);
 
   ALPHAPRUNE_NO_UNROLL
   for (int round_tile = block_tile; round_tile < block_end; round_tile += p.plan.teams * kRows) {
     const int first_tile = round_tile + team * kRows, there = tiles_there<kRows>(p, first_tile, block_end);
     const int tile = there > 0 ? first_tile : block_tile, end = there > 0 ? chunks : 0;
-    feed.start(p, tile, there, part * kChunk, splits * kChunk);
+    feed.start(p, tile, there, part * Lane::kMacroTiles, splits * Lane::kMacroTiles);
     ALPHAPRUNE_UNROLL
     for (int i = 0; i < kStages; ++i)
       if (part + i * splits < end) feed.next_offsets(feed.chunk[i]);
@@ -555,14 +588,21 @@ ALPHAPRUNE_DEVICE void multiply_tiles(const MmaProblem& p) {
 }
 
 template <class Value, int kTiles, int kRows, Copies kCopies>
-ALPHAPRUNE_KERNEL __launch_bounds__(mma_most_warps(kRows, kTiles, false) * kWarp, 1) sbt_mma(const MmaProblem p) {
+ALPHAPRUNE_KERNEL __launch_bounds__(mma_most_warps(kRows, kTiles, 2) * kWarp, 1) sbt_mma(const MmaProblem p) {
   if constexpr (ALPHAPRUNE_SM90 || kCopies != Copies::bulk)
     multiply_tiles<FloatLane, Value, kTiles, kRows, kCopies, false>(p);
 }
 
+// The same of pairs of floats.
+template <class Value, int kTiles, int kRows, Copies kCopies>
+ALPHAPRUNE_KERNEL __launch_bounds__(mma_most_warps(kRows, kTiles, 4) * kWarp, 1) pair_mma(const MmaProblem p) {
+  if constexpr (ALPHAPRUNE_SM90 || kCopies != Copies::bulk)
+    multiply_tiles<PairLane, Value, kTiles, kRows, kCopies, false>(p);
+}
+
 // The same of 8-bit integers; activations and outputs are in `Value`.
 template <class Value, int kTiles, int kRows, Copies kCopies, bool kGrouped>
-ALPHAPRUNE_KERNEL __launch_bounds__(mma_most_warps(kRows, kTiles, true) * kWarp, 1) sbt_mma_int8(const MmaProblem p) {
+ALPHAPRUNE_KERNEL __launch_bounds__(mma_most_warps(kRows, kTiles, 1) * kWarp, 1) sbt_mma_int8(const MmaProblem p) {
   if constexpr (ALPHAPRUNE_SM90 || kCopies != Copies::bulk)
     multiply_tiles<IntegerLane<Value>, Value, kTiles, kRows, kCopies, kGrouped>(p);
 }

@@ -23,8 +23,8 @@ Status allow_sbt_mma_int8(int bytes) {
 }
 
 Status sbt_mma_int8(const sbt::View* weights, uint32_t stage_units, const Device& device, const Call& call) {
-  return weights->grouped() ? launch_mma<OfIntegers<true>>(weights, stage_units, 0, device, call)
-                            : launch_mma<OfIntegers<false>>(weights, stage_units, 0, device, call);
+  return weights->grouped() ? launch_mma<OfIntegers<true>>(weights, weights->cols, stage_units, 0, device, call)
+                            : launch_mma<OfIntegers<false>>(weights, weights->cols, stage_units, 0, device, call);
 }
 
 }  // namespace alphaprune::cuda

@@ -1,122 +1,24 @@
-#include <algorithm>
-
-#include "launch_sm90.cuh"
-#include "sbt_wgmma.cuh"
+#include "launch_wide.cuh"
 
 namespace alphaprune::cuda {
 namespace {
 
-// Clocks of an H200, fitted to what bench/wide.py measured (bench/wide_fit.py): to begin and end a block; to end a
-// round, and, more, one whose sums go through the shared memory of a cluster, each for 8 tokens besides.
-constexpr int64_t kBlock = 1855, kRound = 9461, kRoundTokens = 213, kCluster = 41, kClusterTokens = 1;
-// For a chunk: of a row tile, by a warp alone; of a row tile, where all warps are busy, for 8 tokens besides; to order
-// its copies, for four row tiles besides.
-constexpr int64_t kAlone = 2155, kBusy = 142, kBusyTokens = 8, kOrder = 167, kOrderTiles = 550;
-// Bytes that a multiprocessor gets in a clock: of weights, from memory, and of x, from the cache.
-constexpr int64_t kWeightBytes = 18, kActivationBytes = 100;
-
-// Chooses the ring; false where fewer than two stages of each slice fit the device.
-bool arrange(WideProblem* p, int box, const Device& device) {
-  p->stage_bytes = p->tiles() * p->tile_bytes();
-  for (p->stages = kWideMostStages / p->slices * p->slices; p->stages >= 2 * p->slices; p->stages -= p->slices)
-    if (p->shared_bytes(box) <= static_cast<size_t>(device.shared_bytes)) return true;
-  return false;
-}
-
-// Clocks until the slowest block is done.
-int64_t clocks_of(const WideProblem& p, int box) {
-  const int64_t tiles = ceil_div(p.row_tiles, p.clusters), rounds = ceil_div(tiles, int64_t{p.tiles()});
-  const int64_t chunks = ceil_div(ceil_div(p.col_tiles, kChunk), p.splits), eights = box / 8;
-  const int64_t alone = rounds * ceil_div(chunks, p.slices) * kAlone;
-  const int64_t busy = tiles * chunks * (kBusy + eights * kBusyTokens);
-  const int64_t order = chunks * (rounds * kOrder + ceil_div(tiles, 4) * kOrderTiles);
-  const int64_t weight = tiles * chunks * p.tile_bytes() / kWeightBytes;
-  const int64_t x = rounds * chunks * p.x_bytes(box) / kActivationBytes;
-  const int64_t ends =
-      kBlock + rounds * (kRound + eights * kRoundTokens) + (p.splits > 1 ? kCluster + eights * kClusterTokens : 0);
-  return std::max({alone, busy, order, weight, x}) + ends;
-}
-
-// The best of all ways to share the work; false where there is none.
-bool share(WideProblem* p, int box, const Device& device, WideWays wanted) {
-  WideProblem best;
-  int64_t least = -1;
-  const int most = wide_groups(box), chunks = (p->col_tiles + kChunk - 1) / kChunk;
-  const auto tries = [](int want, int value) { return !want || want == value; };
-  for (p->groups = 1; p->groups <= most; ++p->groups)
-    for (p->slices = 1; p->groups * p->slices <= most; ++p->slices)
-      for (p->splits = 1; p->splits <= kWideMostSplits && p->splits <= chunks; p->splits *= 2) {
-        if (!tries(wanted.groups, p->groups) || !tries(wanted.slices, p->slices) || !tries(wanted.splits, p->splits))
-          continue;
-        // Clusters of more than two blocks do not fill all groups of multiprocessors.
-        const int processors = p->splits <= 2 ? device.multiprocessors : device.multiprocessors * 13 / 16;
-        p->clusters = std::min(std::max(processors / p->splits, 1), p->row_tiles);
-        // Where a cluster shares the columns, each does one round: nobody brings on while others add up.
-        if (p->splits > 1 && p->repeats()) p->clusters = static_cast<int>(ceil_div(p->row_tiles, p->tiles()));
-        if (!arrange(p, box, device)) continue;
-        const int64_t waves = ceil_div(int64_t{p->clusters} * p->splits, std::max(processors, 1));
-        const int64_t clocks = waves * clocks_of(*p, box);
-        if (least >= 0 && clocks >= least) continue;
-        best = *p;
-        least = clocks;
-      }
-  if (least >= 0) *p = best;
-  return least >= 0;
-}
-
-template <class Value, int kTokens>
-Status run(WideProblem p, const Device& device, const Call& call, WideWays wanted, int64_t x_stride) {
-  if (!share(&p, kTokens, device, wanted)) return 1;
-  TensorMap x;
-  const Matrix matrix{call.x, call.tokens, x_stride, x_stride * 2};
-  if (const Status status = map_matrix(matrix, kTokens, kBoxCols, call.dtype, &x)) return status;
-  return start_cluster(sbt_wgmma<Value, kTokens>, int64_t{p.clusters} * p.splits, p.splits,
-                       wide_threads(p.groups * p.slices), p.shared_bytes(kTokens), true, call.stream, p, x);
-}
-
-// use(a number): of tokens, the smallest of a product that has so many.
-template <class Use>
-Status by_tokens(int64_t tokens, const Use& use) {
-  if (tokens <= 32) return use(std::integral_constant<int, 32>());
-  if (tokens <= 64) return use(std::integral_constant<int, 64>());
-  if (tokens <= 128) return use(std::integral_constant<int, 128>());
-  return use(std::integral_constant<int, 256>());
-}
-
-template <class Value>
-Status allow_all(int bytes) {
-  for (const int tokens : {32, 64, 128, 256}) {
-    const auto allow = [&](auto box) { return allow_shared(sbt_wgmma<Value, box()>, bytes); };
-    if (const Status status = by_tokens(tokens, allow)) return status;
+struct WideFloats {
+  using Lane = WideLane;
+  static constexpr int kLeast = 32, kMost = 256;  // tokens
+  template <class Value, int kTokens>
+  static constexpr auto kernel() {
+    return sbt_wgmma<Value, kTokens>;
   }
-  return 0;
-}
+};
 
 }  // namespace
 
-Status allow_sbt_wgmma(int bytes) {
-  if (const Status status = allow_all<Bfloat16>(bytes)) return status;
-  return allow_all<Float16>(bytes);
-}
+Status allow_sbt_wgmma(int bytes) { return allow_wide<WideFloats>(bytes); }
 
 Status sbt_wgmma(const sbt::View* weights, uint32_t stage_units, WideWays wanted, const Device& device,
                  const Call& call, int64_t x_stride) {
-  WideProblem p{};
-  p.out = output_of(call, sbt::kTileRows);
-  for (int i = 0; i < call.members; ++i) {
-    const sbt::View& from = weights[i];
-    p.of[i] = {static_cast<const unsigned char*>(from.values), from.mask, from.offsets};
-    p.row_tiles += static_cast<int>(from.row_tiles());
-  }
-  p.tokens = static_cast<int>(call.tokens);
-  p.col_tiles = static_cast<int>(weights[0].col_tiles());
-  p.value_bytes = stage_units * 16;
-  p.fours = stores_fours(call);
-  p.one = 1;
-  return by_tokens(call.tokens, [&](auto box) {
-    return call.dtype == Dtype::bfloat16 ? run<Bfloat16, box()>(p, device, call, wanted, x_stride)
-                                         : run<Float16, box()>(p, device, call, wanted, x_stride);
-  });
+  return launch_wide<WideFloats>(weights, stage_units, wanted, device, call, x_stride);
 }
 
 }  // namespace alphaprune::cuda

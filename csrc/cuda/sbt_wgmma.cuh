@@ -27,11 +27,10 @@ constexpr int kWideAtOnce = 2, kWideSets = 2;
 constexpr int kWideMostStages = 16;
 constexpr int kWideMostSplits = 8;                   // blocks of a cluster: all that every device has
 constexpr uint32_t kWideTileMask = sbt::kWords * 4;  // bytes of a macro tile
-constexpr uint32_t kWideMaskBytes = kChunk * kWideTileMask;
-constexpr uint32_t kBoxCols = kSwizzleBytes / 2;  // columns of a box of x
+constexpr uint32_t kBoxCols = kSwizzleBytes / 2;     // columns of a box of x
+constexpr int kBoxes = kChunkCols / kBoxCols;        // of a chunk, whose columns are the same for all kinds of values
 
 static_assert(kChunkSteps % (kWideSets * kWideAtOnce) == 0, "a chunk begins with the first set");
-static_assert(kBoxCols == sbt::kTileCols, "a box of x is as wide as a macro tile");
 static_assert(sbt::kUnit * 2 == 16, "the values of every macro tile start on 16 bytes");
 
 // One of the weights that share x, where it was packed.
@@ -49,15 +48,16 @@ struct WideProblem {
   int groups, slices;    // warpgroups of different rows; for the same ones
   int stages;            // a multiple of slices: the same warps wait for a barrier in all of its phases
   uint32_t value_bytes;  // of the largest chunk, a multiple of 16
+  uint32_t mask_bytes;   // of a chunk
   uint32_t stage_bytes;  // of the weight
   bool fours;            // whether four neighbouring outputs can be stored at once
-  uint32_t one;          // 1, which the compiler does not know
+  Opaque number;
 
-  ALPHAPRUNE_BOTH int tiles() const { return 4 * groups; }                              // of a round
-  ALPHAPRUNE_BOTH uint32_t tile_bytes() const { return kWideMaskBytes + value_bytes; }  // in a stage
+  ALPHAPRUNE_BOTH int tiles() const { return 4 * groups; }                          // of a round
+  ALPHAPRUNE_BOTH uint32_t tile_bytes() const { return mask_bytes + value_bytes; }  // in a stage
   ALPHAPRUNE_BOTH int warps() const { return tiles() * slices; }
   ALPHAPRUNE_BOTH int sum_row() const { return groups * 64 + 4; }  // floats: lanes store to different banks
-  ALPHAPRUNE_BOTH uint32_t x_bytes(int box) const { return kChunk * box * kSwizzleBytes; }
+  ALPHAPRUNE_BOTH uint32_t x_bytes(int box) const { return kBoxes * box * kSwizzleBytes; }
   ALPHAPRUNE_BOTH uint32_t sum_bytes(int count) const { return slices * count * sum_row() * sizeof(float); }
   // The ring and the words of each warp; after the last product, sums over all of it.
   ALPHAPRUNE_BOTH uint32_t ring_bytes(int box) const {
@@ -88,13 +88,14 @@ struct WideShared {
   ALPHAPRUNE_DEVICE uint32_t empty(int stage) const { return full(stage) + kMbarrierBytes; }
 };
 
-// What a block does: row tiles by rounds, and of every one of them a range of chunks.
+// What a block does: row tiles by rounds, and of every one of them a range of chunks, of kTiles macro tiles.
+template <int kTiles>
 struct WideShare {
   int first, tiles, rounds;  // of the cluster
   int begin, end, rank;      // chunks of this block; which one it is
 
   ALPHAPRUNE_DEVICE explicit WideShare(const WideProblem& p) {
-    const int chunks = (p.col_tiles + kChunk - 1) / kChunk, cluster = opaque(block_x()) / p.splits;
+    const int chunks = (p.col_tiles + kTiles - 1) / kTiles, cluster = opaque(block_x()) / p.splits;
     rank = static_cast<int>(cluster_rank());
     first = static_cast<int>(static_cast<int64_t>(p.row_tiles) * cluster / p.clusters);
     tiles = static_cast<int>(static_cast<int64_t>(p.row_tiles) * (cluster + 1) / p.clusters) - first;
@@ -121,8 +122,10 @@ struct WideStage {
 };
 
 // What a lane brings of the weight: a row tile of every round, chunk by chunk. Of warp w, lane i has tile 4 i + w.
+template <class Lane>
 struct WideCarrier {
-  static constexpr int kAtOnce = 4;  // chunks whose offsets are asked for together
+  static constexpr int kTiles = Lane::kMacroTiles;  // of a chunk
+  static constexpr int kAtOnce = 4;                 // chunks whose offsets are asked for together
   const WideProblem& p;
   const WideShared& shared;
   int place;  // of the row tile in a round
@@ -134,58 +137,60 @@ struct WideCarrier {
   ALPHAPRUNE_DEVICE WideCarrier(const WideProblem& problem, const WideShared& at, int warp, int lane)
       : p(problem), shared(at), place(4 * lane + warp), mine(lane < problem.groups) {}
 
-  ALPHAPRUNE_DEVICE void start(const WideShare& share, int round) {
+  ALPHAPRUNE_DEVICE void start(const WideShare<kTiles>& share, int round) {
     const int first = share.round_at(round);
     there = mine && place < share.round_at(round + 1) - first;
     const int tile = first + (there ? place : 0), member = p.out.member_of(tile * static_cast<int>(sbt::kTileRows));
     const WideMember& of = p.of[member];
     const int in_member = tile - p.out.of[member].first / static_cast<int>(sbt::kTileRows);
-    const size_t macro = static_cast<size_t>(in_member) * p.col_tiles + share.begin * kChunk;
+    const size_t macro = static_cast<size_t>(in_member) * p.col_tiles + share.begin * kTiles;
     values = of.values;
     mask = of.mask + macro * sbt::kWords;
     offsets = of.offsets + macro;
-    left = p.col_tiles - share.begin * kChunk;
+    left = p.col_tiles - share.begin * kTiles;
   }
   // Units of 8 values before the chunk and past it, `further` chunks on.
   ALPHAPRUNE_DEVICE uint2 find(int further = 0) const {
     uint2 found{0, 0};
-    const int macro = further * kChunk, past = left - macro < kChunk ? left - macro : kChunk;
+    const int macro = further * kTiles, past = left - macro < kTiles ? left - macro : kTiles;
     if (there && past > 0) found = {load_cached(offsets + macro), load_cached(offsets + macro + past)};
     return found;
   }
   ALPHAPRUNE_DEVICE void order(int stage, uint2 units) {
-    const int macro = left < kChunk ? left : kChunk;
+    constexpr uint32_t kUnit = Values<Lane::kBytes>::kOffsetBytes;
+    const int macro = left < kTiles ? left : kTiles;
     if (mine) {
-      const uint32_t full = shared.full(stage), bytes = (units.y - units.x) * 16, masks = macro * kWideTileMask;
+      const uint32_t full = shared.full(stage), bytes = (units.y - units.x) * kUnit, masks = macro * kWideTileMask;
       mbarrier_arrive_expect(full, there ? masks + bytes : 0);
       if (there) {
         const uint32_t to = shared.weight + stage * p.stage_bytes + place * p.tile_bytes();
         copy_bulk(to, mask, masks, full);
-        if (bytes) copy_bulk(to + kWideMaskBytes, values + static_cast<size_t>(units.x) * 16, bytes, full);
+        if (bytes) copy_bulk(to + p.mask_bytes, values + static_cast<size_t>(units.x) * kUnit, bytes, full);
       }
     }
-    mask += kChunk * sbt::kWords;
-    offsets += kChunk;
-    left -= kChunk;
+    mask += kTiles * sbt::kWords;
+    offsets += kTiles;
+    left -= kTiles;
   }
 };
 
 // Of the first warp, the lane after those that bring row tiles brings x.
-template <int kTokens>
+template <class Lane, int kTokens>
 ALPHAPRUNE_DEVICE void bring(const WideProblem& p, const TensorMap& x, const WideShared& shared, int warp, int lane) {
-  const WideShare share(p);
+  using Carrier = WideCarrier<Lane>;
+  const WideShare<Lane::kMacroTiles> share(p);
   // Of the first round, the weight of as many stages as the ring has: it does not depend on kernels before.
   const int width = share.width(), ahead = width < p.stages ? width : p.stages;
-  WideCarrier carrier(p, shared, warp, lane);
+  Carrier carrier(p, shared, warp, lane);
   carrier.start(share, 0);
   ALPHAPRUNE_NO_UNROLL
-  for (int first = 0; first < ahead; first += WideCarrier::kAtOnce) {
-    uint2 units[WideCarrier::kAtOnce];
+  for (int first = 0; first < ahead; first += Carrier::kAtOnce) {
+    uint2 units[Carrier::kAtOnce];
     ALPHAPRUNE_UNROLL
-    for (int i = 0; i < WideCarrier::kAtOnce; ++i)
+    for (int i = 0; i < Carrier::kAtOnce; ++i)
       if (first + i < ahead) units[i] = carrier.find(i);
     ALPHAPRUNE_UNROLL
-    for (int i = 0; i < WideCarrier::kAtOnce; ++i)
+    for (int i = 0; i < Carrier::kAtOnce; ++i)
       if (first + i < ahead) carrier.order(first + i, units[i]);
   }
   // Of the two chunks that come next: what is asked for now takes as long as to order one.
@@ -212,7 +217,7 @@ ALPHAPRUNE_DEVICE void bring(const WideProblem& p, const TensorMap& x, const Wid
         const uint32_t full = shared.full(stage.index), to = shared.x + stage.index * shared.x_bytes;
         mbarrier_arrive_expect(full, shared.x_bytes);
         ALPHAPRUNE_UNROLL
-        for (int box = 0; box < kChunk; ++box)
+        for (int box = 0; box < kBoxes; ++box)
           copy_box(to + box * kTokens * kSwizzleBytes, x, chunk * kChunkCols + box * static_cast<int>(kBoxCols), 0,
                    full);
       }
@@ -225,8 +230,11 @@ ALPHAPRUNE_DEVICE void bring(const WideProblem& p, const TensorMap& x, const Wid
 // 2 t + 8 and 2 t + 9, as the operand a has them, so that x stays as it is. A load of all lanes is of four mask words,
 // whose values lie in different banks, mostly.
 struct WideLane {
+  static constexpr int kMacroTiles = kChunk, kBytes = 2;
   uint32_t pair, below[2], bits[4], spare[4] = {}, one;
-  ALPHAPRUNE_DEVICE WideLane(int lane, uint32_t opaque_one) : pair(lane / 8 * 16), one(opaque_one) {
+  uint32_t second;  // 1 where the lane's words are of the second macro tile, and not 0
+  ALPHAPRUNE_DEVICE WideLane(int lane, Opaque number) : pair(lane / 8 * 16), one(number.one) {
+    second = shuffle(lane / (kWarp / kChunk), lane);
     ALPHAPRUNE_UNROLL
     for (int i = 0; i < 2; ++i) {
       const int bit = lane / 4 % 2 * static_cast<int>(sbt::kStepCols) + 2 * (lane % 4) + 8 * i;
@@ -239,6 +247,27 @@ struct WideLane {
   ALPHAPRUNE_DEVICE uint4 words(uint32_t meta, int step) const {
     return load_shared_u128(meta + step * kStepMeta + (pair ^ swap_of(step)));
   }
+  // Of the kWideAtOnce steps from `first` on, whose first words are `next`; then these are the words of what follows.
+  ALPHAPRUNE_DEVICE void decode(uint32_t meta, int first, uint4& next, uint32_t (&a)[kWideAtOnce][4]) {
+    ALPHAPRUNE_UNROLL
+    for (int i = 0; i < kWideAtOnce; ++i) {
+      const uint4 these = next;
+      if (first + i + 1 < kChunkSteps) next = words(meta, first + i + 1);
+      decode(these, a[i]);
+    }
+  }
+  // Stores the words of a stage whose mask and values begin there, as if nothing were kept where there is none; the
+  // values of its second macro tile follow the first's on the next 16 bytes.
+  ALPHAPRUNE_DEVICE void store_meta(bool there, uint32_t masks, uint32_t values, uint32_t meta, int lane) const {
+    uint2 mask{0, 0};
+    if (there) mask = load_shared_u64(masks + lane * 8);
+    const uint32_t bytes0 = 2 * popcount(mask.x), bytes = bytes0 + 2 * popcount(mask.y);
+    const uint32_t through = scan_inclusive<kWarp / kChunk>(bytes);
+    const uint32_t first = (shuffle(through, kWarp / kChunk - 1) + 15) & ~15u;
+    store_words(mask, first * second + (values + through - bytes), bytes0, meta, lane);
+  }
+
+ private:
   ALPHAPRUNE_DEVICE void decode(const uint4& words, uint32_t (&a)[4]) {
     const uint32_t mask[2] = {words.x, words.z};
     uint32_t start[4];
@@ -251,14 +280,18 @@ struct WideLane {
   }
 };
 
-// The words of a stage; the values of its second macro tile, for whose lanes `second` is 1 and not 0, follow the
-// first's on the next 16 bytes.
-ALPHAPRUNE_DEVICE void store_wide_meta(uint2 mask, uint32_t values, uint32_t second, uint32_t meta, int lane) {
-  const uint32_t bytes0 = 2 * popcount(mask.x), bytes = bytes0 + 2 * popcount(mask.y);
-  const uint32_t through = scan_inclusive<kWarp / kChunk>(bytes);
-  const uint32_t first = (shuffle(through, kWarp / kChunk - 1) + 15) & ~15u;
-  store_words(mask, first * second + (values + through - bytes), bytes0, meta, lane);
-}
+// The same of pairs: a step has the operands of two products.
+struct WidePairs : PairLane {
+  ALPHAPRUNE_DEVICE WidePairs(int lane, Opaque number) : PairLane(lane, number) {}
+  ALPHAPRUNE_DEVICE void decode(uint32_t meta, int first, uint4& next, uint32_t (&a)[kProducts][4]) {
+    const uint4 these = next;
+    if (first + kProducts < kChunkSteps) next = words(meta, first / kProducts + 1);
+    PairLane::decode(these, a);
+  }
+  ALPHAPRUNE_DEVICE void store_meta(bool there, uint32_t masks, uint32_t values, uint32_t meta, int lane) const {
+    alphaprune::cuda::store_meta<kBytes>(there ? load_shared_u32(masks + lane * 4) : 0u, 0, values, meta, lane);
+  }
+};
 
 // y of `tokens` tokens from `first` on, a share of them for each block of the cluster, four rows at a time: what the
 // slices of all blocks summed, which begins at `sums`, of every slice `room` tokens. kParts: of an output, that are
@@ -306,14 +339,13 @@ ALPHAPRUNE_DEVICE void store_wide(const WideProblem& p, uint32_t sums, int room,
 
 // What a warp of the warpgroups does. Where its rounds begin and end is worked out anew each time: the loop needs the
 // registers.
-template <class Value, int kTokens>
+template <class Lane, class Value, int kTokens>
 ALPHAPRUNE_DEVICE void multiply_wide(const WideProblem& p, const WideShared& shared) {
   const int lane = static_cast<int>(shuffle(lane_index(), lane_index())), warp = warp_index(), slice = warp / p.tiles(),
             place = warp % p.tiles();
-  WideLane mine(lane, p.one);
+  Lane mine(lane, p.number);
   // Shuffled from the lane itself, as numbers that the compiler keeps.
   const uint32_t tile = shuffle(shared.weight + place * p.tile_bytes(), lane);
-  const uint32_t second = shuffle(lane / (kWarp / kChunk), lane);
   const uint32_t meta = shuffle(shared.meta + warp * kMetaBytes, lane), full = shared.full(0);
   const uint64_t ring = with_low(operand_at(shared.x), shuffle(static_cast<uint32_t>(operand_at(shared.x)), lane));
   WideStage stage{slice};
@@ -323,9 +355,10 @@ ALPHAPRUNE_DEVICE void multiply_wide(const WideProblem& p, const WideShared& sha
   do {
     int limit = 0;  // stages that have the macro tile of this lane's mask words
     {
-      const WideShare share(p);
+      const WideShare<Lane::kMacroTiles> share(p);
       if (place < share.round_at(round + 1) - share.round_at(round))
-        limit = past - share.begin + (p.col_tiles - lane / (kWarp / kChunk) + kChunk - 1) / kChunk;
+        limit = past - share.begin +
+                (p.col_tiles - lane / (kWarp / Lane::kMacroTiles) + Lane::kMacroTiles - 1) / Lane::kMacroTiles;
       past += share.width();
     }
     float sum[kTokens / 2] = {};
@@ -334,10 +367,8 @@ ALPHAPRUNE_DEVICE void multiply_wide(const WideProblem& p, const WideShared& sha
     for (; number < past; number += p.slices) {  // cubins: main: the loop around it runs once per round
       const uint32_t barrier = full + stage.index * 2 * kMbarrierBytes;
       mbarrier_wait(barrier, stage.parity);
-      uint2 mask{0, 0};
       const uint32_t here = tile + stage.index * p.stage_bytes;
-      if (number < limit) mask = load_shared_u64(here + lane * 8);
-      store_wide_meta(mask, here + kWideMaskBytes, second, meta, lane);
+      mine.store_meta(number < limit, here, here + p.mask_bytes, meta, lane);
       sync_warp();  // the words are there
 
       const uint64_t boxes = operand_further(ring, stage.index * p.x_bytes(kTokens));
@@ -345,12 +376,7 @@ ALPHAPRUNE_DEVICE void multiply_wide(const WideProblem& p, const WideShared& sha
       ALPHAPRUNE_UNROLL
       for (int first = 0; first < kChunkSteps; first += kWideAtOnce) {
         auto& set = a[first / kWideAtOnce % kWideSets];
-        ALPHAPRUNE_UNROLL
-        for (int i = 0; i < kWideAtOnce; ++i) {
-          const uint4 words = next;
-          if (first + i + 1 < kChunkSteps) next = mine.words(meta, first + i + 1);
-          mine.decode(words, set[i]);
-        }
+        mine.decode(meta, first, next, set);
         wgmma_fence();
         ALPHAPRUNE_UNROLL
         for (int i = 0; i < kWideAtOnce; ++i) {
@@ -370,7 +396,7 @@ ALPHAPRUNE_DEVICE void multiply_wide(const WideProblem& p, const WideShared& sha
       stage.pass(p.slices, p.stages);
     }
 
-    const WideShare share(p);
+    const WideShare<Lane::kMacroTiles> share(p);
     more = ++round < share.rounds;
     // Sums in shared memory: [slice][token][row], those of `room` tokens. After the last round all of them lie over the
     // ring, before that those of some tokens after others have a place of their own.
@@ -410,11 +436,9 @@ ALPHAPRUNE_DEVICE void multiply_wide(const WideProblem& p, const WideShared& sha
   } while (more);
 }
 
-// kTokens: 32, 64, 128 or 256, at least p.tokens; boxes of x have so many rows.
-template <class Value, int kTokens>
-ALPHAPRUNE_KERNEL __launch_bounds__(wide_threads(wide_groups(kTokens)), 1)
-    sbt_wgmma(const WideProblem p, const __grid_constant__ TensorMap x) {
-#if ALPHAPRUNE_SM90
+// kTokens: 16, 32, 64, 128 or 256, at least p.tokens; boxes of x have so many rows.
+template <class Lane, class Value, int kTokens>
+ALPHAPRUNE_DEVICE void multiply_wide_tiles(const WideProblem& p, const TensorMap& x) {
   const WideShared shared(p, kTokens);
   let_next_begin();
   if (thread_index() == 0) {
@@ -429,14 +453,30 @@ ALPHAPRUNE_KERNEL __launch_bounds__(wide_threads(wide_groups(kTokens)), 1)
 
   if (warp_index() < p.warps()) {
     if constexpr (wide_trades(kTokens)) take_registers<232>();
-    multiply_wide<Value, kTokens>(p, shared);
+    multiply_wide<Lane, Value, kTokens>(p, shared);
   } else {
     if constexpr (wide_trades(kTokens)) give_registers<40>();
-    bring<kTokens>(p, x, shared, warp_index() - p.warps(), lane_index());
+    bring<Lane, kTokens>(p, x, shared, warp_index() - p.warps(), lane_index());
     sync_block();
     if (p.splits > 1) sync_cluster();
   }
   if (p.splits > 1) sync_cluster();  // nobody leaves while others read its sums
+}
+
+template <class Value, int kTokens>
+ALPHAPRUNE_KERNEL __launch_bounds__(wide_threads(wide_groups(kTokens)), 1)
+    sbt_wgmma(const WideProblem p, const __grid_constant__ TensorMap x) {
+#if ALPHAPRUNE_SM90
+  multiply_wide_tiles<WideLane, Value, kTokens>(p, x);
+#endif
+}
+
+// The same of pairs of floats.
+template <class Value, int kTokens>
+ALPHAPRUNE_KERNEL __launch_bounds__(wide_threads(wide_groups(kTokens)), 1)
+    pair_wgmma(const WideProblem p, const __grid_constant__ TensorMap x) {
+#if ALPHAPRUNE_SM90
+  multiply_wide_tiles<WidePairs, Value, kTokens>(p, x);
 #endif
 }
 

@@ -41,9 +41,12 @@ extern "C" void sbt_wgmma_way(const int64_t* counts, int64_t* way) {
   p.row_tiles = static_cast<int>(ceil_div(counts[0], sbt::kTileRows));
   p.col_tiles = static_cast<int>(ceil_div(counts[1], sbt::kTileCols));
   p.value_bytes = static_cast<uint32_t>(counts[2]) * 16;
+  p.mask_bytes = cuda::kChunk * cuda::kWideTileMask;
   const cuda::Device device{90, static_cast<int>(counts[4]), static_cast<int>(counts[5])};
   const bool fits =
-      cuda::by_tokens(counts[3], [&](auto box) { return cuda::share(&p, box(), device, {}) ? 0 : 1; }) == 0;
+      cuda::by_tokens<32, 256>(counts[3], [&](auto box) {
+        return cuda::share(&p, box(), static_cast<int>(ceil_div(p.col_tiles, cuda::kChunk)), device, {}) ? 0 : 1;
+      }) == 0;
   way[0] = fits ? p.groups : 0;
   way[1] = fits ? p.slices : 0;
   way[2] = fits ? p.splits : 0;
