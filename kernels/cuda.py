@@ -333,8 +333,7 @@ _layouts: "dict[Callable[[Packed], Any], weakref.WeakKeyDictionary[Packed, weakr
 def _layout(packed: Packed, build: Callable[[Packed], Any]) -> Any:
     """What `build` makes of a packed weight: the one that there is, as long as anyone keeps it."""
     made = _layouts.setdefault(build, weakref.WeakKeyDictionary())
-    known = made.get(packed)
-    found = None if known is None else known()
+    found = made[packed]() if packed in made else None
     if found is None:
         found = build(packed)
         if packed.device.type == "cuda":  # the kernel may read it before those before it in the stream have ended
