@@ -1,5 +1,7 @@
 """What README.md and docs show of GPUs, from the committed rows; RESULTS/ stands for their folder."""
 
+from collections.abc import Iterator
+
 from figures import rows, table
 
 FRONT = (28672, 4096)  # the layer that README.md shows: gate and up of LLaMA 3 side by side
@@ -95,14 +97,18 @@ def layers(shapes: list[tuple[int, int]]) -> str:
     return "\n\n".join(parts)
 
 
+def by_gpu(file: str) -> Iterator[tuple[str, list[dict]]]:
+    """Each GPU and its rows of layers, in order of tokens, sparsity and size."""
+    of = rows(file)
+    for name in dict.fromkeys(row["gpu"] for row in of):
+        here = [row for row in of if row["gpu"] == name]
+        yield name, sorted(here, key=lambda row: (row["tokens"], row["sparsity"], [-size for size in row["shape"]]))
+
+
 def wide() -> str:
     """sbt_wgmma by the fastest way to share its work, beside torch and sbt_mma."""
-    parts, of = [], rows("wide.jsonl")
-    for name in dict.fromkeys(row["gpu"] for row in of):
-        here = sorted(
-            (row for row in of if row["gpu"] == name),
-            key=lambda row: (row["tokens"], row["sparsity"], [-size for size in row["shape"]]),
-        )
+    parts = []
+    for name, here in by_gpu("wide.jsonl"):
         lines = [
             [
                 f"{row['tokens']}",
@@ -126,12 +132,8 @@ def wide() -> str:
 
 def pairs() -> str:
     """pair_mma beside sbt_wgmma and torch."""
-    parts, of = [], rows("pairs.jsonl")
-    for name in dict.fromkeys(row["gpu"] for row in of):
-        here = sorted(
-            (row for row in of if row["gpu"] == name),
-            key=lambda row: (row["tokens"], row["sparsity"], [-size for size in row["shape"]]),
-        )
+    parts = []
+    for name, here in by_gpu("pairs.jsonl"):
         lines = [
             [
                 f"{row['tokens']}",

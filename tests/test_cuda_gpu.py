@@ -46,7 +46,7 @@ def product(kernel: str, device: torch.device, found, bias: Tensor | None) -> No
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("full_sums")
-@pytest.mark.parametrize("kernel", ["sbt_mma", "sbt_wgmma", "sbt_expand", "delta_spmv", "nm_mma_sp"])
+@pytest.mark.parametrize("kernel", ["sbt_mma", "pair_mma", "sbt_wgmma", "sbt_expand", "delta_spmv", "nm_mma_sp"])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_products_on_a_gpu(gpu: torch.device, kernel: str, dtype: torch.dtype) -> None:
     if kernel == "sbt_wgmma" and (reason := cuda.missing_wide()):
