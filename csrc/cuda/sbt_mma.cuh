@@ -17,7 +17,7 @@ ALPHAPRUNE_BOTH constexpr int mma_most_warps(int row_tiles, int token_tiles, int
   const int tiles = row_tiles * token_tiles;
   if (bytes == 4) return tiles <= 2 ? 28 : tiles <= 4 ? 16 : 12;
   if (bytes == 1) return tiles == 1 ? 28 : tiles == 2 ? 24 : tiles <= 4 ? 20 : 12;
-  if (row_tiles > 1) return tiles <= 4 ? 28 : tiles <= 8 ? 16 : 14;
+  if (row_tiles > 1) return tiles <= 4 ? 24 : tiles <= 8 ? 16 : 14;
   return tiles <= 4 ? 32 : 20;
 }
 
