@@ -72,6 +72,12 @@ LIMITS = {
     "sm_90": Limits(2048, 32, 228 << 10),
 }
 SYSTEM_SHARED = 1024
+# Of a chunk of TILES macro tiles, whose values are 2 * kChunk / TILES bytes each.
+WIDE_BYTES = (
+    "[] {{ WideProblem p{{}}; p.row_tiles = p.clusters = p.slices = 1, p.stages = 2, p.groups = wide_groups({0}); "
+    "p.value_bytes = half(kChunk), p.mask_bytes = TILES * kWideTileMask, "
+    "p.stage_bytes = p.tiles() * p.tile_bytes(); return p.shared_bytes({0}); }}()"
+)
 # Dynamic shared memory as the kernel's own constexpr has it: a header and an expression in C++, where {0}, {1}, … are
 # the numbers among the template's arguments and half(n) the bytes of the values of n macro tiles at 50 %: of the
 # largest among very many, 4.5 standard deviations above the mean. half(n, 1) has values of one byte.
@@ -89,18 +95,8 @@ SHARED = {
         "cuda/sbt_mma.cuh",
         "mma_shared_bytes<PairLane>({{1, 14 / {1}, 1, 2, 2}}, {1}, {0}, Copies::{copies}, {0} * 8, half(2))",
     ),
-    "sbt_wgmma": (
-        "cuda/sbt_wgmma.cuh",
-        "[] {{ WideProblem p{{}}; p.row_tiles = p.clusters = p.slices = 1, p.stages = 2, p.groups = wide_groups({0}); "
-        "p.value_bytes = half(kChunk), p.mask_bytes = kChunk * kWideTileMask, "
-        "p.stage_bytes = p.tiles() * p.tile_bytes(); return p.shared_bytes({0}); }}()",
-    ),
-    "pair_wgmma": (
-        "cuda/sbt_wgmma.cuh",
-        "[] {{ WideProblem p{{}}; p.row_tiles = p.clusters = p.slices = 1, p.stages = 2, p.groups = wide_groups({0}); "
-        "p.value_bytes = half(2), p.mask_bytes = kWideTileMask, "
-        "p.stage_bytes = p.tiles() * p.tile_bytes(); return p.shared_bytes({0}); }}()",
-    ),
+    "sbt_wgmma": ("cuda/sbt_wgmma.cuh", WIDE_BYTES.replace("TILES", "kChunk")),
+    "pair_wgmma": ("cuda/sbt_wgmma.cuh", WIDE_BYTES.replace("TILES", "1")),
     "sbt_expand": ("cuda/sbt_expand.cuh", "expand_shared_bytes(half(kChunk))"),
     "nm_mma_sp": ("cuda/nm_mma_sp.cuh", "nm_shared_bytes({0})"),
     "nm_mma_sp_sm90": (
@@ -152,13 +148,10 @@ def dynamic_shared(kernels: list[str], folder: Path) -> dict[str, int]:
 
 
 def copies_of(kernel: str) -> str:
-    """How sbt_mma copies: the name of the number that stands for it, the last but one or last of the template's."""
+    """How sbt_mma and pair_mma copy: the name of the number for it, the last but one or last of the template's."""
     numbers = [a for a in arguments_of(kernel) if a.isdigit()]
-    return (
-        ("edges", "whole", "bulk")[int(numbers[2])]
-        if kernel.startswith(("sbt_mma", "pair_mma")) and len(numbers) > 2
-        else ""
-    )
+    copies = kernel.startswith(("sbt_mma", "pair_mma")) and len(numbers) > 2
+    return ("edges", "whole", "bulk")[int(numbers[2])] if copies else ""
 
 
 def arguments_of(kernel: str) -> list[str]:

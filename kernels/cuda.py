@@ -321,8 +321,8 @@ def _pairs(packed: Packed) -> tuple[Any, pair_layout.Pairs]:
 def pair_density() -> float:
     """Up to which density pairs are faster by themselves: they read more bytes, and issue half of the instructions.
 
-    On an H200 they were at 70 % sparsity, and not at 60 % (bench/results/wide.jsonl); with less memory bandwidth for a
-    multiprocessor, as an A100 has it, bytes count for more: a prediction.
+    On an H200 they were at 70 % sparsity, and not at 50 % (bench/results/pairs.jsonl). Between, and where bytes count
+    for more, as on an A100 with less bandwidth for a multiprocessor, it is a prediction.
     """
     return 0.2 if missing_wide() else 0.32
 

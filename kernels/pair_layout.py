@@ -48,7 +48,7 @@ def build(packed: Packed, name: str = "the weight") -> Pairs:
         raise ValueError(f"{name}: pairs are of float16 or bfloat16, got {packed.dtype}; convert the weight first")
     n, k = packed.shape
     tiles, per_row = packed.mask.shape[:2]
-    step = max(1, CHUNK // (k * sbt.ROWS))
+    step, order = max(1, CHUNK // (k * sbt.ROWS)), torch.tensor(ORDER, device=packed.device)
     values, masks, offsets, units = [], [], [], 0
     for begin in range(0, tiles, step):
         end = min(begin + step, tiles)
@@ -56,7 +56,6 @@ def build(packed: Packed, name: str = "the weight") -> Pairs:
         there = packed.offsets[begin * per_row : end * per_row + 1]
         dense, keep = sbt.unpack_torch(Packed(packed.weight, packed.mask[begin:end], there, (rows, k)))
         two, kept = functional.pad(dense.view(torch.int16), (0, -k % COLS)), functional.pad(keep, (0, -k % COLS))
-        order = torch.tensor(ORDER, device=packed.device)
         bits, any_kept = two.view(torch.int32).unflatten(1, (-1, STEP)), kept.view(rows, -1, STEP, 2).any(-1)
         made = sbt.pack(*(part[..., order].flatten(1) for part in (bits.view(torch.float32), any_kept)))
         count = int(made.offsets[-1])
@@ -70,11 +69,7 @@ def build(packed: Packed, name: str = "the weight") -> Pairs:
 
 def counts(packed: Packed) -> Tensor:
     """int64 [row tiles, ceil(K / 128)]: kept pairs of each of the macro tiles that `build` makes."""
-    words = packed.mask
-    pairs = (words | words >> 1) & EVEN
-    for shift, keep in ((2, 0x33333333), (4, 0x0F0F0F0F)):
-        pairs = (pairs & keep) + (pairs >> shift & keep)
-    found = ((pairs * 0x01010101) >> 24 & 0xFF).sum(-1)  # [row tiles, column tiles]
+    found = sbt.popcount((packed.mask | packed.mask >> 1) & EVEN).sum(-1)  # [row tiles, column tiles]
     return functional.pad(found, (0, found.shape[1] % 2)).unflatten(1, (-1, 2)).sum(-1)
 
 

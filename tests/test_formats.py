@@ -221,7 +221,7 @@ def test_what_passes_validate_is_safe_to_read(data: st.DataObject) -> None:
         assert str(error).startswith("layer: ")
         return
     start = (offsets.to(torch.int64) & 0xFFFFFFFF) * 8
-    count = sbt._popcount(bad.mask).sum(-1).flatten()
+    count = sbt.popcount(bad.mask).sum(-1).flatten()
     padding = 16 if dtype == torch.int8 else 8
     assert start[0] == 0 and (start.diff() >= count).all() and (start.diff() < count + padding).all()
     assert (bad.weight.numel() - start[-1]) * dtype.itemsize >= 64

@@ -213,10 +213,10 @@ def kept(packed: Packed) -> int:
     if native.load() is not None and packed.mask.device.type == "cpu":
         mask = packed.mask.contiguous()
         return native.load().count_bits(mask.data_ptr(), mask.numel())
-    return int(_popcount(packed.mask).sum())
+    return int(popcount(packed.mask).sum())
 
 
-def _popcount(words: Tensor) -> Tensor:
+def popcount(words: Tensor) -> Tensor:
     """Bits set in each int32, int64 of the same shape."""
     v = _unsigned(words)
     v = v - (v >> 1 & 0x55555555)
@@ -273,7 +273,7 @@ def _fault(packed: Packed) -> tuple[int, int]:
     offsets = _unsigned(packed.offsets)
     if offsets[0] != 0:
         return 1, 0
-    units = _units(_popcount(packed.mask).sum(-1).flatten(), packed.dtype)
+    units = _units(popcount(packed.mask).sum(-1).flatten(), packed.dtype)
     bad = torch.where(offsets.diff() != units, 2, 0)
     outside = _outside(packed).flatten()
     bad = torch.where((bad == 0) & outside, 3, bad)
