@@ -88,7 +88,6 @@ COUNTS: dict[str, dict[tuple[str, int], tuple[float, float]]] = {
         ("pair_mma", 16): (142.5, 41.5),
         ("pair_mma", 32): (167.0, 56.5),
         ("pair_mma", 64): (211.25, 57.75),
-        ("pair_wgmma", 16): (107.0, 22.5),
         ("pair_wgmma", 32): (107.0, 22.5),
         ("pair_wgmma", 64): (108.0, 23.5),
         ("sbt_mma", 8): (216.0, 65.64),

@@ -230,7 +230,7 @@ class PairWeight {
     const bool aligned = x % 16 == 0 && cols_ % 8 == 0;
     const auto product = [&](const Call& part) {
       return device_.capability == 90 && aligned && part.tokens > kMostPairMma
-                 ? pair_wgmma(views_.data(), stage_units_, WideWays{}, device_, part, cols_)
+                 ? pair_wgmma(views_.data(), stage_units_, device_, part, cols_)
                  : pair_mma(views_.data(), cols_, stage_units_, device_, part);
     };
     launch(call_of(views_[0].dtype, rows_, {x, tokens, biases, residual, y, stream}), index_, kMostTokens, cols_,

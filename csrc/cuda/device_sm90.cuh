@@ -197,12 +197,10 @@ ALPHAPRUNE_DEVICE void wgmma_wait() {
 #ifdef __CUDACC__
 #define ALPHAPRUNE_F(i) "+f"(c[i])
 #define ALPHAPRUNE_F4(i) ALPHAPRUNE_F(i), ALPHAPRUNE_F(i + 1), ALPHAPRUNE_F(i + 2), ALPHAPRUNE_F(i + 3)
-#define ALPHAPRUNE_F8(i) ALPHAPRUNE_F4(i), ALPHAPRUNE_F4(i + 4)
 #define ALPHAPRUNE_F16(i) ALPHAPRUNE_F4(i), ALPHAPRUNE_F4(i + 4), ALPHAPRUNE_F4(i + 8), ALPHAPRUNE_F4(i + 12)
 #define ALPHAPRUNE_F32(i) ALPHAPRUNE_F16(i), ALPHAPRUNE_F16(i + 16)
 #define ALPHAPRUNE_F64(i) ALPHAPRUNE_F32(i), ALPHAPRUNE_F32(i + 32)
 #define ALPHAPRUNE_F128(i) ALPHAPRUNE_F64(i), ALPHAPRUNE_F64(i + 64)
-#define ALPHAPRUNE_P8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define ALPHAPRUNE_P16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define ALPHAPRUNE_P32 ALPHAPRUNE_P16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define ALPHAPRUNE_P64                                                                                             \
@@ -222,9 +220,7 @@ ALPHAPRUNE_DEVICE void wgmma_wait() {
                : f(0)                                                                                               \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 #define ALPHAPRUNE_WGMMA_OF(type)                                                                            \
-  if constexpr (kTokens == 16) {                                                                             \
-    ALPHAPRUNE_WGMMA("16", type, ALPHAPRUNE_P8, ALPHAPRUNE_F8, "%8", "%9", "%10", "%11", "%12");             \
-  } else if constexpr (kTokens == 32) {                                                                      \
+  if constexpr (kTokens == 32) {                                                                             \
     ALPHAPRUNE_WGMMA("32", type, ALPHAPRUNE_P16, ALPHAPRUNE_F16, "%16", "%17", "%18", "%19", "%20");         \
   } else if constexpr (kTokens == 64) {                                                                      \
     ALPHAPRUNE_WGMMA("64", type, ALPHAPRUNE_P32, ALPHAPRUNE_F32, "%32", "%33", "%34", "%35", "%36");         \
@@ -239,7 +235,7 @@ ALPHAPRUNE_DEVICE void wgmma_wait() {
 // warpgroup has the rows from 16 w on; of these, and of 8 columns each, a and c[4 j …] as mma.m16n8k16 has them.
 template <class Value, int kTokens>
 ALPHAPRUNE_DEVICE void wgmma(float (&c)[kTokens / 2], const uint32_t (&a)[4], uint64_t b) {
-  static_assert(kTokens >= 16 && kTokens <= 256 && (kTokens & (kTokens - 1)) == 0, "tokens of one product");
+  static_assert(kTokens == 32 || kTokens == 64 || kTokens == 128 || kTokens == 256, "tokens of one product");
 #ifdef __CUDACC__
   if constexpr (Value::code == Bfloat16::code) {
     ALPHAPRUNE_WGMMA_OF("bf16")

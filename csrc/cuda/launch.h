@@ -77,8 +77,8 @@ Status sbt_mma_int8(const sbt::View* weights, uint32_t stage_units, const Device
 // macro tile.
 Status pair_mma(const sbt::View* weights, int64_t cols, uint32_t stage_units, const Device& device, const Call& call);
 // The same for sm_90a; x as sbt_wgmma has it.
-Status pair_wgmma(const sbt::View* weights, uint32_t stage_units, WideWays wanted, const Device& device,
-                  const Call& call, int64_t x_stride);
+Status pair_wgmma(const sbt::View* weights, uint32_t stage_units, const Device& device, const Call& call,
+                  int64_t x_stride);
 // For sm_90a, of up to kMostWideTokens. weights: as many as the call has members, with the same columns and dtype;
 // stage_units as above. x has rows of x_stride elements, a multiple of 8, zeros past the weights' columns, and starts
 // on 16 bytes; masks do, too.

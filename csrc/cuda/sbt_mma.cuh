@@ -42,7 +42,7 @@ constexpr uint32_t kMaskBytes = Lane::kMacroTiles * sbt::kWords * 4;
 template <class Lane>
 constexpr uint32_t kMmaMetaBytes = Lane::kMacroTiles * kMetaBytes / kChunk;
 // Rows of x are so much longer than their columns, so that those which are loaded together are in different banks: of
-// four tokens 8 bytes a lane, of two 16.
+// four tokens 8 bytes a lane, of eight 4.
 template <class Lane>
 constexpr uint32_t kActivationPad = 32 / Lane::kProducts;
 

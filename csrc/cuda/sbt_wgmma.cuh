@@ -436,7 +436,7 @@ ALPHAPRUNE_DEVICE void multiply_wide(const WideProblem& p, const WideShared& sha
   } while (more);
 }
 
-// kTokens: 16, 32, 64, 128 or 256, at least p.tokens; boxes of x have so many rows.
+// kTokens: 32, 64, 128 or 256, at least p.tokens; boxes of x have so many rows.
 template <class Lane, class Value, int kTokens>
 ALPHAPRUNE_DEVICE void multiply_wide_tiles(const WideProblem& p, const TensorMap& x) {
   const WideShared shared(p, kTokens);
