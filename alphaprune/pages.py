@@ -181,8 +181,9 @@ def _mapping(nbytes: int) -> tuple[mmap.mmap, int] | None:
     """A mapping, and where in it the first of so many bytes on huge pages lies; None if there is no room."""
     if nbytes < HUGE:
         return None
+    whole = -(-nbytes // HUGE) * HUGE  # the last page is a huge one, too, wherever the mapping begins
     try:
-        block = mmap.mmap(-1, nbytes + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        block = mmap.mmap(-1, whole + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         block.madvise(mmap.MADV_HUGEPAGE)
     except OSError:
         return None

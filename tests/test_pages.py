@@ -70,9 +70,14 @@ def test_what_lies_on_them_stays_and_page_tables_are_walked_once(model: Model, m
     monkeypatch.setattr(pages, "mappings", lambda told=pages.PAGES: read.append(told) or mappings(told))
     pages.huge_pages(model)
     assert read.count("/proc/self/smaps") == 1
-    before = places_of(model)
+    # Where Linux gives huge pages unasked, the heap may lie on them and a bias stay there, until the heap does no more.
+    first = model.embedding.weight.data_ptr()
+    block = next(one for one in mappings() if one.first <= first < one.last)
+    before = [(i, place) for i, place in enumerate(places_of(model)) if block.first <= place < block.last]
+    assert len(before) >= 4  # the embedding, the dense weight, the packed values and their mask at least
     pages.huge_pages(model)
-    assert places_of(model) == before and read.count("/proc/self/smaps") == 2
+    after = places_of(model)
+    assert [(i, after[i]) for i, _ in before] == before and read.count("/proc/self/smaps") == 2
 
 
 @needs_pages
