@@ -4,9 +4,9 @@ python bench/cubins.py                       every kernel of csrc/cuda, for sm_8
 python bench/cubins.py FILE.cu --kernel mma  another source
 
 Needs nvcc and nvdisasm, no GPU. Counts are of the main loop and static; weights come from the code: 256 per
-HMMA.16816 and tile of eight tokens, so many for each warp per HGMMA, 512 per HMMA.SP.16832, one non-zero per FFMA, lane
-and token in an SpMV. A product
-whose operand a is no weight, being constant or made from what operand b is made from, does not count.
+HMMA.16816 and tile of eight tokens, so many for each warp per HGMMA, 512 per HMMA.SP.16832 and HGMMA.SP, one non-zero
+per FFMA, lane and token in an SpMV. A product whose operand a is no weight, being constant or made from what operand b
+is made from, does not count.
 """
 
 import argparse
@@ -40,7 +40,7 @@ TEMPLATES = (
     "nm_mma_sp_sm90<",
     "delta_spmv<",
 )  # kernels with <value type, tiles or tokens>
-WIDE = ("sbt_wgmma<", "pair_wgmma<")  # whose first number is tokens
+WIDE = ("sbt_wgmma<", "pair_wgmma<", "nm_wgmma<")  # whose first number is tokens
 HOPPER = (*WIDE, "nm_mma_sp_sm90<")  # kernels of sm_90a
 # Weights of the dense matrix that an instruction multiplies by eight tokens, and the registers of operands a and b.
 PRODUCTS = {
@@ -49,7 +49,7 @@ PRODUCTS = {
     "HMMA.16816": (256, 4, 2),
     "HMMA.1688": (128, 2, 1),
 }
-HGMMA = re.compile(r"HGMMA\.64x(\d+)x16\.")  # of a warpgroup; operand a in registers, b behind a descriptor
+HGMMA = re.compile(r"HGMMA\.(SP\.)?64x(\d+)x(?:16|32)\.")  # of a warpgroup; a in registers, b behind a descriptor
 STORES = {"STG": 4, "STG.64": 8, "STG.128": 16, "STG.U16": 2, "STG.U8": 1}
 
 
@@ -102,6 +102,10 @@ SHARED = {
     "nm_mma_sp_sm90": (
         "cuda/nm_mma_sp_sm90.cuh",
         "StreamProblem{{{{}}, 0, 7, {0} < 2 ? 1 : 2, 4, 1, 1, 1, true}}.shared_bytes({0})",
+    ),
+    "nm_wgmma": (
+        "cuda/nm_wgmma.cuh",
+        "[] {{ NmWideProblem p{{}}; p.stages = nm_wide_stages({0}, 227 << 10); return p.shared_bytes({0}); }}()",
     ),
     "delta_spmv": ("cuda/delta_spmv.cuh", "delta_shared_bytes({0}, 4096, 109)"),
 }
@@ -174,7 +178,7 @@ def dtype_of(kernel: str) -> str | None:
 
 def product(instruction: Instruction) -> tuple[int, int, int] | None:
     if wide := HGMMA.match(instruction.opcode):
-        return 256 * int(wide[1]) // 8, 4, 1
+        return (512 if wide[1] else 256) * int(wide[2]) // 8, 4, 1
     return next((found for prefix, found in PRODUCTS.items() if instruction.opcode.startswith(prefix + ".")), None)
 
 

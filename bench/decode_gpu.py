@@ -35,7 +35,8 @@ from rows import append
 COLUMNS = ("model", "weights", "load", "decoder", "tokens/s", "step s", "over kernels", "ratio", "GB")
 MODELS = "llama2-7b,llama3-8b,mistral-7b"
 GPU_SPARSITY = "0.7,0.5,2:4,0.8"
-LIBRARY = "nm_cusparselt"  # multiplies 2:4 prompts where it is faster than the one that is taken unasked
+# Multiply 2:4 prompts where they are faster than the kernel that is taken unasked.
+TWO_OF_FOUR = ("nm_mma_sp", "nm_cusparselt")
 
 
 @dataclass(frozen=True)
@@ -137,15 +138,16 @@ class Run:
         if case.sparsity is None and self.options.decoder == "both":
             found += [("decode", count, "transformers", "generate") for count in self.options.sequences]
         if ":" in case.pattern:
-            found.append(("prefill", prompt, "alphaprune", LIBRARY))  # last: other kernels are left out from there on
+            # Last: nothing else is multiplied from there on.
+            found += [("prefill", prompt, "alphaprune", kernel) for kernel in TWO_OF_FOUR]
         return found
 
     def measure(self, model: Any, load: str, sequences: int, decoder: str, how: str) -> dict[str, float]:
         from alphaprune import stepping
 
         new = self.options.new
-        if how == LIBRARY:
-            only(model, LIBRARY, sequences)
+        if how in TWO_OF_FOUR:
+            only(model, how, sequences)
         if load == "prefill":
             return stepping.time_prefill(model, sequences, repeats=max(3, new // 8))
         if decoder == "transformers":
@@ -154,7 +156,7 @@ class Run:
 
 
 def only(model: Any, kernel: str, tokens: int) -> None:
-    """Has every packed layer multiply so many tokens by this kernel; ValueError with the reason where it cannot."""
+    """Has every packed layer multiply by this kernel; ValueError with the reason where it cannot, so many tokens."""
     from alphaprune import SparseLinear
     from alphaprune.kernels import base
 
@@ -162,8 +164,7 @@ def only(model: Any, kernel: str, tokens: int) -> None:
         prepared, packed, there = layer.prepared(), layer.packed, base.on(kernel, layer.packed.device)
         if reason := there.supports(packed.shape, tokens, packed.dtype, packed.dtype) or prepared.fits(there):
             raise ValueError(f"kernel {kernel} cannot run: {reason}")
-        while (name := prepared.choice(tokens, packed.dtype)[0].name) != kernel:
-            prepared.leave_out(name, f"{kernel} is measured")
+        prepared.keep_to(there)
 
 
 def line(row: dict[str, Any]) -> str:

@@ -133,7 +133,7 @@ def _trips(function: Function, inner: Sequence[Loop], notes: Notes, found: Rates
         else:
             trips[one.header] = note.value
             found.assumed.append(f"{note.value:g} trips of the loop at {branch.address:#x} ({place}): {note.reason}")
-            if (note, branch.where) in used:
+            if note.value and (note, branch.where) in used:
                 found.unknown.append(f"several loops came of the one at {place}: #pragma unroll 1 is missing")
             used.add((note, branch.where))
     return trips

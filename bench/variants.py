@@ -110,6 +110,7 @@ def time_here(module: Path, check: bool) -> None:
     spec.loader.exec_module(loaded)
     import torch
     import wide
+    from gpu_cases import Kept
     from gpu_contenders import Weights
     from gpu_rig import Cuda
 
@@ -119,7 +120,7 @@ def time_here(module: Path, check: bool) -> None:
     rig = Cuda()
     for shape, sparsity, tokens in PLAN:
         weights = Weights(shape, torch.bfloat16, rig.device)
-        found = wide.measure(rig, weights, sparsity, tokens, ["chosen"], check)
+        found = wide.measure(rig, weights, Kept(sparsity), tokens, ["chosen"], check)
         row = {"shape": list(shape), "sparsity": sparsity, "tokens": tokens}
         print(json.dumps(rig.facts() | row | {"seconds": found["chosen"], "dense": found["dense"]}), flush=True)
 

@@ -19,7 +19,7 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import gpu_cases
@@ -69,14 +69,20 @@ def wide(packed: Packed, x: torch.Tensor, way: tuple[int, int, int]) -> Call:
 
 
 def measure(
-    rig: Cuda, weights: Weights, sparsity: float, tokens: int, names: Sequence[str], check: bool = True
+    rig: Cuda,
+    weights: Weights,
+    kept: Kept,
+    tokens: int,
+    names: Sequence[str],
+    check: bool = True,
+    calls_of: Callable[[str, list[Packed], torch.Tensor], list[Call]] = calls_of,
 ) -> dict[str, float]:
     """Seconds of torch's product and of each of these names; those that do not fit the device are left out.
 
-    ValueError if one gives another product than torch, unless nobody is to check it.
+    calls_of: what a name stands for. ValueError if one gives another product than torch, unless nobody is to check it.
     """
-    packed, x = weights.packed(Kept(sparsity)), weights.x(tokens)
-    pruned = weights.pruned(Kept(sparsity))
+    packed, x = weights.packed(kept), weights.x(tokens)
+    pruned = weights.pruned(kept)
     truth = functional.linear(x.float(), pruned.float())
     copies = [packed.map(torch.Tensor.clone) for _ in range(max(1, -(-rig.rotate // packed.nbytes)))]
     dense = [pruned.clone() for _ in range(max(1, -(-rig.rotate // pruned.nbytes)))]
@@ -102,7 +108,7 @@ def measure(
 def row(rig: Cuda, weights: Weights, sparsity: float, tokens: int) -> dict[str, object]:
     """Of every way."""
     names = ["chosen", *(", ".join(map(str, way)) for way in ways(tokens))]
-    found = measure(rig, weights, sparsity, tokens, [*(OTHERS if tokens <= 64 else ()), *names])
+    found = measure(rig, weights, Kept(sparsity), tokens, [*(OTHERS if tokens <= 64 else ()), *names])
     best = min((name for name in names if name in found), key=lambda name: found[name])
     return {
         **rig.facts(),

@@ -84,6 +84,8 @@ COUNTS: dict[str, dict[tuple[str, int], tuple[float, float]]] = {
         ("nm_mma_sp_sm90", 16): (17.25, 4.75),
         ("nm_mma_sp_sm90", 32): (25.75, 7.0),
         ("nm_mma_sp_sm90", 64): (45.75, 11.0),
+        ("nm_wgmma", 128): (47.5, 5.0),
+        ("nm_wgmma", 256): (45.0, 5.0),
         ("pair_mma", 8): (129.0, 33.5),
         ("pair_mma", 16): (142.5, 41.5),
         ("pair_mma", 32): (167.0, 56.5),
@@ -105,9 +107,13 @@ COUNTS: dict[str, dict[tuple[str, int], tuple[float, float]]] = {
     },
 }
 MOST = {"delta_spmv": 4, "nm_mma_sp": 64, "pair_mma": 64, "sbt_mma": 64, "sbt_wgmma": 256}  # tokens of one call
+SM90_MOST = MOST | {"nm_mma_sp": 1 << 20}  # which are done by units of the largest counted size
 # What an H200 took over what the parts say, 28672x4096 at 50 % (bench/results/gpu.jsonl and wide.jsonl): latencies are
-# not hidden. Of int8 values it is a guess.
+# not hidden. Of int8 values it is a guess, and of nm_wgmma what shared memory is expected to take, which passes operand
+# b once for 64 rows (clocks_of in csrc/cuda/nm_wgmma.cu): not measured.
 OVER = {
+    ("nm_mma_sp", 128): 1.35,
+    ("nm_mma_sp", 256): 1.25,
     ("sbt_mma", 32): 1.4,
     ("sbt_mma", 64): 2.4,
     ("sbt_wgmma", 32): 1.6,
@@ -119,7 +125,7 @@ OVER = {
 }
 INT8 = {"sbt_mma": "sbt_mma_int8"}  # compiled kernels that multiply int8 values: under what name they are counted
 # What runs for a kernel on sm_90a, and from how many tokens on.
-SM90 = {"nm_mma_sp": {"nm_mma_sp_sm90": 0}, "pair_mma": {"pair_mma": 0, "pair_wgmma": 32}}
+SM90 = {"nm_mma_sp": {"nm_mma_sp_sm90": 0, "nm_wgmma": 128}, "pair_mma": {"pair_mma": 0, "pair_wgmma": 32}}
 EXPANDED = ("sbt_expand", "triton_expand")
 
 
@@ -148,7 +154,7 @@ def seconds(
         return LAUNCH + max(memory(9 / 8 * weights + passing), multiplied / 2)
     if kernel in EXPANDED:  # what is written is read again from the cache
         return 2 * LAUNCH + memory(packed + 4 * weights / CACHE) + max(memory(passing), multiplied)
-    most, counts = MOST.get(kernel), COUNTS[rates.arch]
+    most, counts = (SM90_MOST if rates.arch == "sm_90a" else MOST).get(kernel), COUNTS[rates.arch]
     kernel = INT8.get(kernel, "") if itemsize == 1 else kernel
     counted = SM90[kernel] if kernel in SM90 and rates.arch == "sm_90a" else {kernel: 0}
     known = [(m, name) for name, m in sorted(counts) if name in counted and m >= counted[name]]
@@ -169,9 +175,10 @@ def _call(
     tokens: int,
     sizes: dict[int, tuple[float, float]],
 ) -> float:
-    size = next(m for m in sizes if m >= tokens)
+    size = next((m for m in sizes if m >= tokens), max(sizes))
     issued, wavefronts = sizes[size]
-    units = weights / UNIT * (density if kernel == "delta_spmv" else 1)
+    times = math.ceil(tokens / size)
+    units = times * weights / UNIT * (density if kernel == "delta_spmv" else 1)
     if kernel == "delta_spmv":
         packed = weights * delta_layout.bytes_per_weight(density)
     elif kernel == "nm_mma_sp":
@@ -183,7 +190,7 @@ def _call(
         packed / (MEMORY * rates.memory),
         issued * units / (ISSUE * ISSUED * rates.clocks),
         wavefronts * units / rates.clocks,
-        weights * size / (TENSOR * per_clock * rates.clocks) if per_clock else 0.0,
+        times * weights * size / (TENSOR * per_clock * rates.clocks) if per_clock else 0.0,
     )
     return LAUNCH + OVER.get((kernel, size), 1.0) * max(parts)
 

@@ -113,10 +113,20 @@ class Prepared:
     def leave_out(self, kernel: str, reason: str) -> None:
         """Has other kernels chosen from now on, and forgets what this one kept. Not for weights of a graph."""
         self._fits[kernel] = reason
+        self._made.pop(kernel, None)
+        self._forget()
+
+    def keep_to(self, kernel: Kernel) -> None:
+        """Has this kernel multiply any number of tokens from now on, as if it had been asked for; as `leave_out`."""
+        self.kernel = kernel
+        self._made.clear()
+        self._forget()
+
+    def _forget(self) -> None:
+        """What was chosen and bound."""
         self._limits.clear()
         self._bound.clear()
         self._adds.clear()
-        self._made.pop(kernel, None)
         self.number = next(_numbers)  # of no group that others remember
         self.groups.clear()
         self.made_groups.clear()

@@ -26,7 +26,7 @@ def build(name: str, folder: Path, changes: dict[str, str] | None = None, optimi
     """tests/native/NAME_face.cpp as a library; changes: text of csrc/cuda/*.cuh that is replaced before compiling."""
     source, others = (
         folder / "csrc",
-        ["cpu", "sbt_mma*", "sbt_expand*", "nm_mma_sp*" if name == "wgmma" else "sbt_wgmma*"],
+        ["cpu", "sbt_mma*", "sbt_expand*", "sbt_wgmma*" if name == "nm" else "nm_*"],
     )
     shutil.copytree(ROOT / "csrc", source, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*others))
     for old, new in (changes or {}).items():

@@ -104,6 +104,26 @@ def test_two_row_tiles_of_a_warp_on_a_gpu(gpu: torch.device) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tile", range(4))
+def test_prompts_of_two_of_four_on_a_gpu(gpu: torch.device, tile: int) -> None:
+    """Several units of work for each pair of blocks; and what is not finite."""
+    if reason := cuda.missing_wide():
+        pytest.skip(reason)
+    for (n, k), tokens, dtype in zip(
+        ((9000, 264), (520, 4096), (37, 136)), (2100, 300, 70), (*HALVES, HALVES[0]), strict=True
+    ):
+        dense, _, x = problem(n, k, tokens, 1.0, dtype, dtype)
+        dense = dense * of_four(dense, 2)
+        if tokens == 300:
+            x[7, 90], x[100, 3000], x[299, k - 1] = float("inf"), float("nan"), float("-inf")
+        made, panels = cuda._nm(sbt.pack(dense).to(gpu))
+        given = x.to(gpu)
+        runs = [cuda.joined(made.by_tile(tile), [n], k, gpu, 1, panels).run(given, None)[0] for _ in range(3)]
+        assert_product(runs[0].cpu(), x, dense)
+        assert all(torch.equal(runs[0].view(torch.int16), again.view(torch.int16)) for again in runs[1:])
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("values", INTEGERS)
 @pytest.mark.parametrize("dtype", HALVES)
 def test_int8_values_on_a_gpu(gpu: torch.device, values: str, dtype: torch.dtype) -> None:

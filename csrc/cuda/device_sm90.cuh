@@ -78,6 +78,19 @@ ALPHAPRUNE_DEVICE void mbarrier_wait(uint32_t at, uint32_t parity) {
 #endif
 }
 
+// A place in a ring, and how often it came round.
+struct RingStage {
+  int index;
+  uint32_t parity = 0;
+  ALPHAPRUNE_DEVICE void pass(int count, int stages) {
+    index += count;
+    if (index >= stages) {
+      index -= stages;
+      parity ^= 1;
+    }
+  }
+};
+
 // Between this thread's own accesses to shared memory and copies that others start after a barrier of the block.
 ALPHAPRUNE_DEVICE void fence_for_copies() {
 #ifdef __CUDACC__
@@ -109,6 +122,21 @@ ALPHAPRUNE_DEVICE void copy_box(uint32_t to, const TensorMap& map, int col, int 
 #endif
 }
 
+// The same into the shared memory of every block of the cluster that has a bit in `ranks`, at the same address there,
+// counted by the barrier at the same address of each.
+ALPHAPRUNE_DEVICE void copy_box_to(uint32_t ranks, uint32_t to, const TensorMap& map, int col, int row,
+                                   uint32_t barrier) {
+#ifdef __CUDACC__
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(&map), "r"(col), "r"(row), "r"(barrier), "h"(static_cast<uint16_t>(ranks))
+      : "memory");
+#else
+  emulator::copy_through(to, map, col, row, barrier, ranks);
+#endif
+}
+
 // ---- clusters ----
 ALPHAPRUNE_DEVICE uint32_t cluster_rank() {
 #ifdef __CUDACC__
@@ -125,6 +153,19 @@ ALPHAPRUNE_DEVICE void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
   emulator::sync_cluster();
+#endif
+}
+// Arrives at the barrier at this address of a block of the cluster. For reads by copies and products only, which have
+// ended: what the thread itself wrote is not ordered for the other block, as a fence for that would wait for its loads.
+ALPHAPRUNE_DEVICE void mbarrier_arrive_in(uint32_t rank, uint32_t at) {
+#ifdef __CUDACC__
+  asm volatile(
+      "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(at),
+      "r"(rank)
+      : "memory");
+#else
+  emulator::mbarrier_arrive(at, 0, rank);
 #endif
 }
 // 16 bytes at this address of the shared memory of a block of the cluster.
@@ -213,12 +254,24 @@ ALPHAPRUNE_DEVICE void wgmma_wait() {
   "91,%92,%93,%94,%95"                                                                                             \
   ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%"   \
   "118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-// n: tokens; p: the places of c; a0 … a3, d: those of the operands.
+// n: tokens; p: the places of c; a0 … a3, d: those of the operands; m, s: of metadata and selector.
 #define ALPHAPRUNE_WGMMA(n, type, p, f, a0, a1, a2, a3, d)                                                          \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" p "}, {" a0 "," a1 "," a2 "," a3 \
                "}, " d ", 1, 1, 1, 0;"                                                                              \
                : f(0)                                                                                               \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define ALPHAPRUNE_WGMMA_SP(n, type, p, f, a0, a1, a2, a3, d, m, s)                                                    \
+  asm volatile("wgmma.mma_async.sp.sync.aligned.m64n" n "k32.f32." type "." type " {" p "}, {" a0 "," a1 "," a2 "," a3 \
+               "}, " d ", " m ", " s ", 1, 1, 1, 0;"                                                                   \
+               : f(0)                                                                                                  \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(meta), "n"(kSelector))
+#define ALPHAPRUNE_WGMMA_SP_OF(type)                                                                                   \
+  if constexpr (kTokens == 128) {                                                                                      \
+    ALPHAPRUNE_WGMMA_SP("128", type, ALPHAPRUNE_P64, ALPHAPRUNE_F64, "%64", "%65", "%66", "%67", "%68", "%69", "%70"); \
+  } else {                                                                                                             \
+    ALPHAPRUNE_WGMMA_SP("256", type, ALPHAPRUNE_P128, ALPHAPRUNE_F128, "%128", "%129", "%130", "%131", "%132", "%133", \
+                        "%134");                                                                                       \
+  }
 #define ALPHAPRUNE_WGMMA_OF(type)                                                                            \
   if constexpr (kTokens == 32) {                                                                             \
     ALPHAPRUNE_WGMMA("32", type, ALPHAPRUNE_P16, ALPHAPRUNE_F16, "%16", "%17", "%18", "%19", "%20");         \
@@ -243,7 +296,24 @@ ALPHAPRUNE_DEVICE void wgmma(float (&c)[kTokens / 2], const uint32_t (&a)[4], ui
     ALPHAPRUNE_WGMMA_OF("f16")
   }
 #else
-  emulator::wgmma(c, kTokens, a, b, [](uint32_t half) { return Value::widen(half); });
+  emulator::wgmma(c, kTokens, a, nullptr, 0, b, [](uint32_t half) { return Value::widen(half); });
+#endif
+}
+
+// c[64, kTokens] += a[64, 32] b[32, kTokens] with 2 of 4 neighbouring columns of a, begun as above; meta must not be
+// touched either. a has the kept values as mma_sparse has them, meta their places: of a warp's rows, in the lanes that
+// kSelector names there.
+template <int kSelector, class Value, int kTokens>
+ALPHAPRUNE_DEVICE void wgmma_sparse(float (&c)[kTokens / 2], const uint32_t (&a)[4], const uint32_t& meta, uint64_t b) {
+  static_assert(kTokens == 128 || kTokens == 256, "tokens of one product");
+#ifdef __CUDACC__
+  if constexpr (Value::code == Bfloat16::code) {
+    ALPHAPRUNE_WGMMA_SP_OF("bf16")
+  } else {
+    ALPHAPRUNE_WGMMA_SP_OF("f16")
+  }
+#else
+  emulator::wgmma(c, kTokens, a, &meta, kSelector, b, [](uint32_t half) { return Value::widen(half); });
 #endif
 }
 

@@ -118,6 +118,46 @@ ALPHAPRUNE_DEVICE void store_four_outputs(const Output& out, int token, int row,
   *reinterpret_cast<uint2*>(to.y + at) = {narrow_pair<Value>(sum[0], sum[1]), narrow_pair<Value>(sum[2], sum[3])};
 }
 
+// The same for many tokens of the same rows, of which there may be fewer than four: what does not depend on the token
+// is read once.
+template <class Value>
+struct FourRows {
+  uint16_t* y;               // of the first token
+  const uint16_t* residual;  // the same, or null
+  float bias[4];
+  int rows, count;  // of the weight; from the row on that there are
+
+  ALPHAPRUNE_DEVICE FourRows(const Output& out, int row) {
+    const OutputRows& to = out.holder(row);
+    row -= to.first;
+    y = to.y + row;
+    residual = out.residual ? out.residual + row : nullptr;
+    rows = to.rows;
+    count = to.rows - row;
+    ALPHAPRUNE_UNROLL
+    for (int i = 0; i < 4; ++i) bias[i] = to.bias && i < count ? bias_of(to, row + i) : 0;
+  }
+  // fours: whether four outputs can be stored at once (stores_fours).
+  ALPHAPRUNE_DEVICE void store(int token, float (&sum)[4], bool fours) const {
+    if (count <= 0) return;
+    const size_t at = static_cast<size_t>(token) * rows;
+    ALPHAPRUNE_UNROLL
+    for (int i = 0; i < 4; ++i) sum[i] += bias[i];
+    if (residual) {
+      ALPHAPRUNE_UNROLL
+      for (int i = 0; i < 4; ++i)
+        if (i < count) sum[i] += Value::widen(residual[at + i]);
+    }
+    if (fours) {
+      *reinterpret_cast<uint2*>(y + at) = {narrow_pair<Value>(sum[0], sum[1]), narrow_pair<Value>(sum[2], sum[3])};
+      return;
+    }
+    ALPHAPRUNE_UNROLL
+    for (int i = 0; i < 4; ++i)
+      if (i < count) y[at + i] = static_cast<uint16_t>(Value::narrow(sum[i]));
+  }
+};
+
 // y[token, row] = silu(gate) * up of the first two members' row, whose y is the first's (Shazeer, 2020); rounded where
 // separate kernels would round.
 template <class Value>

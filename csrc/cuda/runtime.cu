@@ -75,6 +75,7 @@ Status prepare(int device) {
   if (!status) status = allow_delta_spmv(found.shared_bytes);
   if (!status) status = allow_nm_mma_sp(found.shared_bytes);
   if (!status && found.capability == 90) status = allow_nm_mma_sp_sm90(found.shared_bytes);
+  if (!status && found.capability == 90) status = allow_nm_wgmma(found.shared_bytes);
   int other = 0;
   const Status restored = set_device(before, &other);
   return status ? status : restored;

@@ -108,19 +108,6 @@ struct WideShare {
   ALPHAPRUNE_DEVICE int round_at(int round) const { return first + tiles * round / rounds; }
 };
 
-// A place in the ring, and how often it came round.
-struct WideStage {
-  int index;
-  uint32_t parity = 0;
-  ALPHAPRUNE_DEVICE void pass(int count, int stages) {
-    index += count;
-    if (index >= stages) {
-      index -= stages;
-      parity ^= 1;
-    }
-  }
-};
-
 // What a lane brings of the weight: a row tile of every round, chunk by chunk. Of warp w, lane i has tile 4 i + w.
 template <class Lane>
 struct WideCarrier {
@@ -197,7 +184,7 @@ ALPHAPRUNE_DEVICE void bring(const WideProblem& p, const TensorMap& x, const Wid
   uint2 units = carrier.find(), later = carrier.find(1);
   wait_for_kernels_before();
 
-  WideStage stage{0, 1};
+  RingStage stage{0, 1};
   int before = 0;  // stages
   ALPHAPRUNE_NO_UNROLL
   for (int round = 0; round < share.rounds; ++round) {
@@ -348,7 +335,7 @@ ALPHAPRUNE_DEVICE void multiply_wide(const WideProblem& p, const WideShared& sha
   const uint32_t tile = shuffle(shared.weight + place * p.tile_bytes(), lane);
   const uint32_t meta = shuffle(shared.meta + warp * kMetaBytes, lane), full = shared.full(0);
   const uint64_t ring = with_low(operand_at(shared.x), shuffle(static_cast<uint32_t>(operand_at(shared.x)), lane));
-  WideStage stage{slice};
+  RingStage stage{slice};
   int round = 0, number = slice, past = 0;  // of a stage, over all rounds
   bool more;
   ALPHAPRUNE_NO_UNROLL

@@ -61,9 +61,9 @@ struct Mbarrier {
   uint32_t at;
   int arrivals, pending;
   int16_t maker;
-  uint32_t made;       // the block's epoch
-  bool known = false;  // to copies
-  int64_t bytes = 0;   // that the phase waits for
+  uint32_t made, made_cluster;  // the epochs of the block and of the cluster
+  bool known = false;           // to copies
+  int64_t bytes = 0;            // that the phase waits for
   uint32_t phase = 0;
   std::vector<Transfer> transfers;
   std::vector<uint32_t> arriving, released;  // clocks of the warps that arrived in this phase, and in those before
@@ -72,8 +72,9 @@ struct Mbarrier {
 // A product of a warpgroup that is under way (sm90.h).
 struct Product {
   float* c;
-  const uint32_t* operand;
-  uint32_t quad[4][4];  // operand a of the four lanes that have this one's rows, as it was
+  const uint32_t *operand, *meta;  // meta: of one that keeps 2 of 4 columns, null of others
+  int selector;                    // of the lanes that bring meta
+  uint32_t quad[4][5];             // operand a of the four lanes that have this one's rows, and their meta, as it was
   uint64_t b;
   int tokens;
   float (*widen)(uint32_t);
@@ -135,8 +136,8 @@ struct Block {
   bool any[2] = {};  // of sync_block_any, by the last bit of the epoch
   Meeting meetings[16];
   std::vector<Mbarrier> mbarriers;
-  // Where there are barriers in shared memory: what each warp knows of the others' clocks, which go on when one
-  // arrives.
+  // Where there are barriers in shared memory: what each warp knows of the clocks of all in the cluster, which go on
+  // when one arrives.
   std::vector<std::vector<uint32_t>> clocks;
   // By 16 bytes of shared memory and warp: 1 + the warp's epoch of its last read; and, where there are such barriers,
   // its clock then, to tell what a copy overwrites too early.
@@ -165,7 +166,10 @@ inline Machine& machine() {
 
 inline int thread_index() { return machine().current % machine().threads; }
 inline int warp_index() { return thread_index() / kWarp; }
-inline Block& block() { return machine().blocks[machine().current / machine().threads]; }
+inline uint32_t block_rank() { return static_cast<uint32_t>(machine().current / machine().threads); }
+inline Block& block() { return machine().blocks[block_rank()]; }
+// The number of a warp in the cluster.
+inline size_t clock_of(uint32_t rank, size_t warp) { return rank * machine().blocks[rank].warps.size() + warp; }
 inline Fiber& fiber() { return machine().fibers[machine().current]; }
 inline Warp& warp() { return block().warps[warp_index()]; }
 
@@ -211,9 +215,22 @@ inline void pass_barrier(Block& b) {
     w.met.resize(b.warps.size());
     for (size_t other = 0; other < b.warps.size(); ++other) w.met[other] = b.warps[other].epoch;
   }
-  for (size_t w = 0; w < b.clocks.size(); ++w) ++b.clocks[w][w];
-  for (auto& known : b.clocks)
-    for (size_t w = 0; w < b.clocks.size(); ++w) known[w] = std::max(known[w], b.clocks[w][w] - 1);
+}
+// All warps of these blocks know what any of them knew, and go on.
+inline void share_clocks(uint32_t first, uint32_t last) {
+  std::vector<uint32_t> all;
+  for (uint32_t rank = first; rank < last; ++rank)
+    for (const auto& known : machine().blocks[rank].clocks) {
+      all.resize(known.size());
+      for (size_t i = 0; i < known.size(); ++i) all[i] = std::max(all[i], known[i]);
+    }
+  for (uint32_t rank = first; rank < last; ++rank) {
+    auto& clocks = machine().blocks[rank].clocks;
+    for (size_t w = 0; w < clocks.size(); ++w) {
+      clocks[w] = all;
+      ++clocks[w][clock_of(rank, w)];
+    }
+  }
 }
 
 inline void sync_block() {
@@ -224,6 +241,7 @@ inline void sync_block() {
   if (++b.arrived == machine().threads) {
     b.arrived = 0;
     pass_barrier(b);
+    share_clocks(block_rank(), block_rank() + 1);
   } else {
     while (b.epoch == mine) yield();
   }
@@ -326,7 +344,7 @@ inline void touch(const char* kind, uint32_t address, uint32_t bytes, bool write
   if (!write) {
     const size_t place = address / 16 * m.warps.size() + here;
     m.read_in[place] = warp().epoch + 1;
-    if (!m.read_at.empty()) m.read_at[place] = m.clocks[here][here];
+    if (!m.read_at.empty()) m.read_at[place] = m.clocks[here][clock_of(block_rank(), here)];
   }
   for (uint32_t i = address; i < address + bytes; ++i) {
     Shadow& s = m.shadow[i];
@@ -461,6 +479,7 @@ template <class T>
 T load_global(const void* from) {
   if (reinterpret_cast<uintptr_t>(from) % alignof(T) || reinterpret_cast<uintptr_t>(from) % sizeof(T))
     fail("a load of " + std::to_string(sizeof(T)) + " bytes from global memory is not aligned");
+  fiber().fenced = false;
   T value;
   std::memcpy(&value, from, sizeof(T));
   return value;

@@ -25,11 +25,11 @@ inline uint32_t swizzle(uint32_t address) { return address ^ (address >> 7 & 7u)
 // Barriers in shared memory.
 inline void mbarrier_init(uint32_t at, uint32_t arrivals) {
   Block& b = block();
+  const size_t warps = b.warps.size(), all = warps * machine().blocks.size();
   check_range("a barrier", at, 8);
   if (b.clocks.empty()) {
-    const size_t warps = b.warps.size();
-    b.clocks.assign(warps, std::vector<uint32_t>(warps, 0));
-    for (size_t w = 0; w < warps; ++w) b.clocks[w][w] = 1;
+    b.clocks.assign(warps, std::vector<uint32_t>(all, 0));
+    for (size_t w = 0; w < warps; ++w) b.clocks[w][clock_of(block_rank(), w)] = 1;
     b.read_at.assign(b.read_in.size(), 0);
   }
   for (const Mbarrier& other : b.mbarriers)
@@ -39,28 +39,36 @@ inline void mbarrier_init(uint32_t at, uint32_t arrivals) {
   made.arrivals = made.pending = static_cast<int>(arrivals);
   made.maker = static_cast<int16_t>(thread_index());
   made.made = b.epoch;
-  made.arriving = made.released = std::vector<uint32_t>(b.warps.size(), 0);
+  made.made_cluster = machine().cluster_epoch;
+  made.arriving = made.released = std::vector<uint32_t>(all, 0);
   b.mbarriers.push_back(made);
 }
 inline void mbarrier_fence_init() {
   for (Mbarrier& barrier : block().mbarriers)
     if (barrier.maker == thread_index()) barrier.known = true;
 }
-inline int mbarrier_index(uint32_t at, bool copies = false) {
-  Block& b = block();
+// Of the barriers of a block of the cluster, the number of that one.
+inline int mbarrier_index(uint32_t at, uint32_t rank, bool copies = false) {
+  if (rank >= machine().blocks.size()) fail("there is no block " + std::to_string(rank) + " in the cluster");
+  Block& b = machine().blocks[rank];
+  const bool own = rank == block_rank();
   for (size_t i = 0; i < b.mbarriers.size(); ++i) {
     Mbarrier& found = b.mbarriers[i];
     if (found.at != at) continue;
-    if (found.maker != thread_index() && found.made == b.epoch)
+    if (own && found.maker != thread_index() && found.made == b.epoch)
       fail("a barrier is used that may not be there yet: a barrier of the block is missing");
-    if (copies && !found.known) fail("a copy completes on a barrier that it does not know: a fence is missing");
-    fiber().waited.resize(b.mbarriers.size(), 0);
+    if (!own && found.made_cluster == machine().cluster_epoch)
+      fail("a barrier of another block is used that may not be there yet: a barrier of the cluster is missing");
+    if (!own && b.finished) fail("a barrier of a block that has ended is used: a barrier of the cluster is missing");
+    if ((copies || !own) && !found.known)
+      fail("a copy completes on a barrier that it does not know: a fence is missing");
+    if (own) fiber().waited.resize(b.mbarriers.size(), 0);
     return static_cast<int>(i);
   }
   fail("there is no barrier at " + std::to_string(at));
 }
-inline void mbarrier_complete(Mbarrier& barrier, int index) {
-  Block& b = block();
+inline void mbarrier_complete(Block& b, int index) {
+  Mbarrier& barrier = b.mbarriers[index];
   for (const Transfer& transfer : barrier.transfers) {
     transfer.perform();
     barrier.bytes -= transfer.bytes;
@@ -81,27 +89,33 @@ inline void mbarrier_complete(Mbarrier& barrier, int index) {
   for (size_t w = 0; w < barrier.arriving.size(); ++w)
     barrier.released[w] = std::max(barrier.released[w], barrier.arriving[w]);
 }
-inline void mbarrier_arrive(uint32_t at, uint32_t bytes) {
-  const int index = mbarrier_index(at);
-  Block& b = block();
+inline void mbarrier_arrive(uint32_t at, uint32_t bytes, uint32_t rank) {
+  const int index = mbarrier_index(at, rank);
+  Block& b = machine().blocks[rank];
   Mbarrier& barrier = b.mbarriers[index];
   ++machine().progress;
-  if (barrier.pending == 0) mbarrier_complete(barrier, index);
+  if (barrier.pending == 0) mbarrier_complete(b, index);
   barrier.bytes += bytes;
   --barrier.pending;
-  auto& known = b.clocks[warp_index()];
+  auto& known = block().clocks[warp_index()];
   for (size_t w = 0; w < known.size(); ++w) barrier.arriving[w] = std::max(barrier.arriving[w], known[w]);
-  ++known[warp_index()];
-  if (barrier.pending == 0 && barrier.bytes == 0 && barrier.transfers.empty()) mbarrier_complete(barrier, index);
+  ++known[clock_of(block_rank(), warp_index())];
+  if (barrier.pending == 0 && barrier.bytes == 0 && barrier.transfers.empty()) mbarrier_complete(b, index);
+}
+inline void mbarrier_arrive(uint32_t at, uint32_t bytes) { mbarrier_arrive(at, bytes, block_rank()); }
+// Whether another block of the cluster has still to begin copies that the phase waits for.
+inline bool awaits_others(const Mbarrier& barrier) {
+  int64_t under_way = 0;
+  for (const Transfer& transfer : barrier.transfers) under_way += transfer.bytes;
+  return machine().blocks.size() > 1 && under_way < barrier.bytes;
 }
 inline void mbarrier_wait(uint32_t at, uint32_t parity) {
-  const int index = mbarrier_index(at);
+  const int index = mbarrier_index(at, block_rank());
   Block& b = block();
   while ((b.mbarriers[index].phase & 1u) == parity) {
-    Mbarrier& barrier = b.mbarriers[index];
-    if (barrier.pending == 0) {
+    if (b.mbarriers[index].pending == 0 && !awaits_others(b.mbarriers[index])) {
       ++machine().progress;
-      mbarrier_complete(barrier, index);
+      mbarrier_complete(b, index);
     } else {
       yield();
     }
@@ -114,21 +128,24 @@ inline void mbarrier_wait(uint32_t at, uint32_t parity) {
 }
 
 // Copies that complete on a barrier.
-inline void copy_to_barrier(uint32_t to, uint32_t bytes, uint32_t at, std::function<void()> perform) {
-  const int index = mbarrier_index(at, true);
-  Block& b = block();
+inline void copy_to_barrier(uint32_t to, uint32_t bytes, uint32_t at, uint32_t rank, std::function<void()> perform) {
+  const int index = mbarrier_index(at, rank, true);
+  Block& b = machine().blocks[rank];
   if (to % 16 || bytes % 16 || bytes == 0) fail("a copy that completes on a barrier is not of aligned 16 bytes");
   if (size_t{to} + bytes > b.memory.size()) fail("a copy goes outside of shared memory");
-  const int here = warp_index();
+  const auto& known = block().clocks[warp_index()];
+  const bool own = rank == block_rank();
   for (uint32_t i = to; i < to + bytes; ++i) {
     Shadow& s = b.shadow[i];
     const auto text = [&] { return "a copy into byte " + std::to_string(i) + " of shared memory "; };
     if (s.copier != Shadow::kNobody) fail(text() + "while another one is under way: a wait is missing");
-    if (!ordered(s.writer, s.writer_warp, s.written_block, s.written_warp))
+    if (own ? !ordered(s.writer, s.writer_warp, s.written_block, s.written_warp)
+            : s.writer != Shadow::kNobody && s.written_cluster == machine().cluster_epoch)
       fail(text() + "races with a write of " + who(s.writer) + ": a barrier is missing");
     if (i % 16 == 0)
       for (size_t w = 0; w < b.clocks.size(); ++w)
-        if (static_cast<int>(w) != here && b.read_at[i / 16 * b.clocks.size() + w] > b.clocks[here][w])
+        if (!(own && static_cast<int>(w) == warp_index()) &&
+            b.read_at[i / 16 * b.clocks.size() + w] > known[clock_of(rank, w)])
           fail(text() + "races with a read of warp " + std::to_string(w) + ": an arrival or a wait is missing");
     b.memory[i] = kPoison;
     s = Shadow{};
@@ -139,26 +156,34 @@ inline void copy_to_barrier(uint32_t to, uint32_t bytes, uint32_t at, std::funct
 inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t at) {
   if (reinterpret_cast<uintptr_t>(from) % 16) fail("the source of an asynchronous copy is not aligned");
   uint8_t* memory = block().memory.data();
-  copy_to_barrier(to, bytes, at, [=] { std::memcpy(memory + to, from, bytes); });
+  copy_to_barrier(to, bytes, at, block_rank(), [=] { std::memcpy(memory + to, from, bytes); });
 }
-inline void copy_through(uint32_t to, const TensorMap& map, int col, int row, uint32_t at) {
+// Into the shared memory of each block that has a bit in `ranks`, and completes on the barrier of each.
+inline void copy_through(uint32_t to, const TensorMap& map, int col, int row, uint32_t at, uint32_t ranks) {
   const uint32_t row_bytes = map.box_cols * 2;
   if (map.swizzled && to % 1024) fail("a swizzled box does not start on 1024 bytes");
-  uint8_t* memory = block().memory.data();
-  copy_to_barrier(to, row_bytes * map.box_rows, at, [=] {
-    for (uint32_t r = 0; r < map.box_rows; ++r)
-      for (uint32_t c = 0; c < map.box_cols; ++c) {
-        uint16_t value = 0;
-        if (row + r < map.rows && col + c < map.cols)
-          std::memcpy(&value, map.x + (row + r) * map.row_bytes + (col + c) * 2, 2);
-        const uint32_t address = to + r * row_bytes + c * 2;
-        std::memcpy(memory + (map.swizzled ? swizzle(address) : address), &value, 2);
-      }
-  });
+  if (ranks >> machine().blocks.size()) fail("a copy goes to a block that the cluster does not have");
+  for (uint32_t rank = 0; ranks >> rank; ++rank) {
+    if (!(ranks >> rank & 1u)) continue;
+    uint8_t* memory = machine().blocks[rank].memory.data();
+    copy_to_barrier(to, row_bytes * map.box_rows, at, rank, [=] {
+      for (uint32_t r = 0; r < map.box_rows; ++r)
+        for (uint32_t c = 0; c < map.box_cols; ++c) {
+          uint16_t value = 0;
+          if (row + r < map.rows && col + c < map.cols)
+            std::memcpy(&value, map.x + (row + r) * map.row_bytes + (col + c) * 2, 2);
+          const uint32_t address = to + r * row_bytes + c * 2;
+          std::memcpy(memory + (map.swizzled ? swizzle(address) : address), &value, 2);
+        }
+    });
+  }
+}
+inline void copy_through(uint32_t to, const TensorMap& map, int col, int row, uint32_t at) {
+  copy_through(to, map, col, row, at, 1u << block_rank());
 }
 
 // Clusters.
-inline uint32_t cluster_rank() { return static_cast<uint32_t>(machine().current / machine().threads); }
+inline uint32_t cluster_rank() { return block_rank(); }
 inline void sync_cluster() {
   Machine& m = machine();
   ++m.progress;
@@ -169,6 +194,7 @@ inline void sync_cluster() {
     m.cluster_arrived = 0;
     ++m.cluster_epoch;
     for (Block& b : m.blocks) pass_barrier(b);
+    share_clocks(0, static_cast<uint32_t>(m.blocks.size()));
   } else {
     while (m.cluster_epoch == mine) yield();
   }
@@ -199,13 +225,16 @@ inline void wgmma_fence() {
   meet("wgmma.fence", nullptr, 0);
   fiber().fenced = true;
 }
-inline void wgmma(float* c, int tokens, const uint32_t (&a)[4], uint64_t b, float (*widen)(uint32_t)) {
+// meta: of a product that keeps 2 of 4 columns, whose operand b has twice as many; null of others.
+inline void wgmma(float* c, int tokens, const uint32_t (&a)[4], const uint32_t* meta, int selector, uint64_t b,
+                  float (*widen)(uint32_t)) {
   Fiber& f = fiber();
   if (!f.fenced) fail("a product after its registers may have been written: a fence is missing");
-  const auto& lanes = warp().slots[meet("wgmma", a, 4)];
-  Product made{c, a, {}, b, tokens, widen};
+  const uint32_t brought[5] = {a[0], a[1], a[2], a[3], meta ? *meta : 0};
+  const auto& lanes = warp().slots[meet("wgmma", brought, 5)];
+  Product made{c, a, meta, selector, {}, b, tokens, widen};
   const int lane = thread_index() % kWarp;
-  for (int i = 0; i < 4; ++i) std::copy(lanes[lane / 4 * 4 + i], lanes[lane / 4 * 4 + i] + 4, made.quad[i]);
+  for (int i = 0; i < 4; ++i) std::copy(lanes[lane / 4 * 4 + i], lanes[lane / 4 * 4 + i] + 5, made.quad[i]);
   auto sums = std::find_if(f.sums.begin(), f.sums.end(), [&](const Sums& s) { return s.c == c; });
   if (sums == f.sums.end()) {
     f.sums.push_back({c, std::vector<float>(c, c + tokens / 2)});
@@ -230,20 +259,26 @@ inline float operand_b(const Product& p, int k, int token) {
   std::memcpy(&half, block().memory.data() + address, 2);
   return p.widen(half);
 }
+// The column of b that kept value k of row g (half 0) or g + 8 meets.
+inline int column_of(const Product& p, int k, int half) {
+  if (!p.meta) return k;
+  // Of the two lanes that bring meta, each has 16 columns, which are 8 kept values; 2 bits for each of them.
+  const uint32_t word = p.quad[2 * p.selector + k / 8][4] >> 16 * half;
+  return 4 * (k / 2) + static_cast<int>(word >> 2 * (k % 8) & 3u);
+}
 inline void wgmma_perform(const Product& p) {
   Fiber& f = fiber();
   const int lane = thread_index() % kWarp;
-  if (!std::equal(p.operand, p.operand + 4, p.quad[lane % 4]))
+  if (!std::equal(p.operand, p.operand + 4, p.quad[lane % 4]) || (p.meta && *p.meta != p.quad[lane % 4][4]))
     fail("the operand of a product was written while it is under way: a wait is missing");
   auto sums = std::find_if(f.sums.begin(), f.sums.end(), [&](const Sums& s) { return s.c == p.c; });
   for (int j = 0; j < p.tokens / 8; ++j)
     for (int odd = 0; odd < 2; ++odd)
-      for (int k = 0; k < 16; ++k) {
-        const float b = operand_b(p, k, 8 * j + 2 * (lane % 4) + odd);
+      for (int k = 0; k < 16; ++k)
         for (int half = 0; half < 2; ++half)
           sums->values[4 * j + 2 * half + odd] +=
-              p.widen(p.quad[k % 8 / 2][half + 2 * (k / 8)] >> 16 * (k % 2) & 0xffffu) * b;
-      }
+              p.widen(p.quad[k % 8 / 2][half + 2 * (k / 8)] >> 16 * (k % 2) & 0xffffu) *
+              operand_b(p, column_of(p, k, half), 8 * j + 2 * (lane % 4) + odd);
   if (--sums->products) return;
   for (size_t i = 0; i < sums->values.size(); ++i) {
     if (std::memcmp(p.c + i, &kSumPoison, 4)) fail("the sums of a product were written while it is under way");

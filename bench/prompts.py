@@ -1,0 +1,94 @@
+"""2:4 layers with many tokens on a GPU, as prompts have them: torch, the expansion and each tile of nm_wgmma, by turns.
+
+python bench/prompts.py --seconds 20                            the most important cases first
+python bench/prompts.py --shape 28672x4096 --tokens 512,2048    of one layer
+
+Rows, one JSON object each, with the same as those of bench/wide.py but for what `seconds` has: dense, sbt_expand,
+nm_mma_sp (the tile that it chooses), and each tile by its name in csrc/cuda/launch.h. A product that is not torch's
+ends the script.
+"""
+
+import argparse
+import functools
+import sys
+import time
+from pathlib import Path
+
+import gpu_cases
+import torch
+import wide
+from gpu_cases import Kept, Shape
+from gpu_contenders import Weights
+from gpu_rig import Call, Cuda
+from rows import append
+
+from alphaprune.formats import Packed
+from alphaprune.kernels import cuda, spmm
+
+PLAN: tuple[tuple[Shape, tuple[int, ...]], ...] = (
+    *((shape, (2048,)) for shape in (wide.GATE_UP, wide.DOWN, wide.QKV, wide.OUT, wide.LARGE)),
+    *((shape, (512, 256, 128)) for shape in (wide.GATE_UP, wide.OUT)),
+    *((shape, (8192,)) for shape in (wide.LARGE, wide.OUT)),
+)
+TILES = {"tokens128": 1, "tokens256": 2, "tokens128_rows256": 3}  # NmTile
+OTHERS = ("sbt_expand", "nm_mma_sp")
+TWO_OF_FOUR = Kept(0.5, "2:4")
+
+
+def calls_of(name: str, copies: list[Packed], x: torch.Tensor) -> list[Call]:
+    """A call for each copy of the weight, by a kernel of that name or by a tile."""
+    if name in OTHERS:
+        return [functools.partial(spmm.prepare(one, "bench", name), x) for one in copies]
+    return [_tile(one, x, TILES[name]) for one in copies]
+
+
+def _tile(packed: Packed, x: torch.Tensor, tile: int) -> Call:
+    made, panels = cuda._nm(packed)
+    bound = cuda.joined(made.by_tile(tile), [packed.shape[0]], packed.shape[1], x.device, 1, panels)
+    return lambda: bound.run(x, None)[0]
+
+
+def row(rig: Cuda, weights: Weights, tokens: int) -> dict[str, object]:
+    """Of every contender."""
+    found = wide.measure(rig, weights, TWO_OF_FOUR, tokens, [*OTHERS, *TILES], calls_of=calls_of)
+    return {
+        **rig.facts(),
+        **{"shape": list(weights.shape), "pattern": "2:4", "tokens": tokens, "seconds": found},
+        **{"best": min(TILES, key=lambda name: found[name]), "over_dense": found["dense"] / found["nm_mma_sp"]},
+    }
+
+
+def line(row: dict) -> str:
+    shape, seconds = "x".join(map(str, row["shape"])), row["seconds"]
+    known = "  ".join(f"{name} {1e6 * taken:.1f}" for name, taken in seconds.items())
+    flops = 2 * row["shape"][0] * row["shape"][1] * row["tokens"] / seconds["nm_mma_sp"]
+    return f"{shape:>12} {row['tokens']:>5}  {known}  {row['over_dense']:.2f}x  {flops / 1e12:.0f} dense TFLOP/s"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", type=gpu_cases.shapes_from, help="of these layers only")
+    parser.add_argument("--tokens", type=lambda text: [int(part) for part in text.split(",")], default=(2048,))
+    parser.add_argument("--seconds", type=float, default=20, help="after which no case is begun")
+    parser.add_argument("--out", type=Path, help="rows are appended to this file too")
+    options = parser.parse_args(arguments)
+    begin = time.monotonic()
+    if reason := cuda.missing_wide():
+        print(f"prompts.py: no nm_wgmma: {reason}", file=sys.stderr)
+        return 2
+    rig = Cuda()
+    for shape, every in [(shape, options.tokens) for shape in options.shape or ()] or PLAN:
+        if time.monotonic() - begin > options.seconds:
+            break
+        weights = Weights(shape, torch.bfloat16, rig.device)
+        for tokens in every:
+            found = row(rig, weights, tokens)
+            print(line(found), flush=True)
+            if options.out:
+                append(options.out, found)
+            rig.release()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
