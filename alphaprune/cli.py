@@ -275,6 +275,8 @@ def _serve_command(sub) -> None:
     serve.add_argument("--kv-blocks", type=int, metavar="N", help="blocks of the KV cache")
     kv = "or its size (default: on a GPU all but 1; else 1, or 1/4 of what is free)"
     serve.add_argument("--kv-memory", type=float, metavar="GB", help=kv)
+    kept = "of a GPU, for what kernels keep beside the packed weights; 0: the smallest server (default: what there is)"
+    serve.add_argument("--copies", type=float, metavar="GB", help=kept)
     engines = ("auto", "alphaprune", "transformers")
     serve.add_argument("--engine", choices=engines, default="auto", help="whose batching; auto: ours, if it can")
     steps = ("auto", "graphs", "compile", "eager")

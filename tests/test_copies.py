@@ -159,7 +159,7 @@ def test_compiled_steps_have_copies_of_their_own(bound: list[str], model: torch.
     assert len(bound) == made
 
 
-@pytest.mark.parametrize("given", [{}, {"kv_blocks": 8}, {"kv_memory": 1e-3}], ids=str)
+@pytest.mark.parametrize("given", [{}, {"kv_blocks": 8}, {"kv_memory": 1e-3}, {"copies": 0}, {"copies": 1.0}], ids=str)
 def test_serve_makes_them_before_the_cache(bound, model, monkeypatch: pytest.MonkeyPatch, given: dict) -> None:
     from alphaprune.commands import serve
 
@@ -176,10 +176,10 @@ def test_serve_makes_them_before_the_cache(bound, model, monkeypatch: pytest.Mon
     monkeypatch.setattr(kv, "plan", told("plan", kv.plan))
     asked = []
     monkeypatch.setattr(kv, "room_for_copies", lambda device, nbytes: asked.append(nbytes) or float("inf"))
-    options = {"max_running": 2, "block_size": 16, "kv_blocks": None, "kv_memory": None, "engine": "auto"}
-    options |= {"steps": "eager", "api_key": None, "queue": 1, "max_body": 10**6, **given}
+    options = dict.fromkeys(("kv_blocks", "kv_memory", "copies")) | {"max_running": 2, "block_size": 16}
+    options |= {"engine": "auto", "steps": "eager", "api_key": None, "queue": 1, "max_body": 10**6, **given}
     service = serve._service(model, Tokenizer(), "m", options)
     service.engine.stop()
     wanted = {"kv_blocks": 8 * kv.block_bytes(model.config, F32, 16), "kv_memory": 1e6}
     assert asked == [next((wanted[name] for name in given if name in wanted), None)]
-    assert order == ["make", "plan"] and service.engine.memory()["copies"] > 0
+    assert order == ["make", "plan"] and (service.engine.memory()["copies"] == 0) == (given.get("copies") == 0)

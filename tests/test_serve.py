@@ -270,6 +270,8 @@ def test_a_taken_port_and_bad_options(directory: Path, run) -> None:
         (("--host", "192.0.2.1"), "192.0.2.1:8000 cannot be served on"),
         (("--kv-blocks", 5, "--kv-memory", 1), "one of --kv-blocks and --kv-memory"),
         (("--kv-memory", 1e-6, "--port", 0), "less than one block"),
+        (("--copies", -1), "--copies -1.0: wanted 0 or more"),
+        (("--copies", "nan"), "--copies nan: wanted 0 or more"),
         (("--max-running", 0), "--max-running 0: wanted 1 or more"),
         (("--chat-template", "nowhere.jinja"), "nowhere.jinja: there is no such file"),
     ):

@@ -265,3 +265,31 @@ def test_seconds_of_a_layer_by_its_sparsity(tmp_path) -> None:
         tuning.time_curves({"a": (64, 64)}, "bfloat16", str(tmp_path / "t.json"), 1)
     with pytest.raises(ValueError, match="--tokens 0"):
         tuning.time_curves({"a": (64, 64)}, "float32", str(tmp_path / "t.json"), 0)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fits"),
+    [
+        *(("2:4", True), ("1:4", True), ("2:8", True), ("1:2", True)),
+        *(("3:4", False), ("3:8", False), ("2:3", False), ("unstructured", False), ("N:8", False)),
+    ],
+)
+def test_plans_count_on_kernels_that_take_their_pattern(pattern: str, fits: bool, tmp_path) -> None:
+    """And on no others: here nm_mma_sp is fast, what takes any weight is not."""
+    nm = curve("nm_mma_sp", 0.5, [0.6] * 4, dtype="bfloat16")
+    dense = curve("dense", 0, [1] * 4, dtype="bfloat16")
+    made(*linear("scalar", 1.6, 1.2, dtype="bfloat16"), nm, dense).save(tmp_path / "t.json")
+    asked = {"a": (64, 64)}, "bfloat16", str(tmp_path / "t.json"), 1, pattern
+    assert tuning.break_evens(*asked) == {"a": 0 if fits else table.NEVER}
+    assert tuning.time_curves(*asked)["a"][50] == (0.6 if fits else 1)
+
+
+def test_a_command_plans_by_the_kernels_of_its_pattern(directory, capsys, tmp_path) -> None:
+    analysis, out, times = (str(tmp_path / name) for name in ("a.json", "p.json", "t.json"))
+    assert cli.main(["analyze", str(directory), "-o", analysis]) == 0
+    slow = [*linear("scalar", 1.6, 0.6), curve("dense", 0, [1] * 4)]
+    for curves, status in ((slow, 2), ([*slow, curve("nm_mma_sp", 0.5, [0.6] * 4)], 0)):
+        made(*curves).save(times)
+        assert cli.main(["plan", analysis, "--pattern", "2:4", "--times", times, "-o", out]) == status
+        assert ("2:4 would be slower than dense" in capsys.readouterr().err) == bool(status)
+    assert {p["pattern"] for p in json.loads(Path(out).read_text())["layers"].values()} == {"2:4"}

@@ -20,8 +20,8 @@ def run(
         from alphaprune import tuning
 
         shapes = {name: stat.shape for name, stat in stats.layers.items()}
-        break_even = tuning.break_evens(shapes, stats.dtype, times, tokens)
-        seconds = tuning.time_curves(shapes, stats.dtype, times, tokens)
+        asked = shapes, stats.dtype, times, tokens, options["pattern"]
+        break_even, seconds = tuning.break_evens(*asked), tuning.time_curves(*asked)
     made = make_plan(stats, **options, break_even=break_even, times=seconds)
     made.save(output)
     predicted = _predicted(made, stats if curves is not None else None, seconds)

@@ -47,8 +47,8 @@ def run(model: str, **options: Any) -> None:
 
 def _check(options: dict[str, Any]) -> None:
     least = {"max_running": 1, "queue": 0, "max_body": 1, "block_size": 4, "drain": 0, "threads": 1}
-    for name, low in {**least, "kv_blocks": 1, "kv_memory": 0}.items():
-        if options[name] is not None and options[name] < low:
+    for name, low in {**least, "kv_blocks": 1, "kv_memory": 0, "copies": 0}.items():
+        if options[name] is not None and not options[name] >= low:
             raise ValueError(f"--{name.replace('_', '-')} {options[name]}: wanted {low} or more")
     if not 0 <= options["port"] < 2**16:
         raise ValueError(f"--port {options['port']}: wanted 0 to 65535; 0 takes a free one")
@@ -76,7 +76,10 @@ def _service(loaded: Any, tokenizer: Any, name: str, options: dict[str, Any]) ->
     blocks, memory = options["kv_blocks"], options["kv_memory"] and options["kv_memory"] * 1e9
     asked = blocks * kv.block_bytes(loaded.config, loaded.dtype, block) if blocks else memory
     calls = copies.calls_of(loaded, options["steps"] != "compile", options["engine"] != "transformers")
-    copies.make(calls, max(running, BATCH_TOKENS), loaded.dtype, kv.room_for_copies(loaded.device, asked))
+    room = kv.room_for_copies(loaded.device, asked)
+    if options["copies"] is not None:
+        room = min(room, options["copies"] * 1e9)
+    copies.make(calls, max(running, BATCH_TOKENS), loaded.dtype, room)
     cache = kv.plan(loaded.config, loaded.dtype, running, block, blocks, memory, loaded.device)
     metrics = Metrics()
     engine = Engine(loaded, tokenizer, cache, running, metrics.tell, options["engine"], options["steps"])
