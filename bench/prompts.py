@@ -23,7 +23,7 @@ from gpu_rig import Call, Cuda
 from rows import append
 
 from alphaprune.formats import Packed
-from alphaprune.kernels import cuda, spmm
+from alphaprune.kernels import cuda, cuda_layouts, spmm
 
 PLAN: tuple[tuple[Shape, tuple[int, ...]], ...] = (
     *((shape, (2048,)) for shape in (wide.GATE_UP, wide.DOWN, wide.QKV, wide.OUT, wide.LARGE)),
@@ -43,7 +43,7 @@ def calls_of(name: str, copies: list[Packed], x: torch.Tensor) -> list[Call]:
 
 
 def _tile(packed: Packed, x: torch.Tensor, tile: int) -> Call:
-    made, panels = cuda._nm(packed)
+    made, panels = cuda_layouts.native_nm(packed)
     bound = cuda.joined(made.by_tile(tile), [packed.shape[0]], packed.shape[1], x.device, 1, panels)
     return lambda: bound.run(x, None)[0]
 

@@ -63,7 +63,7 @@ def calls_of(name: str, copies: list[Packed], x: torch.Tensor) -> list[Call]:
 
 
 def wide(packed: Packed, x: torch.Tensor, way: tuple[int, int, int]) -> Call:
-    made, alive = cuda._wide(packed)
+    made, alive = cuda.native_wide(packed)
     bound = cuda.joined(made.by_ways(*way), [packed.shape[0]], packed.shape[1], x.device, 1, alive)
     return lambda: bound.run(x, None)[0]
 

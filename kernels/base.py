@@ -28,7 +28,7 @@ MEMBERS = (  # in order of preference, on each device
     ),
     "reference",
 )
-FILES = ("cpu", "cuda", "expansion", "nm_library", "portable", "reference")  # each exports KERNELS
+FILES = ("cpu", "cuda", "cuda_layouts", "expansion", "nm_library", "portable", "reference")  # each exports KERNELS
 
 # Bound(x [M, K], bias [N] | None) -> y [M, N]: a kernel bound to one packed weight. That of a kernel which `adds` takes
 # a third one, [M, N], to which y is added in place, and returns it.

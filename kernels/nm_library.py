@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from alphaprune import devices
 from alphaprune.formats import Packed
-from alphaprune.kernels import cuda, expansion
+from alphaprune.kernels import cuda, cuda_layouts, expansion
 from alphaprune.kernels.base import Bound, Kernel
 
 MULTIPLE, TOKENS = 16, 8  # of N and K, and of M, in 16-bit floats: torch.sparse.semi_structured
@@ -85,4 +85,6 @@ def fastest(compressed: Tensor, x: Tensor, n: int, bias: Tensor | None) -> int:
     return _found[kind]
 
 
-KERNELS = (Kernel("nm_cusparselt", "cuda", missing, supports, bind, fits=cuda.crowded, least_tokens=LEAST_TOKENS),)
+KERNELS = (
+    Kernel("nm_cusparselt", "cuda", missing, supports, bind, fits=cuda_layouts.crowded, least_tokens=LEAST_TOKENS),
+)

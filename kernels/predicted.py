@@ -112,8 +112,8 @@ SM90_MOST = MOST | {"nm_mma_sp": 1 << 20}  # which are done by units of the larg
 # not hidden. Of int8 values it is a guess, and of nm_wgmma what shared memory is expected to take, which passes operand
 # b once for 64 rows (clocks_of in csrc/cuda/nm_wgmma.cu): not measured.
 OVER = {
-    ("nm_mma_sp", 128): 1.35,
-    ("nm_mma_sp", 256): 1.25,
+    ("nm_mma_sp", 128): 1.3,
+    ("nm_mma_sp", 256): 1.3,
     ("sbt_mma", 32): 1.4,
     ("sbt_mma", 64): 2.4,
     ("sbt_wgmma", 32): 1.6,

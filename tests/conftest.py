@@ -198,7 +198,7 @@ def emulator(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mo
     module.emulate_in_order(0)
     yield module
     module.emulate_device(90, 132, 232448)
-    cuda._device.cache_clear()
+    cuda.opened.cache_clear()
 
 
 @pytest.fixture

@@ -66,7 +66,7 @@ def open_module(library: Path) -> ModuleType:
 def use(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets kernels/cuda.py call this module, with tensors of the host."""
     monkeypatch.setattr(cuda, "_find", lambda: (module, ""))
-    cuda._device.cache_clear()
+    cuda.opened.cache_clear()
 
 
 def guarded(tensor: Tensor) -> Tensor:

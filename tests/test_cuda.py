@@ -19,7 +19,7 @@ from torch import Tensor
 from alphaprune import hardware
 from alphaprune.decoder import Decoder
 from alphaprune.formats import Packed, quantize, sbt
-from alphaprune.kernels import base, cuda, group, neighbours, pair_layout, spmm
+from alphaprune.kernels import base, cuda, cuda_layouts, group, neighbours, pair_layout, spmm
 
 HALVES = cuda.HALVES
 H100, SMALL = (90, 132, 232448), (80, 1, 166912)  # SMALL: so few multiprocessors that a block owns all row tiles
@@ -35,8 +35,8 @@ def multiply(packed: Packed, x: Tensor, bias: Tensor | None, values: str | None 
     if values == PAIRS:
         pairs = pair_layout.build(packed)
         pairs = replace(pairs, packed=pairs.packed.map(guarded))
-        with mock.patch.object(cuda, "_layout", lambda *_: pairs):
-            return cuda.bind_pairs(packed)(guarded(x), None if bias is None else guarded(bias))
+        with mock.patch.object(cuda_layouts, "_layout", lambda *_: pairs):
+            return cuda_layouts.bind_pairs(packed)(guarded(x), None if bias is None else guarded(bias))
     return cuda.bind(packed.map(guarded))(guarded(x), None if bias is None else guarded(bias))
 
 
@@ -82,7 +82,7 @@ def test_any_shape(module: ModuleType, n, k, tokens, density, dtype, values, ord
         use(module, monkeypatch)
         module.emulate_in_order(order)
         check(n, k, min(tokens, 140), density, dtype, None, seed, values)
-    cuda._device.cache_clear()
+    cuda.opened.cache_clear()
 
 
 def of_four(packed_from: Tensor, keep: int) -> Tensor:
@@ -97,11 +97,11 @@ def test_kernels_with_layouts_of_their_own(emulator: ModuleType, poisoned: None,
     for (n, k, density), tokens in itertools.product(SHAPES, (1, 2, 4, 9, 70)):
         bias = (None, torch.randn(n).to(dtype), torch.randn(n))[(tokens + n) % 3]
         dense, packed, x = problem(n, k, tokens, density, dtype, dtype)
-        assert_product(cuda.bind_delta(packed)(guarded(x), bias), x, dense, bias)
+        assert_product(cuda_layouts.bind_delta(packed)(guarded(x), bias), x, dense, bias)
         if tokens in (9, 70):
             assert_product(cuda.bind_wide(packed.map(guarded))(guarded(x), bias), x, dense, bias)
         pruned = dense * of_four(dense, 2)
-        assert_product(cuda.bind_nm(sbt.pack(pruned))(guarded(x), bias), x, pruned, bias)
+        assert_product(cuda_layouts.bind_nm(sbt.pack(pruned))(guarded(x), bias), x, pruned, bias)
 
 
 @pytest.mark.parametrize("tokens", [5, 20, 70])
@@ -109,21 +109,21 @@ def test_pairs_of_several_weights_are_one_launch(emulator: ModuleType, poisoned:
     rows, k = (40, 17, 64), 264
     found = [problem(n, k, tokens, 0.2 + 0.1 * i, torch.bfloat16, torch.bfloat16, i) for i, n in enumerate(rows)]
     x, biases = found[0][2], [None, torch.randn(17), None]
-    together = cuda.bind_pairs_group([packed for _, packed, _ in found], False)
+    together = cuda_layouts.bind_pairs_group([packed for _, packed, _ in found], False)
     for (dense, _, _), bias, y in zip(found, biases, together.run(guarded(x), biases, None), strict=True):
         assert_product(y, x, dense, bias)
-    assert cuda.bind_pairs_group([packed for _, packed, _ in found[:2]], True) is None
+    assert cuda_layouts.bind_pairs_group([packed for _, packed, _ in found[:2]], True) is None
 
 
 def test_two_of_four_is_recognised() -> None:
     for keep, fits in ((0, True), (1, True), (2, True), (3, False), (4, False)):
         weight = torch.randn(40, 200).bfloat16()
         packed = sbt.pack(weight, of_four(weight, keep))
-        assert (cuda.crowded(packed) is None) == fits, keep
+        assert (cuda_layouts.crowded(packed) is None) == fits, keep
     for at in itertools.product((0, 17, 39), (0, 63, 64, 197)):  # one four too many, anywhere
         mask = of_four(weight, 2)
         mask[at[0], at[1] // 4 * 4 : at[1] // 4 * 4 + 3] = True
-        assert "2 of 4" in cuda.crowded(sbt.pack(weight, mask))
+        assert "2 of 4" in cuda_layouts.crowded(sbt.pack(weight, mask))
 
 
 @pytest.mark.parametrize("shared", (20000, 40000, 232448))

@@ -11,7 +11,7 @@ from tolerance import assert_product
 from torch import Tensor
 
 from alphaprune.formats import sbt
-from alphaprune.kernels import cuda, group, spmm
+from alphaprune.kernels import cuda, cuda_layouts, group, spmm
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_prompts_of_two_of_four_on_a_gpu(gpu: torch.device, tile: int) -> None:
         dense = dense * of_four(dense, 2)
         if tokens == 300:
             x[7, 90], x[100, 3000], x[299, k - 1] = float("inf"), float("nan"), float("-inf")
-        made, panels = cuda._nm(sbt.pack(dense).to(gpu))
+        made, panels = cuda_layouts.native_nm(sbt.pack(dense).to(gpu))
         given = x.to(gpu)
         runs = [cuda.joined(made.by_tile(tile), [n], k, gpu, 1, panels).run(given, None)[0] for _ in range(3)]
         assert_product(runs[0].cpu(), x, dense)

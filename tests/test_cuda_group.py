@@ -17,7 +17,7 @@ from tolerance import assert_product
 from torch import Tensor
 
 from alphaprune.formats import Packed, sbt
-from alphaprune.kernels import base, cuda, group, nm_layout, spmm
+from alphaprune.kernels import base, cuda, cuda_layouts, group, nm_layout, spmm
 
 TRIPLES = [(1, 15, 16), (17, 1, 100), (40, 33)]  # rows of each weight: parts of row tiles and whole ones
 DENSITIES = (0.2, 0.9, 0.0)
@@ -88,7 +88,7 @@ def test_any_weights(module: ModuleType, rows, densities, k, tokens, dtype, kind
         module.emulate_device(*device)
         check_group(rows, k, tokens, dtype, kind, densities)
         module.emulate_device(90, 132, 232448)
-    cuda._device.cache_clear()
+    cuda.opened.cache_clear()
 
 
 def test_bits_do_not_depend_on_the_order_of_threads(emulator: ModuleType, poisoned: None) -> None:
@@ -133,7 +133,7 @@ def test_weights_that_cannot_share_a_launch(emulator: ModuleType) -> None:
     _, halves = weights((16, 16, 16), 256, DENSITIES, HALVES[1])
     others = [weights((16,), 256, DENSITIES, kind)[1][0] for kind in (HALVES[0], *INTEGERS)]
     others.append(weights((16,), 128, DENSITIES, HALVES[1])[1][0])
-    for bind in (cuda.bind_mma_group, cuda.bind_nm_group):
+    for bind in (cuda.bind_mma_group, cuda_layouts.bind_nm_group):
         assert bind([*halves, halves[0]], False) is None and bind(halves[:2], True) is None
         assert all(bind([halves[0], other], False) is None for other in others)
     made = [cuda.handles(packed)[0][HALVES[1]] for packed in (*halves, others[1], others[3])]
@@ -161,7 +161,7 @@ def test_panels_of_several_weights(emulator: ModuleType, poisoned: None, device:
         dense, packed = two_of_four(rows, k, dtype)
         x, biases = guarded(torch.randn(tokens, k).to(dtype)), biases_of(rows, dtype)
         x[-1, k // 2] = float("inf")
-        found = cuda.bind_nm_group(packed, False).run(x, biases, None)
+        found = cuda_layouts.bind_nm_group(packed, False).run(x, biases, None)
         for y, weight, bias in zip(found, dense, biases, strict=True):
             assert_product(y, x, weight, bias)
 
@@ -178,7 +178,7 @@ def test_many_tokens_of_several_weights(emulator: ModuleType, poisoned: None, mu
         for y, weight, bias in zip(found, dense, biases, strict=True):
             assert_product(y, x, weight, bias)
     assert cuda.bind_wide_group(packed[:2], True) is None
-    native = cuda._wide(packed[0])[0]
+    native = cuda.native_wide(packed[0])[0]
     with pytest.raises(RuntimeError, match="sbt_wgmma"):
         cuda.joined(native.by_ways(9, 9, 1), [100], k, x.device, 1).run(x[:, :136].contiguous(), None)
 
@@ -239,10 +239,10 @@ def test_panels_are_made_once(launches: list[int]) -> None:
         group.spmm_group(x, prepared)
         for one in prepared:
             one(x)
-        known = cuda._layouts[nm_layout.build]
+        known = cuda_layouts._layouts[nm_layout.build]
         panels = [known[one.packed]() for one in prepared]
         assert [one.copied() for one in prepared] == [each.nbytes for each in panels]
-        assert [cuda._nm(one.packed)[1] for one in prepared] == panels
+        assert [cuda_layouts.native_nm(one.packed)[1] for one in prepared] == panels
         alive = [known[one.packed] for one in prepared]
         del panels
         prepared[1].leave_out("nm_mma_sp", "no room")

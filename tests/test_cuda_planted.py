@@ -239,7 +239,7 @@ def run_all(library: str, kinds: tuple[str | None, ...]) -> None:
         cases = [(1, H100), (8, H100), (40, H100), (40, SMALL), (70, H100), (9, few), (9, narrow), (30, few)]
         for tokens, device in cases:
             module.emulate_device(*device)
-            cuda._device.cache_clear()
+            cuda.opened.cache_clear()
             for values in kinds:
                 if values == PAIRS and (tokens, device) == (30, few):
                     continue  # no Hopper has so little for pair_wgmma

@@ -10,7 +10,7 @@ import torch
 from tables import curve, made
 
 from alphaprune import inspection
-from alphaprune.kernels import base, cuda, predicted, table
+from alphaprune.kernels import base, cuda, cuda_layouts, predicted, table
 from alphaprune.kernels.table import DENSE, Gpu
 
 ROOT = Path(__file__).parent.parent
@@ -123,4 +123,4 @@ def test_int8_values_take_the_compiled_kernel(gpu: Gpu, monkeypatch: pytest.Monk
 
 def test_the_default_of_each_kernel_is_marked_as_predicted() -> None:
     assert "predicted" in inspection._source("cpu") or "measured" in inspection._source("cpu")
-    assert {k.name for k in cuda.KERNELS} <= set(predicted.MOST)
+    assert {k.name for k in (*cuda.KERNELS, *cuda_layouts.KERNELS)} <= set(predicted.MOST)
