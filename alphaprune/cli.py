@@ -62,6 +62,8 @@ def _analysis_commands(sub) -> None:
     plan.add_argument("--curves", metavar="FILE", help="error curves of the blocks, for allocator measured")
     plan.add_argument("--times", metavar="FILE", help="time table, or auto: layers that would lose by it stay dense")
     plan.add_argument("--tokens", type=int, default=1, help="with --times: rows of x that the layers are to gain at")
+    plan.add_argument("--values", choices=("int8",), help="with --times: the layers are to be packed so")
+    plan.add_argument("--activations", choices=("int8",), help="with --values: and called so")
     plan.add_argument("-o", "--output", metavar="FILE", default="plan.json")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON, too")
 

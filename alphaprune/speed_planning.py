@@ -73,10 +73,9 @@ def _at(shape: tuple[int, int], share: float, of: int | None, low: float, high: 
     return LayerPlan(shape, min(max(round(share * size), least), most), Unstructured())
 
 
-def predicted_seconds(plan: Plan, times: Seconds) -> tuple[float, float]:
-    """Seconds of all layers as planned, and dense. times: as `fastest` takes them."""
-    planned = [np.interp(p.sparsity, TIMED, times[name]) for name, p in plan.layers.items()]
-    return math.fsum(planned), math.fsum(times[name][0] for name in plan.layers)
+def predicted_seconds(plan: Plan, times: Seconds) -> float:
+    """Seconds of all layers as planned. times: as `fastest` takes them."""
+    return math.fsum(np.interp(p.sparsity, TIMED, times[name]) for name, p in plan.layers.items())
 
 
 def predicted_loss(plan: Plan, analysis: Analysis) -> float:

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alphaprune import __version__, formats, nm_planning, timing
-from alphaprune.formats import native, sbt
+from alphaprune import __version__, timing
+from alphaprune.formats import native
 from alphaprune.kernels import base, spmm, table
 from alphaprune.kernels.dense import linear as dense_linear
 from alphaprune.kernels.table import Curve, Table
-from alphaprune.pattern import NM, Pattern
-from alphaprune.speed_planning import TIMED
+from alphaprune.pattern import NM
 from alphaprune.timing import Call, Clock
 
 log = logging.getLogger("alphaprune")
@@ -201,19 +200,6 @@ def general(names: Iterable[str]) -> list[str]:
     return [name for name in names if name in known and known[name].fits is None]
 
 
-def taking(names: Iterable[str], pattern: str | Pattern) -> list[str]:
-    """Those that take every weight with zeros so: `general` ones, and of N:M what its most crowded groups fit."""
-    fixed, _ = nm_planning.kind(pattern)
-    found = general(names)
-    if fixed is None:
-        return found
-    mask = torch.zeros(2, 4, fixed.of, dtype=torch.bool)  # at either end of each group, which fours may cut anywhere
-    mask[0, :, : fixed.keep] = mask[1, :, fixed.of - fixed.keep :] = True
-    crowded, known = sbt.pack(mask.flatten(1).bfloat16(), mask.flatten(1)), base.kernels()
-    special = (name for name in names if name in known and known[name].fits is not None)
-    return found + [name for name in special if known[name].fits(crowded) is None]
-
-
 def _rounds(clock: Clock, calls: dict[str, list[Call]], seconds: float) -> dict[str, list[float]]:
     """Seconds of each call after a first round that does not count: three rounds at least, MOST_ROUNDS at most."""
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -253,62 +239,6 @@ def write(made: Table, output: "str | Path | None") -> Path:
     made.save(path)
     table.forget()
     return path
-
-
-def break_evens(
-    shapes: dict[str, tuple[int, int]], dtype: str, times: str, tokens: int, pattern: str | Pattern = "unstructured"
-) -> dict[str, float]:
-    """The sparsity of each layer W [N, K] from which on it is faster than dense, NEVER where it is at none.
-
-    dtype: of the weights, "bfloat16"…   times: a table's file, or "auto" for this CPU's. tokens: rows of x.
-    pattern: of the zeros; some kernels take only such as 2:4.
-    ValueError if there is no such table, or it has no times for the dtype.
-    """
-    found, kind = _table(times, tokens), getattr(torch, dtype)
-    names = taking(found.kernels, pattern)
-    known = {shape: found.break_even(shape, tokens, kind, kind, names) for shape in set(shapes.values())}
-    if None in known.values():
-        raise ValueError(_lacks(found, dtype))
-    return {name: known[shape] for name, shape in shapes.items()}
-
-
-def time_curves(
-    shapes: dict[str, tuple[int, int]], dtype: str, times: str, tokens: int, pattern: str | Pattern = "unstructured"
-) -> dict[str, list[float]]:
-    """Seconds of each layer W [N, K] at the sparsities of `speed_planning.TIMED`, the first dense.
-
-    That of the fastest kernel which takes such a pattern, or of the dense layer where that is faster, or where the
-    packed weight is no smaller and so is stored dense. Arguments and errors: as `break_evens` has them.
-    """
-    found, kind = _table(times, tokens), getattr(torch, dtype)
-    names = taking(found.kernels, pattern)
-    known = {shape: _time_curve(found, shape, kind, tokens, names) for shape in set(shapes.values())}
-    return {name: known[shape] for name, shape in shapes.items()}
-
-
-def _time_curve(times: Table, shape: tuple[int, int], kind: torch.dtype, tokens: int, names: list[str]) -> list[float]:
-    dense, size = times.dense(shape, tokens, kind, kind), shape[0] * shape[1]
-    seconds = []
-    for sparsity in TIMED:
-        best = times.best(shape, 1 - sparsity, tokens, kind, kind, names)
-        if dense is None or best is None:
-            raise ValueError(_lacks(times, str(kind).removeprefix("torch.")))
-        packed = formats.get("sbt").nbytes(shape, size - round(sparsity * size), kind) < size * kind.itemsize
-        seconds.append(min(best[1], dense) if packed and sparsity > 0 else dense)
-    return seconds
-
-
-def _table(times: str, tokens: int) -> Table:
-    if tokens < 1:
-        raise ValueError(f"--tokens {tokens}: wanted a whole number from 1")
-    found = table.current() if times == "auto" else Table.load(times)
-    if found is None:
-        raise ValueError("--times auto: there is no time table for this machine; run `alphaprune bench --tune` first")
-    return found
-
-
-def _lacks(times: Table, dtype: str) -> str:
-    return f"{times.path}: has no times of {dtype} weights and their dense layers; run `alphaprune bench --tune`"
 
 
 def rows(made: Table) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import torch
 from tables import TOKENS, curve, linear, made
 from test_tuning import no_bar
 
-from alphaprune import benchmark, cli, inspection, timing, tuning
+from alphaprune import benchmark, cli, inspection, layer_times, timing, tuning
 from alphaprune.formats import sbt
 from alphaprune.kernels import base, spmm, table
 from alphaprune.kernels.base import Kernel
@@ -287,7 +287,7 @@ def test_tuning_measures_what_each_kernel_takes(use_kernels, two_gpus, folder: P
     assert found.break_even((16, 64), 4, BF16, BF16) == 0
     rows = tuning.rows(found)
     assert {row["50%"]["kernel"] for row in rows} == {"ell", "mma"} and len(rows) == 2 * 3
-    known = tuning.break_evens({"layer": (16, 64)}, "bfloat16", str(path), 4)
+    known = layer_times.break_evens({"layer": (16, 64)}, layer_times.Wanted("bfloat16", str(path), 4))
     assert known == {"layer": 0}
     slower = tuning.tune(TINY, no_bar, FakeClock(seconds | {"mma": 2.0, "ell": 2.0}))
     assert tuning.rows(slower)[0]["break_even"] == table.NEVER

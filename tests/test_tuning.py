@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tables import curve, linear, made
+from conftest import make_model
+from tables import TOKENS, curve, linear, made
 
-from alphaprune import cli, formats, timing, tuning
+from alphaprune import cli, formats, layer_times, timing, tuning
 from alphaprune.formats import native
 from alphaprune.kernels import cpu, spmm, table
-from alphaprune.kernels.table import Table
+from alphaprune.kernels.table import Curve, Table
+from alphaprune.layer_times import Wanted
 
 BF16, INT8 = torch.bfloat16, torch.int8
 
@@ -172,6 +174,9 @@ def test_commands_ask_the_table(use_table, native_only, directory, capsys, monke
     for arguments, message in (
         (("plan", "a.json", "--sparsity", 0.5, "--times", "x.json"), "x.json: cannot be read"),
         (("plan", "a.json", "--sparsity", 0.5, "--times", path, "--tokens", 0), "--tokens 0"),
+        (("plan", "a.json", "--sparsity", 0.5, "--values", "int8"), "give --times FILE, or auto, too"),
+        (("plan", "a.json", "--sparsity", 0.5, "--times", path, "--activations", "int8"), "give --values int8, too"),
+        (("plan", "a.json", "--sparsity", 0.5, "--times", path, "--values", "int8"), "no times of int8 beside float32"),
         (("info", "--tokens", 0), "--tokens 0"),
         (("bench", "--shape", "8x8", "--tune"), "8x8: --tune measures"),
         (("bench", "--shape", "8x8", "--quick"), "belong to --tune"),
@@ -195,7 +200,7 @@ def test_bench_tune_writes_a_table(native_only, capsys, monkeypatch, tmp_path) -
     assert cli.main(["bench", "--tune", "--quick", "-o", str(tmp_path / "t.json"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["path"] == str(tmp_path / "t.json")
     with pytest.raises(ValueError, match="has no times of float32 weights"):
-        tuning.break_evens({"layer": (64, 64)}, "float32", str(tmp_path / "t.json"), 1)
+        layer_times.break_evens({"layer": (64, 64)}, Wanted("float32", str(tmp_path / "t.json")))
 
 
 def test_a_place_that_takes_no_table_is_told_before_anything_is_measured(run, monkeypatch, tmp_path) -> None:
@@ -248,23 +253,25 @@ def test_in_the_time_that_is_given_the_most_telling_come_first(given, wanted, na
 def test_seconds_of_a_layer_by_its_sparsity(tmp_path) -> None:
     """The kernel's from where the packed weight is smaller and the kernel faster, and dense before."""
     made(*linear("scalar", 0.9, 0.2), curve("dense", 0, [1, 1, 1, 1])).save(tmp_path / "t.json")
-    found = tuning.time_curves({"a": (64, 64), "b": (64, 64), "c": (128, 64)}, "float32", str(tmp_path / "t.json"), 1)
+    wanted = Wanted("float32", str(tmp_path / "t.json"))
+    found = layer_times.time_curves({"a": (64, 64), "b": (64, 64), "c": (128, 64)}, wanted)
     assert list(found) == ["a", "b", "c"] and found["a"] == found["b"]
     packed = formats.get("sbt").nbytes
     for percent, seconds in enumerate(found["a"]):
         stored = packed((64, 64), 4096 - round(percent / 100 * 4096), torch.float32) < 4096 * 4
-        wanted = 0.9 - 0.7 * min(percent / 100, 0.9) if stored else 1.0
-        assert seconds == pytest.approx(wanted), percent
+        expected = 0.9 - 0.7 * min(percent / 100, 0.9) if stored else 1.0
+        assert seconds == pytest.approx(expected), percent
     assert found["a"][0] == 1.0 > found["a"][10]
     assert found["c"] == pytest.approx([2 * seconds for seconds in found["a"]])  # in proportion to the weights
     made(*linear("scalar", 1.6, 0.6), curve("dense", 0, [1, 1, 1, 1])).save(tmp_path / "t.json")
-    slow = tuning.time_curves({"a": (64, 64)}, "float32", str(tmp_path / "t.json"), 1)["a"]
+    slow = layer_times.time_curves({"a": (64, 64)}, wanted)["a"]
     assert slow[:61] == [1.0] * 61 and slow[61] < 1.0
-    assert tuning.break_evens({"a": (64, 64)}, "float32", str(tmp_path / "t.json"), 1) == {"a": 0.61}
+    assert layer_times.break_evens({"a": (64, 64)}, wanted) == {"a": 0.61}
+    assert layer_times.dense_seconds({"a": (64, 64), "c": (128, 64)}, wanted) == 3.0
     with pytest.raises(ValueError, match="has no times of bfloat16 weights and their dense layers"):
-        tuning.time_curves({"a": (64, 64)}, "bfloat16", str(tmp_path / "t.json"), 1)
+        layer_times.time_curves({"a": (64, 64)}, replace(wanted, dtype="bfloat16"))
     with pytest.raises(ValueError, match="--tokens 0"):
-        tuning.time_curves({"a": (64, 64)}, "float32", str(tmp_path / "t.json"), 0)
+        layer_times.time_curves({"a": (64, 64)}, replace(wanted, tokens=0))
 
 
 @pytest.mark.parametrize(
@@ -279,9 +286,9 @@ def test_plans_count_on_kernels_that_take_their_pattern(pattern: str, fits: bool
     nm = curve("nm_mma_sp", 0.5, [0.6] * 4, dtype="bfloat16")
     dense = curve("dense", 0, [1] * 4, dtype="bfloat16")
     made(*linear("scalar", 1.6, 1.2, dtype="bfloat16"), nm, dense).save(tmp_path / "t.json")
-    asked = {"a": (64, 64)}, "bfloat16", str(tmp_path / "t.json"), 1, pattern
-    assert tuning.break_evens(*asked) == {"a": 0 if fits else table.NEVER}
-    assert tuning.time_curves(*asked)["a"][50] == (0.6 if fits else 1)
+    asked = {"a": (64, 64)}, Wanted("bfloat16", str(tmp_path / "t.json"), 1, pattern)
+    assert layer_times.break_evens(*asked) == {"a": 0 if fits else table.NEVER}
+    assert layer_times.time_curves(*asked)["a"][50] == (0.6 if fits else 1)
 
 
 def test_a_command_plans_by_the_kernels_of_its_pattern(directory, capsys, tmp_path) -> None:
@@ -293,3 +300,43 @@ def test_a_command_plans_by_the_kernels_of_its_pattern(directory, capsys, tmp_pa
         assert cli.main(["plan", analysis, "--pattern", "2:4", "--times", times, "-o", out]) == status
         assert ("2:4 would be slower than dense" in capsys.readouterr().err) == bool(status)
     assert {p["pattern"] for p in json.loads(Path(out).read_text())["layers"].values()} == {"2:4"}
+
+
+def int8_table(path: Path) -> dict[str, float]:
+    """A table in which integers are faster than dense, and faster still beside rounded activations."""
+    kinds = {("int8", "bfloat16"): 0.8, ("int8", "int8"): 0.4}
+    curves = [
+        Curve("scalar", weight, x, (64, 64), sparsity, TOKENS, (seconds * (1 - sparsity / 2),) * len(TOKENS))
+        for (weight, x), seconds in kinds.items()
+        for sparsity in (0.0, 0.9)
+    ]
+    floats = linear("scalar", 1.6, 1.2, dtype="bfloat16")
+    made(*curves, *floats, curve("dense", 0, [1] * 4, dtype="bfloat16")).save(path)
+    return {"int8": kinds["int8", "int8"], "none": kinds["int8", "bfloat16"]}
+
+
+@pytest.mark.parametrize("activations", [None, "int8"])
+def test_layers_of_integers_are_timed_as_such(activations: str | None, tmp_path) -> None:
+    """Packed at every sparsity, and beside a dense layer in the dtype of the checkpoint."""
+    seconds = int8_table(tmp_path / "t.json")[activations or "none"]
+    wanted = Wanted("bfloat16", str(tmp_path / "t.json"), 4, "unstructured", "int8", activations)
+    assert layer_times.break_evens({"a": (64, 64)}, wanted) == {"a": 0}
+    found = layer_times.time_curves({"a": (64, 64)}, wanted)["a"]
+    assert found[0] == pytest.approx(seconds) and found[50] == pytest.approx(0.75 * seconds)
+    assert layer_times.dense_seconds({"a": (64, 64)}, wanted) == 1
+    floats = replace(wanted, values=None, activations=None)
+    assert layer_times.break_evens({"a": (64, 64)}, floats) == {"a": table.NEVER}
+
+
+def test_a_command_plans_for_integers(tmp_path, capsys) -> None:
+    """Where floats would all stay dense."""
+    folder, analysis, out = (str(tmp_path / name) for name in ("m", "a.json", "p.json"))
+    make_model(dtype=torch.bfloat16).save_pretrained(folder)
+    int8_table(tmp_path / "t.json")
+    assert cli.main(["analyze", folder, "-o", analysis]) == 0
+    asked = ["plan", analysis, "--sparsity", "0.5", "--times", str(tmp_path / "t.json"), "-o", out]
+    assert cli.main(asked) == 2 and "dense" in capsys.readouterr().err
+    assert cli.main([*asked, "--values", "int8", "--activations", "int8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sum(p["zeros"] for p in found["layers"].values()) > 0
+    assert found["predicted_seconds"] < 0.4 * found["dense_seconds"]

@@ -7,24 +7,35 @@ from alphaprune.console import table
 
 
 def run(
-    analysis: str, output: str, json: bool, times: str | None, tokens: int, curves: str | None, **options: Any
+    analysis: str,
+    output: str,
+    json: bool,
+    times: str | None,
+    tokens: int,
+    values: str | None,
+    activations: str | None,
+    curves: str | None,
+    **options: Any,
 ) -> None:
     from alphaprune.analysis import Analysis
     from alphaprune.curves import Curves, attach
 
     check_file(output)
-    stats, break_even, seconds = Analysis.load(analysis), None, None
+    stats, break_even, seconds, dense = Analysis.load(analysis), None, None, None
     if curves is not None:
         stats = attach(stats, Curves.load(curves))
     if times is not None:
-        from alphaprune import tuning
+        from alphaprune import layer_times
 
         shapes = {name: stat.shape for name, stat in stats.layers.items()}
-        asked = shapes, stats.dtype, times, tokens, options["pattern"]
-        break_even, seconds = tuning.break_evens(*asked), tuning.time_curves(*asked)
+        wanted = layer_times.Wanted(stats.dtype, times, tokens, options["pattern"], values, activations)
+        break_even, seconds = layer_times.break_evens(shapes, wanted), layer_times.time_curves(shapes, wanted)
+        dense = layer_times.dense_seconds(shapes, wanted)
+    elif values or activations:
+        raise ValueError("--values and --activations say which times count; give --times FILE, or auto, too")
     made = make_plan(stats, **options, break_even=break_even, times=seconds)
     made.save(output)
-    predicted = _predicted(made, stats if curves is not None else None, seconds)
+    predicted = _predicted(made, stats if curves is not None else None, seconds, dense)
     if json:
         print(dump(made.to_dict() | predicted))
         return
@@ -40,7 +51,7 @@ def run(
         print(f"predicted {now:.4g} s in linear layers for {tokens} tokens, {dense:.4g} s dense: {dense / now:.2f}×")
 
 
-def _predicted(made: Any, stats: Any, seconds: Any) -> dict[str, float]:
+def _predicted(made: Any, stats: Any, seconds: Any, dense: float | None) -> dict[str, float]:
     """What error curves and times, where they are given, say of the plan."""
     from alphaprune import speed_planning
 
@@ -48,7 +59,7 @@ def _predicted(made: Any, stats: Any, seconds: Any) -> dict[str, float]:
     if stats is not None:
         found["predicted_loss"] = speed_planning.predicted_loss(made, stats)
     if seconds is not None:
-        found["predicted_seconds"], found["dense_seconds"] = speed_planning.predicted_seconds(made, seconds)
+        found |= {"predicted_seconds": speed_planning.predicted_seconds(made, seconds), "dense_seconds": dense}
     return found
 
 
