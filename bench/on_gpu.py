@@ -69,7 +69,7 @@ STEPS = (
     Step("steps", 60, pytest(*APART, "tests/test_decoder_gpu.py")),
     Step("decode", 150, bench("decode.py", *DECODE), "decode_gpu.jsonl"),
     Step("ways", 45, bench("wide.py", "--seconds", "25"), "wide.jsonl"),
-    Step("prompts", 45, bench("prompts.py", "--seconds", "25"), "prompts.jsonl"),
+    Step("prompts", 45, bench("prompts.py", "--seconds", "25", "--json")),
     Step("tests", 240, pytest(*APART, *(f"tests/test_{name}.py" for name in TESTS))),
     Step("variants", 80, bench("variants.py", "--seconds", "60")),
     Step("launches", 70, bench("launches.py", "--seconds", "55"), "launches.jsonl"),

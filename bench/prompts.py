@@ -10,6 +10,7 @@ ends the script.
 
 import argparse
 import functools
+import json
 import sys
 import time
 from pathlib import Path
@@ -70,6 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shape", type=gpu_cases.shapes_from, help="of these layers only")
     parser.add_argument("--tokens", type=lambda text: [int(part) for part in text.split(",")], default=(2048,))
     parser.add_argument("--seconds", type=float, default=20, help="after which no case is begun")
+    parser.add_argument("--json", action="store_true", help="one JSON object per row instead of a line")
     parser.add_argument("--out", type=Path, help="rows are appended to this file too")
     options = parser.parse_args(arguments)
     begin = time.monotonic()
@@ -83,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         weights = Weights(shape, torch.bfloat16, rig.device)
         for tokens in every:
             found = row(rig, weights, tokens)
-            print(line(found), flush=True)
+            print(json.dumps(found) if options.json else line(found), flush=True)
             if options.out:
                 append(options.out, found)
             rig.release()

@@ -197,7 +197,8 @@ def test_where_libraries_are_looked_for(tmp_path: Path, monkeypatch) -> None:
         ("13.0", "cu13", "libcusolver.so.12"),
     ):
         found = list(cusolver.paths(str(maps), cuda))
-        assert found == [str(tmp_path / "nvidia" / package / "lib" / name), name]
+        assert (found[0], found[-1]) == (str(tmp_path / "nvidia" / package / "lib" / name), name)
+        assert all("nvidia" in path for path in found[1:-1])  # what torch brings where it has CUDA
     assert list(cusolver.paths(str(tmp_path / "no maps"), None)) == []
 
 

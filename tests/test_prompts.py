@@ -31,6 +31,8 @@ def test_every_tile_is_measured_and_right(
     assert row["shape"] == [48, 64] and row["tokens"] == 70 and row["best"] in names
     assert set(row["seconds"]) == {"dense", *names} and all(taken > 0 for taken in row["seconds"].values())
     assert "dense TFLOP/s" in capsys.readouterr().out
+    assert prompts.main([*arguments[:4], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == 70
 
 
 def test_there_are_three_tiles(emulator: ModuleType) -> None:

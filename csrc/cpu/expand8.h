@@ -103,6 +103,24 @@ struct Integer {
   }
 };
 
+// The weights of eight mask bytes, one after the other. Where the next eight begin is known at once: from byte to byte
+// alone each address would wait for the one before, two cycles on AMD's CPUs, which is as long as all the rest takes.
+template <class Value>
+struct Eight {
+  const typename Value::Stored* at;
+
+  Eight(const typename Value::Stored*& value, const void* mask) : at(value) {
+    uint64_t bits;
+    std::memcpy(&bits, mask, 8);
+    value += __builtin_popcountll(bits);
+  }
+  __m256 next(uint64_t shifted) {
+    const __m256 w = Value::eight(at, shifted);
+    at += __builtin_popcountll(shifted);
+    return w;
+  }
+};
+
 // Asks for what lies `kAhead` bytes on.
 constexpr int64_t kAhead = 4096;
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p) + kAhead, _MM_HINT_T0); }
@@ -117,75 +135,67 @@ inline void each_eight(const sbt::View& weight, int64_t tile, To to) {
   for (int64_t first = 0; first < 4 * sbt::kWords; first += 32) {
     alignas(32) uint16_t shifted[32];
     shift_bytes(mask + first, shifted);
+    for (int64_t b = 0; b < 32; b += 8) {
+      Eight<Value> eight(value, mask + first + b);
 #pragma GCC unroll 8
-    for (int64_t i = 0; i < 32; ++i) {
-      if (i % (sizeof(*value) == 4 ? 4 : 8) == 0) prefetch(value);
-      const uint64_t bits = shifted[i];
-      to(first + i, Value::eight(value, bits));
-      value += __builtin_popcountll(bits);
+      for (int64_t i = b; i < b + 8; ++i) {
+        if (i % (sizeof(*value) == 4 ? 4 : 8) == 0) prefetch(eight.at);
+        to(first + i, eight.next(shifted[i]));
+      }
     }
   }
 }
 
-// The product with T tokens straight from the registers, kWords words of every step at a time: their rows' sums stay in
-// registers while the other words are skipped, and the whole turns over every few tiles, which then are still in L1.
-template <class Value, int T, int kWords>
+// The product with T tokens straight from the registers. Sums that find no register are in memory, which costs less
+// than to go through the mask once for each part of them.
+template <class Value, int T>
 struct Fused {
-  static constexpr int64_t kTurn = kWords == sbt::kPairs ? INT64_MAX : 4;  // tiles
   static constexpr int64_t kLanes = 8;
 
-  static void turn(const Product& p, int64_t tile, int64_t col_tile, int64_t count, int first, float* sums) {
-    __m256 sum[2 * kWords][T];
+  static void add_tiles(const Product& p, int64_t tile, int64_t col_tile, int64_t count, float* sums) {
+    __m256 sum[sbt::kTileRows][T];
 #pragma GCC unroll 16
-    for (int r = 0; r < 2 * kWords; ++r)
-      for (int t = 0; t < T; ++t) sum[r][t] = _mm256_load_ps(sums + (t * sbt::kTileRows + 2 * first + r) * kLanes);
+    for (int r = 0; r < sbt::kTileRows; ++r)
+      for (int t = 0; t < T; ++t) sum[r][t] = _mm256_load_ps(sums + (t * sbt::kTileRows + r) * kLanes);
     for (int64_t c = 0; c < count; ++c) {
       const auto* value = tile_values<typename Value::Stored>(p.weight, tile + c);
-      const uint32_t* words = p.weight.mask + (tile + c) * sbt::kWords;
+      const auto* mask = reinterpret_cast<const uint8_t*>(p.weight.mask + (tile + c) * sbt::kWords);
       const float* x = p.rows() + (col_tile + c) * sbt::kTileCols;
-      prefetch(words);
-      prefetch(words + 16);
-      for (int step = 0; step < sbt::kSteps; ++step, words += sbt::kPairs, x += sbt::kStepCols) {
-        const auto skip = [&](int from, int to) {
-          for (int q = from; q < to; q += 2) {
-            uint64_t two;
-            std::memcpy(&two, words + q, 8);
-            if (first == 0) prefetch(value);
-            value += __builtin_popcountll(two);
-          }
-        };
-        if (kWords < sbt::kPairs) skip(0, first);
-        alignas(32) uint16_t shifted[4 * kWords];
-        shift_bytes(words + first, shifted);
+      prefetch(mask);
+      prefetch(mask + 64);
+      for (int step = 0; step < sbt::kSteps; ++step, mask += 32, x += sbt::kStepCols) {
+        alignas(32) uint16_t shifted[32];
+        shift_bytes(mask, shifted);
         __m256 a[2][T];
         for (int t = 0; t < T; ++t)
           for (int h = 0; h < 2; ++h) a[h][t] = _mm256_loadu_ps(x + t * p.x_stride + h * kLanes);
-#pragma GCC unroll 32
-        for (int b = 0; b < 4 * kWords; ++b) {
-          if ((sizeof(*value) == 4 || b % 8 == 0) && first == 0) prefetch(value);
-          const uint64_t bits = shifted[b];
-          const __m256 w = Value::eight(value, bits);
-          value += __builtin_popcountll(bits);
-          for (int t = 0; t < T; ++t) sum[b / 2][t] = _mm256_fmadd_ps(w, a[b % 2][t], sum[b / 2][t]);
+#pragma GCC unroll 4
+        for (int b = 0; b < 32; b += 8) {
+          Eight<Value> eight(value, mask + b);
+#pragma GCC unroll 8
+          for (int i = b; i < b + 8; ++i) {
+            if (sizeof(*value) == 4 || i % 8 == 0) prefetch(eight.at);
+            const __m256 w = eight.next(shifted[i]);
+            for (int t = 0; t < T; ++t) sum[i / 2][t] = _mm256_fmadd_ps(w, a[i % 2][t], sum[i / 2][t]);
+          }
         }
-        if (kWords < sbt::kPairs) skip(first + kWords, sbt::kPairs);
       }
     }
 #pragma GCC unroll 16
-    for (int r = 0; r < 2 * kWords; ++r)
-      for (int t = 0; t < T; ++t) _mm256_store_ps(sums + (t * sbt::kTileRows + 2 * first + r) * kLanes, sum[r][t]);
+    for (int r = 0; r < sbt::kTileRows; ++r)
+      for (int t = 0; t < T; ++t) _mm256_store_ps(sums + (t * sbt::kTileRows + r) * kLanes, sum[r][t]);
   }
 
   // Every sum of a row tile; of int8 with scales along the rows, the scaled sums of its groups.
   static void row_tile(const Product& p, int64_t row_tile, float* sums, float* total) {
     constexpr int64_t kSums = T * sbt::kTileRows * kLanes;
     const int64_t tiles = p.weight.col_tiles();
-    const int64_t span = p.weight.grouped() ? sbt::kScaleCols / sbt::kTileCols : kTurn;
+    const int64_t span = p.weight.grouped() ? sbt::kScaleCols / sbt::kTileCols : tiles;
     std::memset(sums, 0, kSums * sizeof(float));
     if (p.weight.grouped()) std::memset(total, 0, kSums * sizeof(float));
     for (int64_t c = 0; c < tiles; c += span) {
       const int64_t count = tiles - c < span ? tiles - c : span;
-      for (int first = 0; first < sbt::kPairs; first += kWords) turn(p, row_tile * tiles + c, c, count, first, sums);
+      add_tiles(p, row_tile * tiles + c, c, count, sums);
       if (!p.weight.grouped()) continue;
       float scales[sbt::kTileRows];
       tile_scales(p.weight, row_tile, c, scales);
@@ -242,6 +252,25 @@ struct Words8 {
   }
 };
 
+// Calls work(Value()) with the value type of `dtype`.
+template <class Work>
+inline void by_value(Dtype dtype, Work work) {
+  if (dtype == Dtype::float32) return work(Float32Value());
+  if (dtype == Dtype::bfloat16) return work(Bfloat16());
+  if (dtype == Dtype::float16) return work(Float16());
+  work(Integer());
+}
+
+// The product of up to Most tokens by Fused. finish: as of its product.
+template <int Most, class Finish>
+inline void product_fused(const Product& p, int64_t begin, int64_t end, void* scratch, Finish finish) {
+  by_value(p.weight.dtype, [&](auto value) {
+    known<1, Most>(p.tokens, [&](auto tokens) {
+      Fused<decltype(value), decltype(tokens)::value>::product(p, begin, end, scratch, finish);
+    });
+  });
+}
+
 // One token's activations as float32, zeros past `count`.
 inline void convert(const void* from, Dtype dtype, int64_t count, int64_t padded, float* to) {
   int64_t i = 0;
@@ -254,15 +283,6 @@ inline void convert(const void* from, Dtype dtype, int64_t count, int64_t padded
   }
   for (; i < count; ++i) to[i] = load_float(from, i, dtype);
   for (; i < padded; ++i) to[i] = 0;
-}
-
-// Calls work(Value()) with the value type of `dtype`.
-template <class Work>
-inline void by_value(Dtype dtype, Work work) {
-  if (dtype == Dtype::float32) return work(Float32Value());
-  if (dtype == Dtype::bfloat16) return work(Bfloat16());
-  if (dtype == Dtype::float16) return work(Float16());
-  work(Integer());
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 // What an ISA file offers to dispatch.cpp, and what it is given.
 #pragma once
 
+#include <type_traits>
+
 #include "../layout.h"
 
 namespace alphaprune {
@@ -34,6 +36,15 @@ constexpr int64_t kTokenBlock = 16;
 // A panel of expanded weights and the sums of one pass over the tokens: small enough for a thread's stack.
 constexpr int64_t kTokensPerPass = 64;
 constexpr int64_t kScratchBytes = 176 * 1024;
+
+// call(std::integral_constant of `tokens`), of T to Most.
+template <int T, int Most, class Call>
+inline void known(int64_t tokens, const Call& call) {
+  if constexpr (T < Most) {
+    if (tokens > T) return known<T + 1, Most>(tokens, call);
+  }
+  call(std::integral_constant<int, T>());
+}
 
 struct Attention;  // attention.h
 struct Norm;       // norm.h

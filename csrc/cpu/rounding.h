@@ -4,7 +4,6 @@
 #pragma once
 
 #include <limits>
-#include <type_traits>
 
 #include "convert.h"
 #include "kernel.h"
@@ -29,15 +28,6 @@ struct Unit {
   }
   bool usable() const { return unit == unit; }
 };
-
-// call(std::integral_constant of `tokens`), of T to Most.
-template <int T, int Most, class Call>
-inline void known(int64_t tokens, const Call& call) {
-  if constexpr (T < Most) {
-    if (tokens > T) return known<T + 1, Most>(tokens, call);
-  }
-  call(std::integral_constant<int, T>());
-}
 
 }  // namespace
 }  // namespace alphaprune

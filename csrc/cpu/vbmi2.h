@@ -92,8 +92,8 @@ using NearBytes = ExpandedBytes<AsksNear<>>;
 // A few tokens of bfloat16 weights straight from the expanded registers, without a panel; the sums are those of the
 // panel, bit for bit. Besides what Panel asks of it, `Math` has dense(word), the 32 weights of a word as multiply takes
 // them, kFar, whether to ask far ahead, and words(T), a divisor of 8: so many words times T tokens have their sums in
-// registers. Where they are fewer than 8, the rows of a tile take turns along K, and the later turns find the values in
-// L2.
+// registers, or, where that is faster than another turn, some of them in memory. Where they are fewer than 8, the rows
+// of a tile take turns along K, and the later turns find the values in L2.
 template <class Math, class Asks, int T, int Words, int First>
 inline void fused_turn(const Product& p, int64_t row_tile, float* sums) {
   const int64_t tiles = p.weight.col_tiles();
