@@ -75,9 +75,9 @@ def time_curves(shapes: dict[str, Shape], wanted: Wanted) -> dict[str, list[floa
 
 
 def dense_seconds(shapes: dict[str, Shape], wanted: Wanted) -> float:
-    """Of all layers as torch has them in the dtype of the checkpoint."""
-    found, plain = wanted.table(), getattr(torch, wanted.dtype)
-    each = {shape: found.dense(shape, wanted.tokens, plain, plain) for shape in set(shapes.values())}
+    """Of all layers as torch has them: in what x comes in, as `Table.dense` says."""
+    found = wanted.table()
+    each = {shape: found.dense(shape, wanted.tokens, *wanted.kinds) for shape in set(shapes.values())}
     if None in each.values():
         raise ValueError(_lacks(found, wanted))
     return sum(each[shape] or 0.0 for shape in shapes.values())
