@@ -52,14 +52,6 @@ inline double cycles(const sbt::View& weight, int64_t tokens, int64_t lanes) {
   return static_cast<double>(blocks.count) * (4 + vectors + 8 * density_of(weight) * (2.25 + 0.3 * vectors));
 }
 
-// Whether skipping the zeros is faster than the panel, which costs 4 and 0.47 per token.
-inline bool pays(const sbt::View& weight, int64_t tokens, int64_t lanes) {
-  const double scale = 16.0 / static_cast<double>(lanes);
-  const double panel =
-      4 * static_cast<double>(Blocks(tokens, lanes).count) + 0.47 * scale * static_cast<double>(tokens);
-  return cycles(weight, tokens, lanes) < panel;
-}
-
 // `Math`: Vector, kLanes, load, store, broadcast(p), multiply(w, x, sum);
 //   Columns(column_bytes), and append(view, tile, columns, offset, lists): the non-zeros of a macro tile whose columns
 //   begin `offset` bytes on, integers unscaled.

@@ -75,7 +75,6 @@ struct SplitBfloat16 {
     __m512 even, odd;
   };
   static constexpr int64_t kLanes = 16, kVectors = 8, kStep = 16, kPanelTiles = 4, kGroup = 4, kBlock = 4;
-  static constexpr int words(int tokens) { return tokens <= 4 ? 8 : 4; }
   static constexpr bool kFar = false;
 
   static Vector load(const float* p) { return _mm512_load_ps(p); }
@@ -143,16 +142,11 @@ bool skips_zeros(const Activations& x, const sbt::View& weight) {
   return density_of(weight) < (0.4 + 0.11 * tokens) / (9 + 0.1 * tokens);
 }
 
-// Up to so many tokens of bfloat16 the product straight from registers is the fastest: on a Zen 5 5 take 0.7 of the
-// time of the panel at 70 %.
-constexpr int kMostFused = 6;
-
 void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
   if (skips_zeros(p.given, p.weight)) return kAvx512bw.product(p, begin, end, scratch);
   if (p.weight.dtype == Dtype::bfloat16) {
     if (p.tokens > kMostFused) return Panel<SplitBfloat16>::product(p, begin, end, scratch);
-    return known<1, kMostFused>(
-        p.tokens, [&](auto tokens) { fused_pairs<SplitBfloat16, decltype(tokens)::value>(p, begin, end, scratch); });
+    return fused_few<SplitBfloat16>(p, begin, end, scratch);
   }
   if (rounds(p.given, p.weight)) return integer_product<NearBytes>(p, begin, end, scratch);
   if (p.tokens > 1) return Panel<Float32>::product(p, begin, end, scratch);

@@ -16,7 +16,6 @@ struct PairsOfBfloat16 {
   using Element = uint16_t;
   using Vector = __m512;
   static constexpr int64_t kLanes = 16, kVectors = 8, kStep = 16, kGroup = 4, kBlock = 6;
-  static constexpr int words(int tokens) { return tokens <= 4 ? 8 : 4; }
   static constexpr bool kFar = true;  // on a Zen 4, whose L1 waits for few lines at a time
 
   static Vector load(const float* p) { return _mm512_load_ps(p); }
@@ -92,9 +91,6 @@ void rounded(const Product& p, int64_t begin, int64_t end, void* scratch) {
   integer_product<ExpandedBytes<AsksFar<16>>>(p, begin, end, scratch);
 }
 
-// Up to so many tokens the product straight from registers is faster than the pipeline.
-constexpr int kMostFused = 6;
-
 void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
   if (!in_pairs(p.given, p.weight)) {
     if (rounds(p.given, p.weight)) return rounded(p, begin, end, scratch);
@@ -106,8 +102,7 @@ void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
   }
   if (p.weight.dtype == Dtype::int8) return Pipeline<PairsOfIntegers>::product(p, begin, end, scratch);
   if (p.tokens > kMostFused) return Pipeline<PairsOfBfloat16>::product(p, begin, end, scratch);
-  known<1, kMostFused>(
-      p.tokens, [&](auto tokens) { fused_pairs<PairsOfBfloat16, decltype(tokens)::value>(p, begin, end, scratch); });
+  fused_few<PairsOfBfloat16>(p, begin, end, scratch);
 }
 
 void expand(const sbt::View& weight, int64_t begin, int64_t end, Dtype out_dtype, void* out) {
