@@ -1,5 +1,6 @@
 """A time table → what plans ask of it: from which sparsity on a layer gains, and its seconds at every sparsity."""
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -36,8 +37,9 @@ class Wanted:
         plain = getattr(torch, self.dtype)
         return torch.int8 if self.values else plain, torch.int8 if self.activations else plain
 
+    @functools.cached_property
     def table(self) -> Table:
-        """ValueError if there is none, and for what cannot be asked."""
+        """Read once. ValueError if there is none, and for what cannot be asked."""
         if self.tokens < 1:
             raise ValueError(f"--tokens {self.tokens}: wanted a whole number from 1")
         if self.activations and not self.values:
@@ -47,6 +49,11 @@ class Wanted:
             raise ValueError("--times auto: there is no time table for this machine; run `alphaprune bench --tune`")
         return found
 
+    @functools.cached_property
+    def kernels(self) -> list[str]:
+        """Those of the table that take the pattern."""
+        return taking(self.table.kernels, self.pattern)
+
 
 def break_evens(shapes: dict[str, Shape], wanted: Wanted) -> dict[str, float]:
     """The sparsity of each layer W [N, K] from which on it is faster than dense, NEVER where it is at none.
@@ -54,11 +61,10 @@ def break_evens(shapes: dict[str, Shape], wanted: Wanted) -> dict[str, float]:
     0 with int8 values: such layers are stored as integers whatever their sparsity.
     ValueError if there is no such table, or it has no times for what is wanted.
     """
-    found = wanted.table()
-    names, asked = taking(found.kernels, wanted.pattern), (wanted.tokens, *wanted.kinds)
-    known = {shape: found.break_even(shape, *asked, names) for shape in set(shapes.values())}
+    asked = wanted.tokens, *wanted.kinds, wanted.kernels
+    known = {shape: wanted.table.break_even(shape, *asked) for shape in set(shapes.values())}
     if None in known.values():
-        raise ValueError(_lacks(found, wanted))
+        raise ValueError(_lacks(wanted))
     return {name: 0.0 if wanted.values else known[shape] for name, shape in shapes.items()}
 
 
@@ -68,28 +74,25 @@ def time_curves(shapes: dict[str, Shape], wanted: Wanted) -> dict[str, list[floa
     That of the fastest kernel which takes such a pattern, or of the dense layer where that is faster, or where the
     packed weight is no smaller and so is stored dense; int8 values are always packed. Errors: as of `break_evens`.
     """
-    found = wanted.table()
-    names = taking(found.kernels, wanted.pattern)
-    known = {shape: _time_curve(found, shape, wanted, names) for shape in set(shapes.values())}
+    known = {shape: _time_curve(shape, wanted) for shape in set(shapes.values())}
     return {name: known[shape] for name, shape in shapes.items()}
 
 
 def dense_seconds(shapes: dict[str, Shape], wanted: Wanted) -> float:
     """Of all layers as torch has them: in what x comes in, as `Table.dense` says."""
-    found = wanted.table()
-    each = {shape: found.dense(shape, wanted.tokens, *wanted.kinds) for shape in set(shapes.values())}
-    if None in each.values():
-        raise ValueError(_lacks(found, wanted))
-    return sum(each[shape] or 0.0 for shape in shapes.values())
+    found = [wanted.table.dense(shape, wanted.tokens, *wanted.kinds) for shape in shapes.values()]
+    if None in found:
+        raise ValueError(_lacks(wanted))
+    return sum(found)
 
 
-def _time_curve(times: Table, shape: Shape, wanted: Wanted, names: list[str]) -> list[float]:
-    kinds, size = wanted.kinds, shape[0] * shape[1]
+def _time_curve(shape: Shape, wanted: Wanted) -> list[float]:
+    times, kinds, size = wanted.table, wanted.kinds, shape[0] * shape[1]
     dense, seconds = times.dense(shape, wanted.tokens, *kinds), []
     for sparsity in TIMED:
-        best = times.best(shape, 1 - sparsity, wanted.tokens, *kinds, names)
+        best = times.best(shape, 1 - sparsity, wanted.tokens, *kinds, wanted.kernels)
         if dense is None or best is None:
-            raise ValueError(_lacks(times, wanted))
+            raise ValueError(_lacks(wanted))
         kept = size - round(sparsity * size)
         packed = sparsity > 0 and formats.get("sbt").nbytes(shape, kept, kinds[0]) < size * kinds[0].itemsize
         seconds.append(best[1] if wanted.values else min(best[1], dense) if packed else dense)
@@ -109,7 +112,7 @@ def taking(names: Iterable[str], pattern: str | Pattern) -> list[str]:
     return found + [name for name in special if known[name].fits(crowded) is None]
 
 
-def _lacks(times: Table, wanted: Wanted) -> str:
+def _lacks(wanted: Wanted) -> str:
     values, x = (str(kind).removeprefix("torch.") for kind in wanted.kinds)
     kinds = values if values == x else f"{values} beside {x}"
-    return f"{times.path}: has no times of {kinds} weights and their dense layers; run `alphaprune bench --tune`"
+    return f"{wanted.table.path}: has no times of {kinds} weights and their dense layers; run `alphaprune bench --tune`"

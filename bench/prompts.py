@@ -18,7 +18,7 @@ from pathlib import Path
 import gpu_cases
 import torch
 import wide
-from gpu_cases import Kept, Shape
+from gpu_cases import Kept
 from gpu_contenders import Weights
 from gpu_rig import Call, Cuda
 from rows import append
@@ -26,14 +26,14 @@ from rows import append
 from alphaprune.formats import Packed
 from alphaprune.kernels import cuda, cuda_layouts, spmm
 
-PLAN: tuple[tuple[Shape, tuple[int, ...]], ...] = (
-    *((shape, (2048,)) for shape in (wide.GATE_UP, wide.DOWN, wide.QKV, wide.OUT, wide.LARGE)),
-    *((shape, (512, 256, 128)) for shape in (wide.GATE_UP, wide.OUT)),
-    *((shape, (8192,)) for shape in (wide.LARGE, wide.OUT)),
+TWO_OF_FOUR = Kept(0.5, "2:4")
+PLAN: wide.Plan = (
+    *((shape, TWO_OF_FOUR, (2048,)) for shape in (wide.GATE_UP, wide.DOWN, wide.QKV, wide.OUT, wide.LARGE)),
+    *((shape, TWO_OF_FOUR, (512, 256, 128)) for shape in (wide.GATE_UP, wide.OUT)),
+    *((shape, TWO_OF_FOUR, (8192,)) for shape in (wide.LARGE, wide.OUT)),
 )
 TILES = {"tokens128": 1, "tokens256": 2, "tokens128_rows256": 3}  # NmTile
 OTHERS = ("sbt_expand", "nm_mma_sp")
-TWO_OF_FOUR = Kept(0.5, "2:4")
 
 
 def calls_of(name: str, copies: list[Packed], x: torch.Tensor) -> list[Call]:
@@ -45,16 +45,15 @@ def calls_of(name: str, copies: list[Packed], x: torch.Tensor) -> list[Call]:
 
 def _tile(packed: Packed, x: torch.Tensor, tile: int) -> Call:
     made, panels = cuda_layouts.native_nm(packed)
-    bound = cuda.joined(made.by_tile(tile), [packed.shape[0]], packed.shape[1], x.device, 1, panels)
-    return lambda: bound.run(x, None)[0]
+    return wide.native_call(made.by_tile(tile), packed, x, panels)
 
 
-def row(rig: Cuda, weights: Weights, tokens: int) -> dict[str, object]:
+def row(rig: Cuda, weights: Weights, kept: Kept, tokens: int) -> dict[str, object]:
     """Of every contender."""
-    found = wide.measure(rig, weights, TWO_OF_FOUR, tokens, [*OTHERS, *TILES], calls_of=calls_of)
+    found = wide.measure(rig, weights, kept, tokens, [*OTHERS, *TILES], calls_of=calls_of)
     return {
         **rig.facts(),
-        **{"shape": list(weights.shape), "pattern": "2:4", "tokens": tokens, "seconds": found},
+        **{"shape": list(weights.shape), "pattern": str(kept), "tokens": tokens, "seconds": found},
         **{"best": min(TILES, key=lambda name: found[name]), "over_dense": found["dense"] / found["nm_mma_sp"]},
     }
 
@@ -78,17 +77,11 @@ def main(arguments: list[str] | None = None) -> int:
     if reason := cuda.missing_wide():
         print(f"prompts.py: no nm_wgmma: {reason}", file=sys.stderr)
         return 2
-    rig = Cuda()
-    for shape, every in [(shape, options.tokens) for shape in options.shape or ()] or PLAN:
-        if time.monotonic() - begin > options.seconds:
-            break
-        weights = Weights(shape, torch.bfloat16, rig.device)
-        for tokens in every:
-            found = row(rig, weights, tokens)
-            print(json.dumps(found) if options.json else line(found), flush=True)
-            if options.out:
-                append(options.out, found)
-            rig.release()
+    plan = [(shape, TWO_OF_FOUR, options.tokens) for shape in options.shape or ()] or PLAN
+    for found in wide.rows(Cuda(), plan, row, begin + options.seconds):
+        print(json.dumps(found) if options.json else line(found), flush=True)
+        if options.out:
+            append(options.out, found)
     return 0
 
 

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import gpu_cases
 import torch
@@ -34,11 +35,12 @@ from alphaprune.formats import Packed
 from alphaprune.kernels import cuda, spmm
 
 LARGE, GATE_UP, QKV, OUT, DOWN = (28672, 4096), (22016, 4096), (12288, 4096), (4096, 4096), (4096, 11008)
-PLAN: tuple[tuple[Shape, float, tuple[int, ...]], ...] = (
-    *((shape, 0.5, (32, 64)) for shape in (LARGE, GATE_UP, OUT, DOWN, QKV)),
-    *((shape, 0.7, (32, 64)) for shape in (LARGE, GATE_UP)),
-    *((shape, 0.5, (128, 256, 16)) for shape in (LARGE, OUT, GATE_UP, QKV, DOWN)),
-    *((shape, 0.8, (32,)) for shape in (LARGE, OUT)),
+Plan = Sequence[tuple[Shape, Kept, Sequence[int]]]
+PLAN: Plan = (
+    *((shape, Kept(0.5), (32, 64)) for shape in (LARGE, GATE_UP, OUT, DOWN, QKV)),
+    *((shape, Kept(0.7), (32, 64)) for shape in (LARGE, GATE_UP)),
+    *((shape, Kept(0.5), (128, 256, 16)) for shape in (LARGE, OUT, GATE_UP, QKV, DOWN)),
+    *((shape, Kept(0.8), (32,)) for shape in (LARGE, OUT)),
 )
 GROUPS = {32: 4, 64: 4, 128: 3, 256: 2}  # wide_groups of csrc/cuda/sbt_wgmma.cuh, by tokens
 OTHERS = ("sbt_mma", "pair_mma")  # kernels for as few tokens
@@ -64,7 +66,12 @@ def calls_of(name: str, copies: list[Packed], x: torch.Tensor) -> list[Call]:
 
 def wide(packed: Packed, x: torch.Tensor, way: tuple[int, int, int]) -> Call:
     made, alive = cuda.native_wide(packed)
-    bound = cuda.joined(made.by_ways(*way), [packed.shape[0]], packed.shape[1], x.device, 1, alive)
+    return native_call(made.by_ways(*way), packed, x, alive)
+
+
+def native_call(made: Any, packed: Packed, x: torch.Tensor, alive: object) -> Call:
+    """Of a native weight, which reads `alive`."""
+    bound = cuda.joined(made, [packed.shape[0]], packed.shape[1], x.device, 1, alive)
     return lambda: bound.run(x, None)[0]
 
 
@@ -105,16 +112,31 @@ def measure(
     return {name: statistics.median(t) / n for (name, (_, n)), t in zip(replays.items(), times, strict=True)}
 
 
-def row(rig: Cuda, weights: Weights, sparsity: float, tokens: int) -> dict[str, object]:
+def row(rig: Cuda, weights: Weights, kept: Kept, tokens: int) -> dict[str, object]:
     """Of every way."""
     names = ["chosen", *(", ".join(map(str, way)) for way in ways(tokens))]
-    found = measure(rig, weights, Kept(sparsity), tokens, [*(OTHERS if tokens <= 64 else ()), *names])
+    found = measure(rig, weights, kept, tokens, [*(OTHERS if tokens <= 64 else ()), *names])
     best = min((name for name in names if name in found), key=lambda name: found[name])
     return {
         **rig.facts(),
-        **{"shape": list(weights.shape), "sparsity": sparsity, "tokens": tokens},
+        **{"shape": list(weights.shape), "sparsity": kept.sparsity, "tokens": tokens},
         **{"seconds": found, "best": best, "over_dense": found["dense"] / found["chosen"]},
     }
+
+
+def rows(
+    rig: Cuda, plan: Plan, row: Callable[[Cuda, Weights, Kept, int], dict[str, object]], until: float
+) -> Iterator[dict[str, object]]:
+    """That of each layer and number of tokens; until: the clock's time after which no layer is begun."""
+    made: dict[Shape, Weights] = {}
+    for shape, kept, every in plan:
+        if time.monotonic() > until:
+            break
+        if shape not in made:
+            made[shape] = Weights(shape, torch.bfloat16, rig.device)
+        for tokens in every:
+            yield row(rig, made[shape], kept, tokens)
+            rig.release()
 
 
 def line(row: dict) -> str:
@@ -136,18 +158,11 @@ def main(arguments: list[str] | None = None) -> int:
     if reason := cuda.missing_wide():
         print(f"wide.py: no sbt_wgmma: {reason}", file=sys.stderr)
         return 2
-    rig, made = Cuda(), {}
-    plan = [(shape, options.sparsity, options.tokens) for shape in options.shape or ()] or PLAN
-    for shape, sparsity, every in plan:
-        if time.monotonic() - begin > options.seconds:
-            break
-        weights = made.setdefault(shape, Weights(shape, torch.bfloat16, rig.device))
-        for tokens in every:
-            found = row(rig, weights, sparsity, tokens)
-            print(line(found), flush=True)
-            if options.out:
-                append(options.out, found)
-            rig.release()
+    plan = [(shape, Kept(options.sparsity), options.tokens) for shape in options.shape or ()] or PLAN
+    for found in rows(Cuda(), plan, row, begin + options.seconds):
+        print(line(found), flush=True)
+        if options.out:
+            append(options.out, found)
     return 0
 
 
