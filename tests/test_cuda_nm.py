@@ -248,7 +248,7 @@ def test_large_activations_are_not_taken_for_infinite_ones(kernel) -> None:
 @pytest.mark.parametrize("bit", range(0, 16, 5))
 def test_a_wrong_bit_of_metadata_is_caught(kernel, bit: int) -> None:
     mask = kept(32, 128, 2, 4)
-    weight = (torch.randn(32, 128) * mask).half()
+    weight = ((1 + torch.rand(32, 128)) * mask).half()
     panels = nm_layout.build(sbt.pack(weight, mask))
     panels.panels.view(torch.int16)[..., nm_layout.VALUES + 77] ^= 1 << bit if bit < 15 else -(1 << 15)
     x = torch.randn(8, 128).half()
