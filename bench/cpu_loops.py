@@ -39,6 +39,7 @@ EXPANSIONS = {
     "avx512": EXPAND,
     "avx512vnni": COUNTS,
     "avx512bw": TABLES,
+    "avxvnni": TABLES,
     "avx2": TABLES,
     "neon": {"tbl": 4},
     "scalar": {"bsf": 1, "tzcnt": 1},
@@ -61,6 +62,7 @@ TARGETS = {
     "avx512": ("icelake-server", "sapphirerapids", "znver4"),
     "avx512vnni": ("cascadelake",),
     "avx512bw": ("skylake-avx512",),
+    "avxvnni": ("alderlake", "gracemont", "znver4"),
     "avx2": ("haswell", "skylake", "znver3"),
     "neon": ("neoverse-n1", "neoverse-v2", "apple-m1"),
     "scalar": ("skylake", "znver3"),
@@ -109,7 +111,7 @@ class Loop:
         """Bytes of activations that are integers, too; 0 where they are floats."""
         if not any(opcode.startswith("vpdp") for opcode in self.opcodes):
             return 0
-        return 1 if re.search(r"\bInteger<.*, 1>", self.function) else 2
+        return 1 if re.search(r"\b(Integer<.*, 1>|Bytes<1>)", self.function) else 2
 
     @property
     def dtype(self) -> str | None:
@@ -170,7 +172,7 @@ def functions(file: Path, objdump: str) -> Iterator[tuple[str, list[tuple[int, s
         lines = block.strip().splitlines()
         if lines and (head := re.match(r"^[0-9a-f]+ <(.*)>:$", lines[0])):
             found = (re.match(r"^\s*([0-9a-f]+):\s+(\S.*)$", line) for line in lines[1:])
-            yield head[1], [(int(m[1], 16), " ".join(m[2].split())) for m in found if m]
+            yield head[1], [(int(m[1], 16), " ".join(m[2].removeprefix("{vex}").split())) for m in found if m]
 
 
 def innermost(listing: list[tuple[int, str]]) -> Iterator[tuple[str, ...]]:

@@ -17,13 +17,15 @@ from alphaprune import timing
 # What holds ours, and the libraries of torch, to an instruction set, as a CPU without more would have it; they ask when
 # they are loaded.
 HELD = {
-    "avx2": {
-        "ALPHAPRUNE_ISA": "avx2",
+    isa: {
+        "ALPHAPRUNE_ISA": isa,
         "ATEN_CPU_CAPABILITY": "avx2",
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": onednn,
     }
+    for isa, onednn in (("avx2", "AVX2"), ("avxvnni", "AVX2_VNNI"))
 }
+NAMES = {"avx2": "AVX2", "avxvnni": "AVX-VNNI"}
 COLUMNS = (
     "shape",
     "sparsity",
@@ -107,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
                 )
                 found = row_dict(row)
                 if args.held:
-                    found["machine"] += f", held to {args.held.upper()}"
+                    found["machine"] += f", held to {NAMES[args.held]}"
                 print(json.dumps(found) if args.json else line(row), flush=True)
                 if args.out:
                     append(args.out, found)

@@ -26,7 +26,8 @@ constexpr bool kEmulated = true;
 
 #if defined(__x86_64__)
 struct Cpu {
-  bool avx2 = false, avx512bw = false, avx512vnni = false, avx512 = false, avx512bf16 = false, amd = false;
+  bool avx2 = false, avxvnni = false, avx512bw = false, avx512vnni = false, avx512 = false, avx512bf16 = false,
+       amd = false;
   bool os_ymm = false, os_zmm = false;
   unsigned family = 0;
   std::string without_amx = "this CPU has no AMX with BF16 and INT8";
@@ -51,7 +52,9 @@ struct Cpu {
     avx512 = avx512vnni && (c >> 6 & 1);
     const bool amx = (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1);  // BF16, tiles, INT8
     const bool picks = (c >> 1 & 1) && (c >> 12 & 1);                  // VBMI, BITALG
-    avx512bf16 = avx512 && picks && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+    const bool more = a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d);
+    avxvnni = avx2 && more && (a >> 4 & 1);
+    avx512bf16 = avx512 && picks && more && (a >> 5 & 1);
     if (!avx512 || !amx) return;
     // Linux gives tile registers only to a process that asks: ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA.
     without_amx = syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? "" : "the operating system does not grant AMX tiles";
@@ -198,6 +201,9 @@ const Isa* const* isas() {
 #if defined(ALPHAPRUNE_AVX512BW)
       &kAvx512bw,
 #endif
+#if defined(ALPHAPRUNE_AVXVNNI)
+      &kAvxvnni,
+#endif
 #if defined(ALPHAPRUNE_AVX2)
       &kAvx2,
 #endif
@@ -221,9 +227,10 @@ std::string unavailable(const Isa& isa) {
     if (name == "avx512vnni" && !cpu().avx512vnni) return "this CPU has no AVX-512 with BW, DQ, VL and VNNI";
     if (!cpu().avx512bw) return "this CPU has no AVX-512 with BW, DQ and VL";
   }
-  if (name == "avx2") {
+  if (name == "avx2" || name == "avxvnni") {
     if (!cpu().avx2) return "this CPU has no AVX2 with FMA and F16C";
     if (!cpu().os_ymm) return "the operating system does not save AVX registers";
+    if (name == "avxvnni" && !cpu().avxvnni) return "this CPU has no AVX-VNNI";
   }
 #else
   static_cast<void>(isa);

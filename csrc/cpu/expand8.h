@@ -15,7 +15,7 @@ struct Tables {
   alignas(32) uint8_t upper_half[256][32];
   alignas(32) uint8_t upper_quarter[256][32];
   alignas(32) uint8_t halves[256][16];
-  alignas(32) uint8_t bytes[256][8];
+  alignas(32) uint8_t bytes[256][16];  // of which the first eight count
   alignas(32) int8_t lanes[256][8];
   constexpr Tables() : upper_half(), upper_quarter(), halves(), bytes(), lanes() {
     for (int mask = 0; mask < 256; ++mask) {
@@ -43,22 +43,25 @@ inline __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const 
 inline __m128i load8(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
 inline __m256i load32(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
 
-// A mask byte as what is added to the address of a table of 32-byte rows; it has as many bits as the mask.
-constexpr int kRowShift = 5;
-inline const uint8_t* row_of(const uint8_t (&table)[256][32], uint64_t shifted) { return table[0] + shifted; }
-inline __m256i control(const uint8_t (&table)[256][32], uint64_t shifted) { return load32(row_of(table, shifted)); }
+// A mask byte as what is added to the address of a table of 32-byte or of 16-byte rows; it has as many bits as the
+// mask.
+constexpr int kRowShift = 5, kHalfRowShift = 4;
+inline __m256i control(const uint8_t (&table)[256][32], uint64_t shifted) { return load32(table[0] + shifted); }
+inline __m128i control(const uint8_t (&table)[256][16], uint64_t shifted) {
+  return _mm_load_si128(reinterpret_cast<const __m128i*>(table[0] + shifted));
+}
 
 // The shifted mask bytes of `kBytes` (8 or a multiple of 16) from `mask` on: two instructions where each byte would
 // need a shift.
-template <int kBytes>
+template <int kShift = kRowShift, int kBytes>
 inline void shift_bytes(const void* mask, uint16_t (&to)[kBytes]) {
   const auto* from = static_cast<const uint8_t*>(mask);
   if constexpr (kBytes == 8) {
-    _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm_slli_epi16(_mm_cvtepu8_epi16(load8(from)), kRowShift));
+    _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm_slli_epi16(_mm_cvtepu8_epi16(load8(from)), kShift));
   } else {
     for (int i = 0; i < kBytes; i += 16)
       _mm256_store_si256(reinterpret_cast<__m256i*>(to + i),
-                         _mm256_slli_epi16(_mm256_cvtepu8_epi16(load16(from + i)), kRowShift));
+                         _mm256_slli_epi16(_mm256_cvtepu8_epi16(load16(from + i)), kShift));
   }
   // Through memory, where reading one back is a load; a compiler that sees through takes vpextrw, which is two
   // instructions for the ports that are short.
@@ -78,7 +81,7 @@ struct Bfloat16 {
 struct Float16 {
   using Stored = uint16_t;
   static __m128i expand(const uint16_t* value, uint32_t mask) {
-    return _mm_shuffle_epi8(load16(value), _mm_load_si128(reinterpret_cast<const __m128i*>(kTables.halves[mask])));
+    return _mm_shuffle_epi8(load16(value), control(kTables.halves, mask << kHalfRowShift));
   }
   static __m256 widen(__m128i v) { return _mm256_cvtph_ps(v); }
   static __m256 eight(const uint16_t* value, uint64_t shifted) { return widen(expand(value, shifted >> kRowShift)); }
@@ -226,7 +229,8 @@ inline float sum8(__m256 v) {
 struct Words8 {
   static void expand(const sbt::View& weight, int64_t tile, uint8_t* to) {
     raw(weight, tile, to, [](const uint8_t* value, uint32_t bits, uint8_t* at) {
-      _mm_storel_epi64(reinterpret_cast<__m128i*>(at), _mm_shuffle_epi8(load8(value), load8(kTables.bytes[bits])));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(at),
+                       _mm_shuffle_epi8(load8(value), control(kTables.bytes, bits << kHalfRowShift)));
     });
   }
   static void expand(const sbt::View& weight, int64_t tile, uint16_t* to) {

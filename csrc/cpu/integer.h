@@ -3,7 +3,7 @@
 // is not.
 #pragma once
 
-#include "rounded.h"
+#include "rounded512.h"
 
 namespace alphaprune {
 namespace {

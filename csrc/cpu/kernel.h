@@ -88,6 +88,7 @@ bool multiplies_twice();
 
 extern const Isa kScalar;
 extern const Isa kAvx2;
+extern const Isa kAvxvnni;
 extern const Isa kAvx512bw;
 extern const Isa kAvx512vnni;
 extern const Isa kAvx512;

@@ -104,7 +104,7 @@ bool skips_zeros(const Activations& x, const sbt::View& weight) {
   const bool integers = words::takes(x, weight);
   if (x.tokens <= (integers ? 4 : kMostFused)) return false;
   const auto tokens = static_cast<double>(x.tokens);
-  const auto passes = static_cast<double>(ceil_div(x.tokens, integers ? words::kPass : kTokensPerPass));
+  const auto passes = static_cast<double>(ceil_div(x.tokens, integers ? kPanelPass : kTokensPerPass));
   const double panel = integers ? 1.6 * passes + 0.33 * tokens : 3 * passes + 0.55 * tokens;
   return nonzeros::cycles(weight, x.tokens, Sparse::kLanes) < panel;
 }
@@ -127,7 +127,7 @@ void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
 int64_t prepared_bytes(const Activations& x, const sbt::View& weight) {
   const Way way = way_of(x, weight);
   if (way == Way::nonzeros) return Many::bytes(x, weight);
-  return way == Way::words ? words::Rounded(weight, x.tokens).bytes() : row_bytes(x, weight);
+  return way == Way::words ? words::Made(weight, x.tokens).bytes() : row_bytes(x, weight);
 }
 
 void prepare(const Activations& x, const sbt::View& weight, int64_t first, int64_t last, void* to) {

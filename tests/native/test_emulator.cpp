@@ -6,6 +6,7 @@
 #include <random>
 
 #include "emulator/avx512.h"
+#include "emulator/avxvnni.h"
 #include "tiles.h"
 
 namespace {
@@ -90,6 +91,7 @@ void compare(const char* name, bool supported, bool floats, void (*twin)(const I
 #define AF _mm512_loadu_ps(in.a)
 #define BF _mm512_loadu_ps(in.b)
 #define CF _mm512_loadu_ps(in.c)
+#define HALF(v) _mm256_loadu_si256(reinterpret_cast<const __m256i*>(v))
 #define MASK16 static_cast<__mmask16>(in.mask)
 
 OPERATION(loads, F, put(out, _mm512_maskz_loadu_ps(MASK16, in.a)))
@@ -156,6 +158,7 @@ OPERATION(shift_left, F, put(out, _mm512_slli_epi32(A, 8)))
 OPERATION(shift_right, F, put(out, _mm512_srli_epi32(A, 16)))
 OPERATION(shift_signed, F, put(out, _mm512_srai_epi32(A, 8)))
 OPERATION(products8, F ",avx512vnni", put(out, _mm512_dpbusd_epi32(A, B, C)))
+OPERATION(half_products8, "avxvnni", put(out, _mm256_dpbusd_avx_epi32(HALF(in.a), HALF(in.b), HALF(in.c))))
 OPERATION(float_add, F, put(out, _mm512_add_ps(AF, BF)))
 OPERATION(float_multiply, F, put(out, _mm512_mul_ps(AF, BF)))
 OPERATION(float_fma, F, put(out, _mm512_fmadd_ps(AF, BF, CF)))
@@ -242,6 +245,7 @@ void compare_vectors() {
   COMPARE(shift_right, false, f);
   COMPARE(shift_signed, false, f);
   COMPARE(products8, false, vnni);
+  COMPARE(half_products8, false, __builtin_cpu_supports("avxvnni"));
   COMPARE(float_add, true, f);
   COMPARE(float_multiply, true, f);
   COMPARE(float_fma, true, f);
