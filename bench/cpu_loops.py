@@ -41,6 +41,7 @@ EXPANSIONS = {
     "avx512bw": TABLES,
     "avxvnni": TABLES,
     "avx2": TABLES,
+    "neondot": {"tbl": 8, "tbx": 8},
     "neon": {"tbl": 4},
     "scalar": {"bsf": 1, "tzcnt": 1},
 }
@@ -64,6 +65,7 @@ TARGETS = {
     "avx512bw": ("skylake-avx512",),
     "avxvnni": ("alderlake", "gracemont", "znver4"),
     "avx2": ("haswell", "skylake", "znver3"),
+    "neondot": ("neoverse-n1", "neoverse-v2", "apple-m1"),
     "neon": ("neoverse-n1", "neoverse-v2", "apple-m1"),
     "scalar": ("skylake", "znver3"),
 }
@@ -109,9 +111,9 @@ class Loop:
     @property
     def integers(self) -> int:
         """Bytes of activations that are integers, too; 0 where they are floats."""
-        if not any(opcode.startswith("vpdp") for opcode in self.opcodes):
+        if not any(opcode.startswith(("vpdp", "sdot")) for opcode in self.opcodes):
             return 0
-        return 1 if re.search(r"\b(Integer<.*, 1>|Bytes<1>)", self.function) else 2
+        return 1 if re.search(r"\b(Integer<.*, 1>|(Bytes|Dot)<1>)", self.function) else 2
 
     @property
     def dtype(self) -> str | None:
@@ -289,7 +291,7 @@ def targets(isa: str) -> tuple[str, ...]:
 
 
 def triple(isa: str) -> str:
-    return "aarch64" if isa == "neon" else "x86_64"
+    return "aarch64" if isa.startswith("neon") else "x86_64"
 
 
 def collect(folder: Path) -> list[Loop]:

@@ -12,9 +12,9 @@ from alphaprune import hardware
 from alphaprune.formats import Packed, native
 from alphaprune.kernels.base import Bound, Kernel
 
-ISAS = ("amx", "avx512bf16", "avx512", "avx512vnni", "avx512bw", "avxvnni", "avx2", "neon", "scalar")  # best first
+ISAS = ("amx", "avx512bf16", "avx512", "avx512vnni", "avx512bw", "avxvnni", "avx2", "neondot", "neon", "scalar")  # best first
 # Multiply int8 values by x in 8 bits, where they may round it.
-BYTES = ("amx", "avx512bf16", "avx512", "avx512vnni", "avxvnni")
+BYTES = ("amx", "avx512bf16", "avx512", "avx512vnni", "avxvnni", "neondot")
 CODES = native.DTYPES
 FLOATS = tuple(dtype for dtype in CODES if dtype.is_floating_point)  # of activations and biases
 # Past so many tokens, expanding a chunk of rows for torch's matmul is faster. Measured at 4096 x 4096 in bfloat16 on
@@ -27,6 +27,7 @@ MOST_TOKENS = {
     "avx512bw": 128,
     "avxvnni": 32,
     "avx2": 32,
+    "neondot": 32,
     "neon": 32,
     "scalar": 4,
 }

@@ -3,6 +3,7 @@
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,10 +50,14 @@ def test_the_aarch64_kernel_has_a_loop(tmp_path: Path) -> None:
     compiler = "aarch64-linux-gnu-g++"
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not installed")
-    (file,) = [f for f in cpu_loops.build(tmp_path, "aarch64", compiler) if "neon" in f.name]
-    found = cpu_loops.loops(file, "aarch64-linux-gnu-objdump")
-    fused = {(loop.dtype, loop.tokens) for loop in found if loop.part == "fused"}
-    assert {(dtype, 1) for dtype in ("bfloat16", "float16", "float32", "int8")} <= fused
+    files = {f.name: f for f in cpu_loops.build(tmp_path, "aarch64", compiler)}
+    for isa, wanted in (
+        ("neon", {(dtype, 1, 0) for dtype in ("bfloat16", "float16", "float32", "int8")}),
+        ("neondot", {("int8", 1, 1), ("int8", 2, 1), ("int8", 3, 1), ("int8", 1, 2)}),
+    ):
+        found = cpu_loops.loops(files[f"sbt_{isa}.cpp.o"], "aarch64-linux-gnu-objdump")
+        fused = {(loop.dtype, loop.tokens, loop.integers) for loop in found if loop.part == "fused"}
+        assert wanted <= fused, (isa, fused)
 
 
 @compiled
@@ -101,6 +106,12 @@ def test_innermost_loops() -> None:
     assert fused.unit == 32
     text = cpu_loops.assembly(fused)
     assert text.startswith("again:") and text.endswith("jne again\n") and "<" not in text
+
+
+def test_an_encoding_is_no_opcode(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "0000000000000000 <f>:\n   0:\t{vex} vpdpbusd %ymm1,%ymm2,%ymm3\n"
+    monkeypatch.setattr(cpu_loops.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout=text))
+    assert list(cpu_loops.functions(Path("f.o"), "objdump")) == [("f", [(0, "vpdpbusd %ymm1,%ymm2,%ymm3")])]
 
 
 def test_tokens_of_rounded_activations() -> None:

@@ -93,6 +93,10 @@ struct Bytes {
     }
   }
 
+  static void exact(const Product& p, int64_t row_tile, int64_t token) {
+    exact_token<Words8>(p, row_tile, token, convert);
+  }
+
   template <int T>
   __attribute__((noinline)) static void block(const uint8_t* panel, int64_t cols, const Made& rounded, const void* x,
                                               int64_t group, int64_t token, const float* scales, float* sums) {
@@ -213,7 +217,7 @@ struct Bytes {
             out[r] = lanes[0] + lanes[1] + (lanes[2] + lanes[3]);
           }
           store_rows(p, row_tile, t, out);
-          if (rounded.exact(p.x, t)) exact_token(p, row_tile, t);
+          if (rounded.exact(p.x, t)) exact(p, row_tile, t);
         }
       }
     }

@@ -12,6 +12,8 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace alphaprune {
@@ -207,6 +209,9 @@ const Isa* const* isas() {
 #if defined(ALPHAPRUNE_AVX2)
       &kAvx2,
 #endif
+#if defined(ALPHAPRUNE_NEONDOT)
+      &kNeondot,
+#endif
 #if defined(ALPHAPRUNE_NEON)
       &kNeon,
 #endif
@@ -232,6 +237,11 @@ std::string unavailable(const Isa& isa) {
     if (!cpu().os_ymm) return "the operating system does not save AVX registers";
     if (name == "avxvnni" && !cpu().avxvnni) return "this CPU has no AVX-VNNI";
   }
+#elif defined(__aarch64__) && defined(__linux__)
+  constexpr unsigned long kAsimddp = 1ul << 20;  // HWCAP_ASIMDDP of Linux, which old headers lack
+  if (std::string(isa.name) == "neondot" && !(getauxval(AT_HWCAP) & kAsimddp)) return "this CPU has no SDOT (asimddp)";
+#elif defined(__aarch64__) && !defined(__APPLE__)
+  if (std::string(isa.name) == "neondot") return "whether this CPU has SDOT is not known on this system";
 #else
   static_cast<void>(isa);
 #endif

@@ -95,6 +95,7 @@ extern const Isa kAvx512;
 extern const Isa kAvx512bf16;
 extern const Isa kAmx;
 extern const Isa kNeon;
+extern const Isa kNeondot;
 
 extern const StepLoops kStepScalar;
 extern const StepLoops kStepAvx2;

@@ -1,10 +1,10 @@
-// How AVX2 rounds the activations of int8 weights to integers; and a token that cannot be rounded.
+// How AVX2 rounds the activations of int8 weights to integers, and what its products of them share.
 #pragma once
 
 #include <algorithm>
 
 #include "expand8.h"
-#include "rounded.h"
+#include "integer_panel.h"
 
 namespace alphaprune {
 namespace {
@@ -43,36 +43,6 @@ class GroupColumns {
 // Sixteen integers of 16 bits in their order.
 inline __m256i narrow(__m256i low, __m256i high) {
   return _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
-}
-
-// A token that could not be rounded, in float32.
-inline void exact_token(const Product& p, int64_t row_tile, int64_t token) {
-  const void* x = static_cast<const char*>(p.given.data) + token * p.given.stride * size_of(p.given.dtype);
-  const int64_t tiles = p.weight.col_tiles();
-  __m256 sum[sbt::kTileRows];
-  for (auto& each : sum) each = _mm256_setzero_ps();
-  for (int64_t c = 0; c < tiles; ++c) {
-    alignas(32) uint8_t weights[sbt::kTileRows * sbt::kTileCols];  // [step][row][16]
-    alignas(32) float a[sbt::kTileCols], scales[sbt::kTileRows];
-    const int64_t col = c * sbt::kTileCols;
-    Words8::expand(p.weight, row_tile * tiles + c, weights);
-    convert(static_cast<const char*>(x) + col * size_of(p.given.dtype), p.given.dtype,
-            std::min(p.weight.cols - col, sbt::kTileCols), sbt::kTileCols, a);
-    if (p.weight.grouped()) tile_scales(p.weight, row_tile, c, scales);
-    for (int64_t r = 0; r < sbt::kTileRows; ++r) {
-      __m256 of_tile = _mm256_setzero_ps();
-      for (int64_t k = 0; k < sbt::kTileCols; k += 8) {
-        const uint8_t* eight = weights + (k / sbt::kStepCols * sbt::kTileRows + r) * sbt::kStepCols + k % 16;
-        const __m256 w = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load8(eight)));
-        of_tile = _mm256_fmadd_ps(w, _mm256_load_ps(a + k), of_tile);
-      }
-      const __m256 scale = _mm256_set1_ps(p.weight.grouped() ? scales[r] : 1.0f);
-      sum[r] = _mm256_fmadd_ps(of_tile, scale, sum[r]);
-    }
-  }
-  float out[sbt::kTileRows];
-  for (int64_t r = 0; r < sbt::kTileRows; ++r) out[r] = sum8(sum[r]);
-  store_rows(p, row_tile, token, out);
 }
 
 // The weights of a row in a step, of two mask bytes.
@@ -138,49 +108,6 @@ inline void fold_rows(__m256i sum, float unit, const float* scales, int half, fl
   float* to = sums + 8 * half;
   _mm256_store_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), factor, _mm256_load_ps(to)));
 }
-
-constexpr int64_t kPanelPass = 128;  // tokens that a panel is made for
-
-// The product with many tokens by panels of one group. `Way` has
-//   Made: the layout of its activations; kBlock: tokens at once; kTilePanel: bytes of a macro tile's part of a panel;
-//   expand_tile(view, tile, panel);
-//   block<T>(panel, columns, layout, x, group, token, scales, sums): T tokens times a panel, sums [token][row].
-template <class Way>
-struct IntegerPanel {
-  static constexpr int64_t kGroupTiles = kGroupCols / sbt::kTileCols, kPass = kPanelPass;
-  static constexpr int64_t kPanelBytes = kGroupTiles * Way::kTilePanel;
-  static_assert(kPanelBytes + kPass * sbt::kTileRows * sizeof(float) <= kScratchBytes, "panel and sums fit");
-
-  static void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
-    auto* panel = static_cast<uint8_t*>(scratch);
-    auto* sums = reinterpret_cast<float*>(panel + kPanelBytes);
-    const typename Way::Made rounded(p.weight, p.tokens);
-    const int64_t tiles = p.weight.col_tiles();
-    for (int64_t row_tile = begin; row_tile < end; ++row_tile) {
-      for (int64_t token = 0; token < p.tokens; token += kPass) {
-        const int64_t pass = std::min(p.tokens - token, kPass), some = ceil_div(pass, ceil_div(pass, Way::kBlock));
-        std::fill(sums, sums + pass * sbt::kTileRows, 0.0f);
-        for (int64_t c = 0; c < tiles; c += kGroupTiles) {
-          const int64_t width = std::min(tiles - c, kGroupTiles);
-          for (int64_t i = 0; i < width; ++i)
-            Way::expand_tile(p.weight, row_tile * tiles + c + i, panel + i * Way::kTilePanel);
-          alignas(32) float scales[sbt::kTileRows];
-          if (p.weight.grouped()) tile_scales(p.weight, row_tile, c, scales);
-          for (int64_t t = 0; t < pass; t += some) {
-            known<1, Way::kBlock>(std::min(some, pass - t), [&](auto count) {
-              Way::template block<decltype(count)::value>(panel, width * sbt::kTileCols, rounded, p.x, c / kGroupTiles,
-                                                          token + t, p.weight.grouped() ? scales : nullptr,
-                                                          sums + t * sbt::kTileRows);
-            });
-          }
-        }
-        for (int64_t t = 0; t < pass; ++t) store_rows(p, row_tile, token + t, sums + t * sbt::kTileRows);
-        for (int64_t t = 0; t < pass; ++t)
-          if (rounded.exact(p.x, token + t)) exact_token(p, row_tile, token + t);
-      }
-    }
-  }
-};
 
 }  // namespace
 }  // namespace alphaprune

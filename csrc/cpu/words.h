@@ -75,6 +75,10 @@ struct Words {
     }
   }
 
+  static void exact(const Product& p, int64_t row_tile, int64_t token) {
+    exact_token<Words8>(p, row_tile, token, convert);
+  }
+
   template <int T>
   __attribute__((noinline)) static void block(const uint8_t* panel, int64_t cols, const Made& rounded, const void* x,
                                               int64_t group, int64_t token, const float* scales, float* sums) {

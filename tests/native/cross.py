@@ -22,10 +22,10 @@ BUILDS = {  # name → options of CMake, tests and their arguments
     "plain": ((), (("test_sbt",), ("test_attention",))),
     "sanitized": (
         (f"-DALPHAPRUNE_SANITIZE={SANITIZERS}",),
-        (("test_sbt", "quick", "neon"), ("test_attention", "quick", "neon")),
+        (("test_sbt", "quick", "neondot", "neon"), ("test_attention", "quick", "neon")),
     ),
 }
-SOURCES = ("attention", "attention_neon", "attention_scalar", "bandwidth", "dispatch", "pack", "sbt_neon", "sbt_scalar")
+SOURCES = ("attention", "attention_neon", "attention_scalar", "bandwidth", "dispatch", "pack", "sbt_neon", "sbt_neondot", "sbt_scalar")
 ONE_THREAD = """
 inline int omp_get_max_threads() { return 1; }
 inline int omp_get_thread_num() { return 0; }
@@ -62,7 +62,8 @@ def zig(emulator: str) -> None:
     with tempfile.TemporaryDirectory(prefix="alphaprune-zig-") as build:
         (Path(build) / "omp.h").write_text(ONE_THREAD)
         compiler = [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-musl", "-std=c++17", "-O3"]
-        flags = [f"-I{build}", "-Icsrc", "-DALPHAPRUNE_NEON", "-Wno-unknown-pragmas"]
+        flags = [f"-I{build}", "-Icsrc", "-DALPHAPRUNE_NEON", "-DALPHAPRUNE_NEONDOT", "-march=armv8.2-a+dotprod"]
+        flags.append("-Wno-unknown-pragmas")
         for test in ("test_sbt", "test_attention"):
             made = str(Path(build) / test)
             for command in ([*compiler, *flags, *sources, f"tests/native/{test}.cpp", "-o", made], [emulator, made]):

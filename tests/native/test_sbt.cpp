@@ -137,7 +137,7 @@ double ulp(double value, Dtype dtype) {
 // 1 / 127, and what the quotient is rounded by.
 double rounding_of(const Isa& isa, const Case& c) {
   if (c.weight != Dtype::int8) return 0;
-  for (const char* name : {"avxvnni", "avx512vnni", "avx512", "avx512bf16", "amx"})
+  for (const char* name : {"avxvnni", "avx512vnni", "avx512", "avx512bf16", "amx", "neondot"})
     if (c.bytes && !std::strcmp(isa.name, name)) return 0x1.03p-8;
   return c.x == Dtype::float32 ? 0 : 0x1.04p-16;
 }
