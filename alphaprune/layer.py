@@ -273,7 +273,7 @@ def round_activations(model: Model, to: str | None = "int8") -> Model:
     """Lets kernels round x to 8 bits in the layers with int8 values, in place; returns the model. None takes it back.
 
     Each token's x is rounded in units of 1/127 of the largest magnitude among 128 columns, while it is multiplied:
-    faster for a few tokens and more, and less exact. It is a permission: CPUs with AMX or AVX-512 VNNI use it; other
+    faster for a few tokens and more, and less exact. It is a permission: CPUs with AMX, VNNI or SDOT use it; other
     kernels, those of GPUs among them, compute as before. Nothing of it is saved.
     ValueError if the model has no layer with int8 values, or `to` is anything else.
     """
