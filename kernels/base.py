@@ -13,7 +13,8 @@ from alphaprune.formats import Packed
 from alphaprune.kernels import table
 
 MEMBERS = (  # in order of preference, on each device
-    *("amx", "avx512bf16", "avx512", "avx512vnni", "avx512bw", "avxvnni", "avx2", "neondot", "neon", "scalar", "expand"),
+    *("amx", "avx512bf16", "avx512", "avx512vnni", "avx512bw", "avxvnni", "avx2", "neondot", "neon", "scalar"),
+    "expand",
     *(
         "nm_mma_sp",
         "delta_spmv",

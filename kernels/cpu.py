@@ -12,7 +12,8 @@ from alphaprune import hardware
 from alphaprune.formats import Packed, native
 from alphaprune.kernels.base import Bound, Kernel
 
-ISAS = ("amx", "avx512bf16", "avx512", "avx512vnni", "avx512bw", "avxvnni", "avx2", "neondot", "neon", "scalar")  # best first
+# Best first.
+ISAS = ("amx", "avx512bf16", "avx512", "avx512vnni", "avx512bw", "avxvnni", "avx2", "neondot", "neon", "scalar")
 # Multiply int8 values by x in 8 bits, where they may round it.
 BYTES = ("amx", "avx512bf16", "avx512", "avx512vnni", "avxvnni", "neondot")
 CODES = native.DTYPES

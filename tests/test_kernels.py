@@ -168,7 +168,8 @@ def test_the_choice_and_its_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALPHAPRUNE_ISA", "sse")
     if native.load():
         with pytest.raises(
-            ValueError, match="ALPHAPRUNE_ISA=sse: wanted one of amx, avx512bf16, avx512, avx512vnni, avx512bw, avxvnni, avx2"
+            ValueError,
+            match="ALPHAPRUNE_ISA=sse: wanted one of amx, avx512bf16, avx512, avx512vnni, avx512bw, avxvnni, avx2",
         ):
             spmm.back_ends()
 

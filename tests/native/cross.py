@@ -25,7 +25,17 @@ BUILDS = {  # name → options of CMake, tests and their arguments
         (("test_sbt", "quick", "neondot", "neon"), ("test_attention", "quick", "neon")),
     ),
 }
-SOURCES = ("attention", "attention_neon", "attention_scalar", "bandwidth", "dispatch", "pack", "sbt_neon", "sbt_neondot", "sbt_scalar")
+SOURCES = (
+    "attention",
+    "attention_neon",
+    "attention_scalar",
+    "bandwidth",
+    "dispatch",
+    "pack",
+    "sbt_neon",
+    "sbt_neondot",
+    "sbt_scalar",
+)
 ONE_THREAD = """
 inline int omp_get_max_threads() { return 1; }
 inline int omp_get_thread_num() { return 0; }

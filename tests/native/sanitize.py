@@ -1,7 +1,7 @@
 """Builds the C++ tests, plainly and under AddressSanitizer and UndefinedBehaviorSanitizer, and runs them.
 
-Once more with AVX-VNNI, AVX-512 and AMX emulated, so that this code is executed on every machine, and where valgrind is installed
-under memcheck, which sees reads of memory that was never written; it knows no AVX-512.
+Once more with AVX-VNNI, AVX-512 and AMX emulated, so that this code is executed on every machine, and where valgrind is
+installed under memcheck, which sees reads of memory that was never written; it knows no AVX-512.
 """
 
 import os
