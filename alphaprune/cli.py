@@ -324,6 +324,7 @@ def _measure_commands(sub) -> None:
     info.add_argument("model", metavar="MODEL", nargs="?")
     info.add_argument("--tokens", type=int, default=1, help="rows of x to choose kernels for and predict times of")
     info.add_argument("--device", default="cpu", help="with MODEL: cpu, cuda or cuda:N to choose kernels for")
+    _activations_option(info)
     info.add_argument("--bandwidth", action="store_true", help="without MODEL: measure how fast memory is read, too")
     info.add_argument("--json", action="store_true")
 

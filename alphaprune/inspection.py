@@ -12,8 +12,9 @@ from alphaprune import model as models
 from alphaprune.console import size
 from alphaprune.experts import named_shards
 from alphaprune.formats import PACKED_SUFFIXES, Packed
-from alphaprune.kernels import base, cuda, predicted, spmm, table
+from alphaprune.kernels import base, cpu, cuda, predicted, spmm, table
 from alphaprune.kernels.table import DENSE
+from alphaprune.layer import check_activations
 from alphaprune.shards import Shards
 from alphaprune.stored import Stored
 from alphaprune.tuning import general, kinds_cell, percent
@@ -23,14 +24,17 @@ TYPICAL = ((4096, 4096), (11008, 4096), (4096, 11008))
 COLUMNS = ["layer", "shape", "stored as", "sparsity", "bytes", "seconds", "dense seconds", "kernel", "why"]
 
 
-def describe_model(model: "str | Path", tokens: int = 1, device: str = "cpu") -> dict[str, Any]:
+def describe_model(
+    model: "str | Path", tokens: int = 1, device: str = "cpu", activations: str | None = None
+) -> dict[str, Any]:
     """Per prunable layer: shape, how it is stored, sparsity, bytes, kernel for so many tokens and why; and totals.
 
     seconds: of one call with the kernel, dense_seconds: of the dense layer, as the time table predicts them; None
-    without one. device: that the layers are to run on.
+    without one. device: that the layers are to run on. activations: "int8" where kernels may round x beside int8
+    values, as `round_activations` allows it.
 
     Raises ValueError in one sentence if the folder holds no usable model, its tensors disagree with each other or with
-    config.json, or there is no such device here.
+    config.json, there is no such device here, or x may be rounded and there are no int8 values.
     """
     from alphaprune import hf
 
@@ -47,9 +51,10 @@ def describe_model(model: "str | Path", tokens: int = 1, device: str = "cpu") ->
     for name, linear in models.prunable(skeleton, prefix).items():
         packed = f"{name}.weight_mask" in names
         if packed:
-            layers.append(_packed_layer(name, shards, linear, plain, tokens, where))
+            layers.append(_packed_layer(name, shards, linear, plain, tokens, where, activations))
         else:
             layers.append(_dense_layer(name, shards, tokens, where))
+    check_activations(activations, any(row["stored"].endswith("int8") for row in layers))
     inside = sum(row["weights"] for row in layers)
     outside = sum(torch.Size(shards.shape(n)).numel() for n in names if not n.startswith(prefix + "."))
     zeros = sum(row["zeros"] for row in layers)
@@ -58,6 +63,7 @@ def describe_model(model: "str | Path", tokens: int = 1, device: str = "cpu") ->
         "model_type": config.model_type,
         "tokens": tokens,
         "device": where,
+        "activations": activations,
         "times": _source(where),
         "layers": layers,
         "prunable_weights": inside,
@@ -70,16 +76,23 @@ def describe_model(model: "str | Path", tokens: int = 1, device: str = "cpu") ->
 
 
 def _packed_layer(
-    layer: str, shards: Shards, linear: torch.nn.Linear, plain: torch.dtype, tokens: int, device: str
+    layer: str,
+    shards: Shards,
+    linear: torch.nn.Linear,
+    plain: torch.dtype,
+    tokens: int,
+    device: str,
+    activations: str | None,
 ) -> dict[str, Any]:
     values, mask, offsets = (shards.tensor(f"{layer}.{suffix}") for suffix in PACKED_SUFFIXES[:3])
     scale = shards.tensor(f"{layer}.{PACKED_SUFFIXES[3]}") if values.dtype == torch.int8 else None
     n, k = linear.out_features, linear.in_features
-    packed = Packed(values, mask, offsets, (n, k), scale)
+    packed = Packed(values, mask, offsets, (n, k), scale, activations and getattr(torch, activations))
     dense = values.dtype if scale is None else plain
+    x = torch.int8 if device == "cpu" and cpu.rounds_to_bytes(packed) else dense
     sbt = formats.get("sbt")
     prepared = spmm.prepare(packed, layer)
-    asked = (n, k), tokens, values.dtype, dense, device, packed.density, prepared.fits
+    asked = (n, k), tokens, values.dtype, x, device, packed.density, prepared.fits
     kernel, passed = base.choose(*asked)
     seconds = base.gain(*asked)
     return {
@@ -159,12 +172,13 @@ def model_summary(found: dict[str, Any]) -> str:
     """Totals in words, and what the predicted seconds are from."""
     summed = [sum(row[name] or 0 for row in found["layers"]) for name in ("seconds", "dense_seconds")]
     predicted = f", predicted {summed[0]:.1e} s in all, {summed[1]:.1e} s dense" if summed[0] else ""
+    rounded = f", x in {found['activations']} where kernels can" if found["activations"] else ""
     return (
         f"{found['model']}: {found['model_type']}, {found['prunable_weights']:,} prunable weights, "
         f"sparsity {found['sparsity']:.4f} ({found['whole_model_sparsity']:.4f} of the whole model), "
         f"linears {found['linears_bytes']:,} of {found['linears_dense_bytes']:,} bytes, "
-        f"files {found['file_bytes']:,} bytes\n{found['tokens']} tokens on {found['device']}{predicted}; times: "
-        f"{found['times']}"
+        f"files {found['file_bytes']:,} bytes\n"
+        f"{found['tokens']} tokens on {found['device']}{rounded}{predicted}; times: {found['times']}"
     )
 
 

@@ -263,10 +263,15 @@ def put(model: nn.Module, names: list[str], new: nn.Module) -> None:
         model.set_submodule(name, new)
 
 
-def check_activations(to: str | None) -> None:
-    """ValueError unless `to` is None or int8."""
+def check_activations(to: str | None, integers: bool = True) -> None:
+    """ValueError unless `to` is None, or int8 in a model with `integers` as values."""
     if to is not None and to not in ACTIVATIONS:
         raise ValueError(f"activations {to!r}: wanted {', '.join(ACTIVATIONS)}, or None to leave them as they are")
+    if to is not None and not integers:
+        raise ValueError(
+            f"activations {to!r}: no layer of this model has int8 values, and only beside them x is rounded; "
+            f"`alphaprune convert MODEL NEW --values int8`, or sparsify with values='int8', makes them"
+        )
 
 
 def round_activations(model: Model, to: str | None = "int8") -> Model:
@@ -277,13 +282,8 @@ def round_activations(model: Model, to: str | None = "int8") -> Model:
     kernels, those of GPUs among them, compute as before. Nothing of it is saved.
     ValueError if the model has no layer with int8 values, or `to` is anything else.
     """
-    check_activations(to)
     layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
-    if to is not None and not any(layer.weight_scale is not None for layer in layers):
-        raise ValueError(
-            f"activations {to!r}: no layer of this model has int8 values, and only beside them x is rounded; "
-            f"`alphaprune convert MODEL NEW --values int8`, or sparsify with values='int8', makes them"
-        )
+    check_activations(to, any(layer.weight_scale is not None for layer in layers))
     for layer in layers:
         layer.activations = None if to is None or layer.weight_scale is None else getattr(torch, to)
     return model

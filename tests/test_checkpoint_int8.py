@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import alphaprune
 from alphaprune import SparseLinear, cli, hf, inspection, shards, unfinished
 from alphaprune.formats import quantize, sbt
+from alphaprune.kernels import base, cpu
 from alphaprune.model import make_skeleton, open_source, read_config
 from alphaprune.pruning import Recipe, prune_blocks
 
@@ -156,6 +157,26 @@ def test_info_shows_integers_and_their_bytes(directory: Path, tmp_path: Path) ->
     assert row["stored"] == "sbt int8" and row["bytes"] == sum(t.nbytes for t in stored(tmp_path / "out").values())
     assert row["dense_bytes"] == 4 * row["weights"] and found["sparsity"] == pytest.approx(0.7, abs=1e-6)
     assert found["linears_bytes"] == written.stored_bytes and found["linears_dense_bytes"] == written.dense_bytes
+
+
+def test_info_chooses_for_activations_of_8_bits(directory: Path, tmp_path: Path, run, monkeypatch) -> None:
+    """By the times of products of bytes where a kernel may round x, else by those of floats."""
+    write(directory, tmp_path / "out", values="int8")
+    asked = []
+    choose = base.choose
+    monkeypatch.setattr(base, "choose", lambda *what: asked.append(what[3]) or choose(*what))
+    status, out, _ = run("info", tmp_path / "out")
+    assert status == 0 and set(asked) == {torch.float32} and "x in int8" not in out
+    asked.clear()
+    status, out, _ = run("info", tmp_path / "out", "--activations", "int8")
+    rounds = cpu.best() in cpu.BYTES
+    assert status == 0 and "x in int8 where kernels can" in out
+    assert set(asked) == {torch.int8 if rounds else torch.float32}
+    write(directory, tmp_path / "floats")
+    status, _, err = run("info", tmp_path / "floats", "--activations", "int8")
+    assert status == 2 and "no layer of this model has int8 values" in err
+    status, _, err = run("info", "--activations", "int8")
+    assert status == 2 and "name its directory, too" in err
 
 
 DAMAGED = {

@@ -4,14 +4,19 @@ from alphaprune.commands.shared import dump, origin
 from alphaprune.console import table
 
 
-def run(model: str | None, tokens: int, device: str, bandwidth: bool, json: bool) -> None:
+def run(model: str | None, tokens: int, device: str, activations: str | None, bandwidth: bool, json: bool) -> None:
     from alphaprune import inspection
 
     if tokens < 1:
         raise ValueError(f"--tokens {tokens}: wanted a whole number from 1")
     if model and bandwidth:
         raise ValueError(f"--bandwidth is of the machine: leave out {model}")
-    found = inspection.describe_model(model, tokens, device) if model else inspection.describe_machine(bandwidth)
+    if activations and not model:
+        raise ValueError("--activations is of a model with int8 values: name its directory, too")
+    if model:
+        found = inspection.describe_model(model, tokens, device, activations)
+    else:
+        found = inspection.describe_machine(bandwidth)
     if json:
         print(dump(origin("info", found["model"]) | found if model else origin("machine") | found))
     elif model:
