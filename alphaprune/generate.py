@@ -1,7 +1,6 @@
 """New tokens from a model: through our decoder where it knows the family, otherwise through transformers' own loop."""
 
 import contextlib
-import math
 import queue
 import statistics
 import threading
@@ -21,6 +20,7 @@ from alphaprune import ragged, rollout
 from alphaprune.decoder import Decoder, State, why_not
 from alphaprune.families import text_config
 from alphaprune.graphs import Steps
+from alphaprune.sampling import NOT_FINITE, sound
 
 OURS = "alphaprune"
 WORKER = "alphaprune generate"  # the thread of transformers' generate
@@ -38,10 +38,6 @@ NEUTRAL = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "length_penalty", "typical_p"), 1),
     **dict.fromkeys(("min_length", "no_repeat_ngram_size", "diversity_penalty", "epsilon_cutoff", "eta_cutoff"), 0),
 }
-NOT_FINITE = (
-    "the model's scores for the next token are not finite; its weights or config.json are damaged, or its dtype is too "
-    "narrow for it"
-)
 Choose = Callable[[Tensor, Tensor], Tensor]  # tokens so far [batch, length], logits [batch, vocabulary] → [batch]
 
 
@@ -135,7 +131,7 @@ def continuation(
     state.length = min(state.length, length - 1)  # the logits after the last are wanted
     ended = torch.zeros(batch, dtype=torch.bool)
     logits = decoder.prefill(state, tokens[:, state.length :])
-    if not (logits < math.inf).all():  # NaN is not, either
+    if not sound(logits).all():
         raise ValueError(NOT_FINITE)
     for count in range(1, max_new + 1):
         new = choose(tokens, logits)

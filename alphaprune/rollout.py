@@ -12,7 +12,7 @@ from alphaprune.decoder import CHUNK, Decoder
 from alphaprune.graphs import Steps, fetch
 from alphaprune.memory import upload
 from alphaprune.ragged import Ragged
-from alphaprune.sampling import Kind, Sampling
+from alphaprune.sampling import NOT_FINITE, Kind, Sampling, sound
 
 LEAST = 512  # positions of a batch that is made for one prompt, so that the next ones fit, too
 DEFAULT_TOP_K = 50  # of transformers, where sampling is asked for and top_k is not
@@ -89,6 +89,8 @@ def roll(
         steps.sampler.put(slot, sampling, tokens, [])
         for begin in range(ragged.held[slot], len(tokens), CHUNK):
             logits = ragged.prefill([(slot, tokens[begin : begin + CHUNK])])
+        if not sound(logits).all():
+            raise ValueError(NOT_FINITE)
         first = upload(torch.tensor([slot]), ragged.decoder.device)
         new = steps.sampler.choose(logits, first, ragged.lengths[first] - 1, kind)
         ragged.begin(slot, new[0])

@@ -4,6 +4,7 @@ Draws are exponential races: argmax(log p − log e) with e ~ Exp(1) draws from 
 seed, position and token, so a sequence gives the same tokens in every batch.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -13,7 +14,16 @@ from torch import Tensor
 
 from alphaprune.memory import upload
 
+NOT_FINITE = (
+    "the model's scores for the next token are not finite; its weights or config.json are damaged, or its dtype is too "
+    "narrow for it"
+)
 NUMBERS = ("temperature", "top_p", "min_p", "presence", "frequency", "repetition")
+
+
+def sound(scores: Tensor) -> Tensor:
+    """bool [batch]: whether every score [batch, …] is a number or −inf, which excludes a token."""
+    return (scores < math.inf).flatten(1).all(1)  # NaN is not less, either
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,8 @@ def test_generation_is_ours_or_says_why_transformers_does_it(kind: str, tmp_path
 
 
 def serve(kind: str, folder: Path) -> None:
-    from test_serve_engine import ask
-    from test_serve_engine import generate as served
+    from engines import ask
+    from engines import generate as served
 
     from alphaprune.serving import kv
     from alphaprune.serving.engine import Engine

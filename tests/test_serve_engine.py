@@ -1,7 +1,6 @@
 """The engine in this process: bfloat16, a cache that is too small, windows, and an error in the middle of a step."""
 
 import asyncio
-import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -10,90 +9,45 @@ from time import perf_counter
 from types import SimpleNamespace
 
 import pytest
-import serving_here  # noqa: F401
 import torch
 from conftest import ROOT, make_model
-from recorded import Fake, record_products
-from torch import nn
-from transformers import MistralConfig, MistralForCausalLM
+from engines import WAYS, alone, ask, generate, prompts, starting, windows_model
 
 import alphaprune
 from alphaprune import data
-from alphaprune.graphs import Steps
-from alphaprune.serving import engine as engine_file
-from alphaprune.serving import kv, ours, shortage, theirs
 from alphaprune.serving.answer import Answer
-from alphaprune.serving.engine import Engine, ReasoningText, Stream, ToolCall
-from alphaprune.serving.ours import Ours
-from alphaprune.serving.request import Asked, Defaults, Refused, parse
-from alphaprune.serving.shortage import BATCH_TOKENS
+from alphaprune.serving.engine import Engine, ReasoningText, ToolCall
+from alphaprune.serving.request import Defaults, Refused, parse
 
 sys.path.insert(0, str(ROOT / "bench"))
 from served import pack_demo
 
 
-def ask(prompt: object, new: int, **settings: object) -> Asked:
-    body = {"prompt": prompt, "max_tokens": new, "temperature": 0, **settings}
-    return parse(json.dumps(body).encode(), False, "model", 10**6, Defaults())
-
-
-@pytest.fixture(params=["alphaprune", "transformers", pytest.param("graphs", marks=pytest.mark.slow)])
+@pytest.fixture(params=WAYS)
 def start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engine]]:
-    """Starts engines, each way of batching, and stops them; "graphs" is ours as on a GPU, by recordings."""
-    started: list[Engine] = []
-    if request.param == "graphs":
-        record_products(monkeypatch)
-        monkeypatch.setattr(engine_file, "Ours", lambda *given: Ours(*given, recorder=Fake()))
-        monkeypatch.setattr(Steps, "prepare", lambda steps: None)
-
-    def make(model: nn.Module, tokenizer: object, blocks: int = 256, running: int = 32) -> Engine:
-        cache = kv.plan(model.config, model.dtype, running, 16, blocks=blocks)
-        kind = "transformers" if request.param == "transformers" else "alphaprune"
-        started.append(Engine(model, tokenizer, cache, running, lambda kind, value: None, kind))
-        started[-1].start()
-        return started[-1]
-
-    make.kind = request.param
-
-    yield make
-    for engine in started:
-        engine.stop()
-
-
-PATIENCE = 120  # seconds
-numbers = itertools.count()  # of requests: none has the name of one that is being forgotten
-
-
-def generate(engine: Engine, requests: list[Asked]) -> list[Stream]:
-    """The streams of requests that come at the same time, at their ends."""
-
-    async def one(asked: Asked) -> Stream:
-        stream = engine.submit(engine.encode(asked), asked, str(next(numbers)), perf_counter())
-        async for _ in stream.pieces():
-            pass
-        return stream
-
-    async def everything() -> list[Stream]:
-        return await asyncio.wait_for(asyncio.gather(*map(one, requests)), PATIENCE)
-
-    return asyncio.run(everything())
-
-
-@torch.inference_mode()
-def alone(model: nn.Module, prompt: list[int], new: int) -> list[int]:
-    out = model.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=False, pad_token_id=0)
-    return out[0, len(prompt) :].tolist()
-
-
-def prompts(count: int, vocabulary: int, longest: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(3)
-    lengths = torch.randint(3, longest, (count,), generator=generator).tolist()
-    return [torch.randint(1, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+    yield from starting(request.param, monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(directory: Path):
     return data.load_tokenizer(directory)
+
+
+def test_scores_that_are_not_finite_end_a_request(tokenizer, start) -> None:
+    """At the first token where a prompt brings them; where a token of the answer does, after that one."""
+    if start.kind == "transformers":
+        pytest.skip("transformers chooses its tokens itself")
+    model = make_model(0, tie_word_embeddings=False)
+    prompt = [5, 6, 7]
+    wanted = alone(model, prompt, 4)
+    assert not {*prompt, 3} & {*wanted[:1]}
+    with torch.no_grad():
+        model.get_input_embeddings().weight[[9, wanted[0]]] = float("nan")
+    engine = start(model, tokenizer)
+    first, second, third = generate(engine, [ask([5, 9, 7], 4), ask(prompt, 4), ask([*prompt, 3], 1)])
+    for stream, tokens in ((first, []), (second, wanted[:1])):
+        assert stream.tokens == tokens and "scores for the next token are not finite" in stream.error
+    assert third.error is None and len(third.tokens) == 1
 
 
 def test_bfloat16_differs_only_where_dense_hardly_knows(tmp_path: Path, start) -> None:
@@ -148,161 +102,6 @@ def test_an_error_in_a_step_is_told(tokenizer, start) -> None:
     with pytest.raises(Refused, match="restart the server") as refused:
         generate(engine, [ask("hello", 4)])
     assert refused.value.status == 503
-
-
-def short_of_memory(kind: str) -> Exception:
-    if kind == "GPU":
-        return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79 GiB")
-    return RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried")
-
-
-def windows_model() -> nn.Module:
-    """Attention in windows of 8 positions, which a part of a prompt overwrites in the cache."""
-    torch.manual_seed(6)
-    config = make_model().config.to_dict()
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    names += ("num_key_value_heads", "head_dim", "max_position_embeddings", "initializer_range")
-    config = MistralConfig(**{name: config[name] for name in names}, sliding_window=8)
-    return MistralForCausalLM(config).eval()
-
-
-def each_call(engine: Engine, monkeypatch: pytest.MonkeyPatch, where: str, seen: Callable[[int], None]) -> None:
-    """Calls `seen` in each "prompt", "step" of answers alone, or "sample"; what it raises ends that.
-
-    It is given the number of tokens of prompts, or 0. Where transformers batches, all has been computed by then.
-    """
-    batching = engine.batching
-    if batching.name == "transformers":
-        runner = batching._cb.batch_processor.model_runner
-        places = dict.fromkeys(("prompt", "step"), (engine.model, "forward")) | {"sample": (runner, "logit_processor")}
-    else:
-        places = {"prompt": (batching.ragged, "prefill"), "step": (batching, "steps")}
-        places |= {"sample": (batching.steps.sampler, "choose")}
-    owner, name = places[where]
-    call = getattr(owner, name)
-
-    def tokens_of(given: tuple, named: dict) -> int:
-        if where == "sample":
-            return 0
-        if batching.name == "transformers":
-            lengths = named["cu_seq_lens_q"].diff()
-            return int(lengths[lengths > 1].sum())
-        return sum(len(tokens) for _, tokens in given[0]) if where == "prompt" else 0
-
-    class Watched:
-        def __call__(self, *given: object, **named: object) -> object:
-            found = call(*given, **named) if batching.name == "transformers" else None
-            tokens = tokens_of(given, named)
-            if where == "sample" or bool(tokens) == (where == "prompt"):
-                seen(tokens)
-            return call(*given, **named) if found is None else found
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(call, name)
-
-    monkeypatch.setattr(owner, name, Watched())
-
-
-@pytest.mark.parametrize("windows", [False, True])
-@pytest.mark.parametrize("kind", ["GPU", "CPU"])
-def test_prompts_are_read_in_smaller_pieces_where_memory_is_short(
-    kind: str, windows: bool, tokenizer, start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = start(windows_model() if windows else make_model(seed=4), tokenizer)
-    asked, read = [ask(prompt, 5) for prompt in prompts(6, 256, 60)], []
-    wanted = [stream.tokens for stream in generate(engine, asked)]
-
-    def limited(tokens: int) -> None:
-        read.append(tokens)
-        pieces = sum(16 < one <= 50 for one in read)
-        if tokens > 50 or (tokens > 16 and pieces == 3):  # the third is no beginning of a prompt
-            raise short_of_memory(kind)
-
-    each_call(engine, monkeypatch, "prompt", limited)
-    found = generate(engine, asked)
-    assert [stream.tokens for stream in found] == wanted
-    assert not any(stream.error for stream in found) and max(read) > 50
-    assert engine.alive() and engine.kv_used() == 0
-    whole = engine.batching
-    whole = whole.batch_tokens if whole.name == "alphaprune" else whole._cb.batch_processor.max_batch_tokens
-    assert whole == BATCH_TOKENS, "the next prompt is tried as a whole again"
-
-
-def test_a_prompt_that_is_read_again_keeps_its_pages(tokenizer, start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A third request waits for pages of the first two, one of which has no memory at its first try."""
-    engine = start(make_model(seed=4), tokenizer, blocks=9)
-    asked, read = [ask([one] * 60, 2) for one in (7, 8, 9)], []
-    wanted = [stream.tokens for stream in generate(engine, asked)]
-
-    def once(tokens: int) -> None:
-        read.append(tokens)
-        if len(read) == 1:
-            raise short_of_memory("CPU")
-
-    each_call(engine, monkeypatch, "prompt", once)
-    assert [(stream.tokens, stream.error) for stream in generate(engine, asked)] == [(new, None) for new in wanted]
-    assert engine.alive() and engine.kv_used() == 0
-
-
-@pytest.mark.parametrize("where", ["prompt", "sample", "step"])
-def test_a_request_that_there_is_no_memory_for_ends_alone(
-    where: str, tokenizer, start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = start(make_model(seed=4), tokenizer, running=3)
-    asked = [ask(prompt, 8) for prompt in prompts(5, 256, 20)]
-    wanted = [stream.tokens for stream in generate(engine, asked)]
-    sizes = []
-
-    def fewer(*given: object) -> int:
-        sizes.append(shortage.fewer(*given))
-        return sizes[-1]
-
-    for file in (ours, theirs):
-        monkeypatch.setattr(file, "fewer", fewer)
-
-    def short(_: int) -> None:
-        if engine.running() == 3 and 0 not in sizes:
-            raise short_of_memory("GPU")
-
-    each_call(engine, monkeypatch, where, short)
-    found = generate(engine, asked)
-    ended = [stream for stream in found if stream.error]
-    assert len(ended) == 1
-    assert ended[0].error.startswith("generation failed: out of memory: 2.00 GiB more could not be had; take ")
-    assert ended[0].tokens == wanted[found.index(ended[0])][: len(ended[0].tokens)]
-    assert all(stream.tokens == tokens for stream, tokens in zip(found, wanted, strict=True) if not stream.error)
-    assert engine.alive() and engine.kv_used() == 0
-    assert [stream.tokens for stream in generate(engine, asked[:2])] == wanted[:2]
-
-
-@pytest.mark.parametrize("windows", [False, True])
-def test_whenever_memory_is_short_answers_are_right_as_far_as_they_go(
-    windows: bool, tokenizer, start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In a fifth of all calls at random, with a cache that is too small for all requests at a time."""
-    model = windows_model() if windows else make_model(seed=4)
-    given = prompts(8, 256, 60)
-    wanted = [alone(model, prompt, 12) for prompt in given]
-    engine = start(model, tokenizer, blocks=9)
-    draws = torch.Generator().manual_seed(0)
-
-    def short(_: int) -> None:
-        if torch.rand((), generator=draws) < 1 / 5:
-            raise short_of_memory("CPU")
-
-    for where in ("prompt", "sample", "step"):
-        each_call(engine, monkeypatch, where, short)
-    found = generate(engine, [ask(prompt, 12) for prompt in given])
-    for stream, tokens in zip(found, wanted, strict=True):
-        assert stream.tokens == tokens[: len(stream.tokens)]
-        assert (stream.error is None) == (len(stream.tokens) == 12)
-    assert engine.alive() and engine.kv_used() == engine.running() == engine.queued() == 0
-    if start.kind == "transformers":
-        cache = engine.batching._cb.batch_processor.cache
-        cache.evict_cached_blocks()
-        assert cache.compute_free_capacity() == 1
-    else:
-        assert len(engine.batching.ragged.free_pages) == 9
 
 
 def test_a_model_that_cannot_be_served_says_so(tokenizer, start) -> None:

@@ -21,12 +21,13 @@ from alphaprune.decoder import Decoder, why_not
 from alphaprune.files import first_line
 from alphaprune.graphs import BUCKETS, Recorder, Steps, fetch
 from alphaprune.ragged import Ragged
-from alphaprune.sampling import Kind
+from alphaprune.sampling import NOT_FINITE, Kind, sound
 from alphaprune.serving.jobs import Job
 from alphaprune.serving.kv import KV
 from alphaprune.serving.shortage import BATCH_TOKENS, fewer
 
 IDLE_SECONDS = 5
+NO_TOKEN = -1  # where scores are not finite
 
 
 @dataclass
@@ -213,7 +214,7 @@ class Ours:
             kind = Kind.of(job.sampling for job in jobs)
             new = self.steps.sampler.choose(logits[rows], slots, self.ragged.lengths[slots] - 1, kind)
             self.ragged.tokens.index_copy_(0, slots, new)
-            self._launch(jobs, new)
+            self._launch(jobs, new, logits[rows])
         for job, piece in pieces:
             job.read += len(piece)
 
@@ -227,12 +228,12 @@ class Ours:
         while jobs := [job for job in self._active if job.read == len(job.source) and job.launched < job.limit]:
             if self._make_room(jobs):
                 try:
-                    new, _ = self.steps([job.slot for job in jobs], Kind.of(job.sampling for job in jobs))
+                    new, logits = self.steps([job.slot for job in jobs], Kind.of(job.sampling for job in jobs))
                 except Exception as error:
                     fewer(0, error, self.ragged.decoder.device)
                     self._without(jobs[-1], error)
                     return True
-                self._launch(jobs, new)
+                self._launch(jobs, new, logits.gather(1, new[:, None]))  # a prompt's were looked at, all of them
                 return True
         return False
 
@@ -249,8 +250,9 @@ class Ours:
                 return False
         return True
 
-    def _launch(self, jobs: list[Progress], new: Tensor) -> None:
-        wait = fetch(new)
+    def _launch(self, jobs: list[Progress], new: Tensor, scores: Tensor) -> None:
+        """scores: [jobs, …], those that must be numbers for the tokens to mean anything."""
+        wait = fetch(torch.where(sound(scores), new, NO_TOKEN))
         for job in jobs:
             job.launched += 1
         self._pending.append((jobs, wait))
@@ -265,6 +267,10 @@ class Ours:
         found = []
         for job, token in zip(jobs, wait().tolist(), strict=True):
             if job.done:  # it has ended, or was cancelled, while this token was computed
+                continue
+            if token == NO_TOKEN:
+                self._close(job)
+                found.append((job, Output(list(job.new), error=NOT_FINITE)))
                 continue
             job.new.append(token)
             finished = token in job.ends or len(job.new) >= job.limit
