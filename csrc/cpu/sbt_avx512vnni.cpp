@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "integer.h"
+#include "over.h"
 
 namespace alphaprune {
 namespace {
@@ -122,30 +123,19 @@ class ShuffledBytes {
   Half* then_;
 };
 
-void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
-  if (!rounds(p.given, p.weight)) return kAvx512bw.product(p, begin, end, scratch);
-  integer_product<ShuffledBytes>(p, begin, end, scratch);
-}
-
-void expand(const sbt::View& weight, int64_t begin, int64_t end, Dtype out_dtype, void* out) {
-  kAvx512bw.expand(weight, begin, end, out_dtype, out);
-}
-
-int64_t prepared_bytes(const Activations& x, const sbt::View& weight) {
-  return rounds(x, weight) ? integer_bytes(x, weight) : kAvx512bw.prepared_bytes(x, weight);
-}
-
-void prepare(const Activations& x, const sbt::View& weight, int64_t first, int64_t last, void* to) {
-  if (!rounds(x, weight)) return kAvx512bw.prepare(x, weight, first, last, to);
-  prepare_integers(x, weight, first, last, to);
-}
-
-int layout(const Activations& x, const sbt::View& weight) {
-  return rounds(x, weight) ? kBytesLayout * weight.to_bytes : kAvx512bw.layout(x, weight);
-}
+struct Shuffled {
+  static const Isa& lesser() { return kAvx512bw; }
+  static bool takes(const Activations& x, const sbt::View& weight) { return rounds(x, weight); }
+  static void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
+    integer_product<ShuffledBytes>(p, begin, end, scratch);
+  }
+  static void prepare(const Activations& x, const sbt::View& weight, int64_t first, int64_t last, void* to) {
+    prepare_integers(x, weight, first, last, to);
+  }
+};
 
 }  // namespace
 
-const Isa kAvx512vnni = {"avx512vnni", product, expand, prepared_bytes, prepare, &kStepAvx512bw, layout};
+const Isa kAvx512vnni = Over<Shuffled>::isa("avx512vnni", &kStepAvx512bw);
 
 }  // namespace alphaprune

@@ -3,6 +3,7 @@
 // without SDOT. It multiplies sixteen bytes by sixteen, both signed, and adds four products to each sum.
 #include "integer_panel.h"
 #include "neon.h"
+#include "over.h"
 
 namespace alphaprune {
 namespace {
@@ -211,32 +212,23 @@ struct Dot {
   }
 };
 
-void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
-  if (!rounds(p.given, p.weight)) return kNeon.product(p, begin, end, scratch);
-  if (p.weight.to_bytes) return Dot<1>::product(p, begin, end, scratch);
-  Dot<2>::product(p, begin, end, scratch);
-}
-
-void expand(const sbt::View& weight, int64_t begin, int64_t end, Dtype out_dtype, void* out) {
-  kNeon.expand(weight, begin, end, out_dtype, out);
-}
-
-int64_t prepared_bytes(const Activations& x, const sbt::View& weight) {
-  return rounds(x, weight) ? integer_bytes(x, weight) : kNeon.prepared_bytes(x, weight);
-}
-
-void prepare(const Activations& x, const sbt::View& weight, int64_t first, int64_t last, void* to) {
-  if (!rounds(x, weight)) return kNeon.prepare(x, weight, first, last, to);
-  with_rounded(weight, x.tokens, [&](const auto& rounded) {
-    constexpr int kBytes = std::decay_t<decltype(rounded)>::kTokenBytes / kGroupCols;
-    for (int64_t t = first; t < last; ++t) rounded.prepare(x, weight.cols, t, to, round_group<kBytes>);
-  });
-}
-
-int layout(const Activations& x, const sbt::View& weight) { return rounds(x, weight) ? 1 + weight.to_bytes : 0; }
+struct Signed {
+  static const Isa& lesser() { return kNeon; }
+  static bool takes(const Activations& x, const sbt::View& weight) { return rounds(x, weight); }
+  static void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
+    if (p.weight.to_bytes) return Dot<1>::product(p, begin, end, scratch);
+    Dot<2>::product(p, begin, end, scratch);
+  }
+  static void prepare(const Activations& x, const sbt::View& weight, int64_t first, int64_t last, void* to) {
+    with_rounded(weight, x.tokens, [&](const auto& rounded) {
+      constexpr int kBytes = std::decay_t<decltype(rounded)>::kTokenBytes / kGroupCols;
+      for (int64_t t = first; t < last; ++t) rounded.prepare(x, weight.cols, t, to, round_group<kBytes>);
+    });
+  }
+};
 
 }  // namespace
 
-const Isa kNeondot = {"neondot", product, expand, prepared_bytes, prepare, &kStepNeon, layout};
+const Isa kNeondot = Over<Signed>::isa("neondot", &kStepNeon);
 
 }  // namespace alphaprune
