@@ -212,9 +212,10 @@ class Ours:
             rows = memory.upload(torch.tensor(ready), device)
             slots = memory.upload(torch.tensor([job.slot for job in jobs]), device)
             kind = Kind.of(job.sampling for job in jobs)
-            new = self.steps.sampler.choose(logits[rows], slots, self.ragged.lengths[slots] - 1, kind)
+            logits = logits[rows]
+            new = self.steps.sampler.choose(logits, slots, self.ragged.lengths[slots] - 1, kind)
             self.ragged.tokens.index_copy_(0, slots, new)
-            self._launch(jobs, new, logits[rows])
+            self._launch(jobs, new, logits)
         for job, piece in pieces:
             job.read += len(piece)
 
