@@ -104,7 +104,7 @@ def summary(pairs: list[tuple[list[dict[str, Any]], dict[str, Any]]]) -> dict[st
 
 def line(row: dict[str, Any]) -> str:
     """A row of the table; a summary is a sentence."""
-    values = row["values"] + (f", x {row['activations']}" if row["activations"] else "")
+    values = row["values"] + (f", x in {row['activations']}" if row["activations"] else "")
     if "ratio" in row:
         return (
             f"{row['model']} at {row['sparsity']:.0%}, {values}: {row['ratio']:.2f} times transformers' dense "

@@ -53,7 +53,7 @@ def line(row: timing.Row) -> str:
         "x".join(map(str, row.shape)),
         f"{row.sparsity:.2f}",
         str(row.tokens),
-        row.values + (f", x {row.activations}" if row.activations else ""),
+        row.values + (f", x in {row.activations}" if row.activations else ""),
         row.kernel,
         f"{row.seconds:.6f}",
         f"{row.dense_seconds:.6f}",

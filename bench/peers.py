@@ -52,7 +52,7 @@ def rows(found: list[rounds.Measured], common: dict) -> list[dict]:
     made = []
     for m in found:
         row = common | m.row()
-        for name, values in (("ratio", "bfloat16"), ("ratio_int8", "int8"), ("ratio_bytes", "int8, x int8")):
+        for name, values in (("ratio", "bfloat16"), ("ratio_int8", "int8"), ("ratio_bytes", "int8, x in int8")):
             row[name] = {
                 str(sparsity): m.seconds / seconds
                 for (variant, sparsity), seconds in ours.items()

@@ -99,7 +99,7 @@ def over_ours(found: list[dict], columns: dict[str, list[tuple]]) -> str:
     """A row per engine and variant; a column has ratios at several (shape, tokens, sparsity)."""
     ours = {(r["variant"], *_key(r)): r["seconds"] for r in found if r["engine"] == "alphaprune"}
     cells = []
-    integers = [name for name in ("int8", "int8, x int8") if any(key[0] == name for key in ours)]
+    integers = [name for name in ("int8", "int8, x in int8") if any(key[0] == name for key in ours)]
     for engine, variant in dict.fromkeys((r["engine"], r["variant"]) for r in found if r["engine"] != "alphaprune"):
         theirs = {_key(r): r["seconds"] for r in found if (r["engine"], r["variant"]) == (engine, variant)}
         for values in integers if variant.startswith(("int8", "Q")) else ["bfloat16"]:
@@ -209,7 +209,7 @@ def serve() -> str:
         cells = [
             [
                 str(r["clients"]),
-                "int8, x int8" if r["weights"] == "int8" else r["weights"],
+                "int8, x in int8" if r["weights"] == "int8" else r["weights"],
                 f"{r['tokens_per_second']:.{0 if model == 'embedded' else 1}f}",
                 f"{r['over_one_client']:.2f}×",
                 *(f"{r[name]:.4f}" for name in ("first_token_seconds", "token_seconds")),

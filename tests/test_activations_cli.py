@@ -189,7 +189,7 @@ def test_the_script_writes_rows_of_their_own(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "bench" / "linear.py"), *options, "--values=int8", "--out", str(out)]
     for extra in ((), ("--activations=int8",)):
         done = subprocess.run([*command, *extra], capture_output=True, text=True, check=True, cwd=ROOT)
-        assert ("int8, x int8" in done.stdout) == bool(extra)
+        assert ("int8, x in int8" in done.stdout) == bool(extra)
     assert [json.loads(line)["activations"] for line in out.read_text().splitlines()] == [None, "int8"]
 
 
@@ -208,7 +208,7 @@ def test_whole_models_by_the_script_have_rows_of_their_own(tmp_path: Path) -> No
         ("bfloat16", None),
         ("int8", "int8"),
     ]
-    assert done.stdout.count("int8, x int8") == 2 and "50%, int8, x int8: " in done.stdout
+    assert done.stdout.count("int8, x in int8") == 2 and "50%, int8, x in int8: " in done.stdout
 
 
 def test_what_the_script_times_may_round(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

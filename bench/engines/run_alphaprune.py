@@ -12,7 +12,7 @@ from alphaprune import formats
 
 FLOAT = worker.Variant("bfloat16", "bfloat16", "SparseLinear, values bfloat16, x bfloat16", True)
 INT8 = worker.Variant("int8", "int8", 'SparseLinear, values="int8", x bfloat16', True)
-BYTES = worker.Variant("int8, x int8", "int8", 'SparseLinear, values="int8", activations="int8", x bfloat16', True)
+BYTES = worker.Variant("int8, x in int8", "int8", 'SparseLinear, values="int8", activations="int8", x bfloat16', True)
 
 
 def duplicate(packed: formats.Packed) -> formats.Packed:
