@@ -5,27 +5,15 @@ python bench/linear.py --shape 11008x4096 --sparsity 0.5,0.8 --tokens 1,4,16
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import asdict
 
+import held
 import torch
 from rows import append
 
 from alphaprune import timing
 
-# What holds ours, and the libraries of torch, to an instruction set, as a CPU without more would have it; they ask when
-# they are loaded.
-HELD = {
-    isa: {
-        "ALPHAPRUNE_ISA": isa,
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-        "ONEDNN_MAX_CPU_ISA": onednn,
-    }
-    for isa, onednn in (("avx2", "AVX2"), ("avxvnni", "AVX2_VNNI"))
-}
-NAMES = {"avx2": "AVX2", "avxvnni": "AVX-VNNI"}
 COLUMNS = (
     "shape",
     "sparsity",
@@ -74,7 +62,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--values", choices=("int8",), help="how the packed weight is stored, if not in --dtype")
     parser.add_argument("--activations", choices=("int8",), help="of x beside int8 values, where kernels can")
     parser.add_argument("--kernel", help="one kernel instead of the automatic choice")
-    parser.add_argument("--held", choices=HELD, help="to an instruction set, torch and ours")
+    parser.add_argument("--held", choices=held.ISAS, help=held.HELP)
     parser.add_argument("--gigabytes", type=float, default=1, help="of weights that the calls go round")
     parser.add_argument("--repeats", type=int, default=3, help="times round them")
     parser.add_argument("--json", action="store_true", help="one JSON object per row instead of the table")
@@ -84,8 +72,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    if args.held and not HELD[args.held].items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | HELD[args.held])
+    held.hold(args.held)
     timing.check_activations(args.values and torch.int8, args.activations and torch.int8)
     bandwidth = timing.read_bandwidth()
     if not args.json:
@@ -108,8 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
                     activations=args.activations and getattr(torch, args.activations),
                 )
                 found = row_dict(row)
-                if args.held:
-                    found["machine"] += f", held to {NAMES[args.held]}"
+                found["machine"] = held.named(found["machine"], args.held)
                 print(json.dumps(found) if args.json else line(row), flush=True)
                 if args.out:
                     append(args.out, found)

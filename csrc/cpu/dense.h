@@ -75,7 +75,7 @@ void dense_left(const Product& p, int64_t row_tile, int64_t token) {
 
 // Row tiles [begin, end), eight tokens at a time, for which the rows are then in L2.
 template <class Math>
-void dense_product(const Product& p, int64_t begin, int64_t end) {
+void dense_product(const Product& p, int64_t begin, int64_t end, void*) {
   for (int64_t row_tile = begin; row_tile < end; ++row_tile) {
     int64_t t = 0;
     for (; t + 8 < p.tokens; t += 8) dense_tokens<Math, 8>(p, row_tile, t);

@@ -324,9 +324,23 @@ void multiply_dense(const Isa& isa, const void* weight, int64_t rows, int64_t co
   Product p = product_of({view, bias, y, rows}, x);
   p.x = x.data;
   p.x_stride = x.stride;
+  if (isa.dense_rows(x.dtype) == DenseRows::floats) {
+    const int64_t padded = view.padded_cols();
+    thread_local Buffer buffer;
+    auto* to = static_cast<float*>(buffer.at_least(static_cast<size_t>(x.tokens * padded) * sizeof(float)));
+    parallel_for(x.tokens, threads_for(x.tokens * padded), [&](int64_t t) {
+      const auto* from = static_cast<const char*>(x.data) + t * x.stride * size_of(x.dtype);
+      isa.widen(from, x.dtype, cols, padded, to + t * padded);
+    });
+    p.x = to;
+    p.x_stride = padded;
+  }
   const int64_t tiles = view.row_tiles(), threads = threads_for(rows * cols * x.tokens);
   const int64_t wanted = threads > 1 ? threads * kPartsPerThread : 1, parts = wanted < tiles ? wanted : tiles;
-  parallel_for(parts, threads, [&](int64_t i) { isa.dense(p, tiles * i / parts, tiles * (i + 1) / parts); });
+  parallel_for(parts, threads, [&](int64_t i) {
+    alignas(64) unsigned char scratch[kScratchBytes];
+    isa.dense(p, tiles * i / parts, tiles * (i + 1) / parts, scratch);
+  });
 }
 
 void expand(const Isa& isa, const sbt::View& weight, int64_t first, int64_t last, Dtype out_dtype, void* out) {

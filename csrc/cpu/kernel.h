@@ -62,6 +62,9 @@ struct StepLoops {
   void (*norm)(const Norm&);
 };
 
+// What a dense product wants of x: nothing, as it does not take the dtype; the caller's own rows; rows of float32.
+enum class DenseRows { none, given, floats };
+
 struct Isa {
   const char* name;
   // Computes row tiles [begin, end); `scratch` is kScratchBytes, 64-byte aligned.
@@ -76,10 +79,12 @@ struct Isa {
   const StepLoops* loops;
   // Tells apart the layouts that `prepare` chooses between for weights of one dtype; null where there is one.
   int (*layout)(const Activations&, const sbt::View&) = nullptr;
-  // The same product with a dense weight, [N, K] at `weight.values`, in the dtype of x, whose rows are the caller's,
-  // and without scratch; null where the library's is as fast. Takes what `takes_dense` says.
-  void (*dense)(const Product&, int64_t begin, int64_t end) = nullptr;
-  bool (*takes_dense)(Dtype) = nullptr;
+  // The same product with a dense weight, [N, K] at `weight.values`, in the dtype of x; null where the library's is as
+  // fast. `dense_rows` says which dtypes it takes, and how x comes: as floats, it is what `widen` makes of a token's
+  // `count` numbers, with zeros up to `padded`.
+  void (*dense)(const Product&, int64_t begin, int64_t end, void* scratch) = nullptr;
+  DenseRows (*dense_rows)(Dtype) = nullptr;
+  void (*widen)(const void* from, Dtype, int64_t count, int64_t padded, float* to) = nullptr;
 };
 
 // Whether this is a Zen 5 or later, which multiplies two vectors a cycle: a panel takes half of the cycles of a Zen 4,

@@ -31,8 +31,18 @@ struct Over {
     return Way::lesser().layout ? Way::lesser().layout(x, weight) : 0;
   }
 
+  static void dense(const Product& p, int64_t begin, int64_t end, void* scratch) {
+    Way::lesser().dense(p, begin, end, scratch);
+  }
+  static DenseRows dense_rows(Dtype dtype) {
+    return Way::lesser().dense ? Way::lesser().dense_rows(dtype) : DenseRows::none;
+  }
+  static void widen(const void* from, Dtype dtype, int64_t count, int64_t padded, float* to) {
+    Way::lesser().widen(from, dtype, count, padded, to);
+  }
+
   static constexpr Isa isa(const char* name, const StepLoops* loops) {
-    return {name, product, expand, prepared_bytes, prepare, loops, layout};
+    return {name, product, expand, prepared_bytes, prepare, loops, layout, dense, dense_rows, widen};
   }
 };
 

@@ -1,5 +1,6 @@
 // SBT on AVX2 with FMA and F16C: in float32, but for int8 weights beside some activations of 16 bits, which are rounded
 // to integers where the zeros are not skipped.
+#include "dense_floats.h"
 #include "expand8.h"
 #include "nonzeros.h"
 #include "words.h"
@@ -139,8 +140,15 @@ void prepare(const Activations& x, const sbt::View& weight, int64_t first, int64
 
 int layout(const Activations& x, const sbt::View& weight) { return static_cast<int>(way_of(x, weight)); }
 
+template <class Value>
+struct Wide {
+  static __m256 load(const uint16_t* p) { return Value::widen(load16(p)); }
+};
+constexpr auto* dense = dense_floats<Float32, Wide<Bfloat16>, Wide<Float16>>;
+
 }  // namespace
 
-const Isa kAvx2 = {"avx2", product, expand_any<Words8>, prepared_bytes, prepare, &kStepAvx2, layout};
+const Isa kAvx2 = {"avx2", product, expand_any<Words8>, prepared_bytes, prepare, &kStepAvx2,
+                   layout, dense,   dense_as_floats,    convert};
 
 }  // namespace alphaprune

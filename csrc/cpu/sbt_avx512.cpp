@@ -200,12 +200,16 @@ void prepare(const Activations& x, const sbt::View& weight, int64_t first, int64
   prepare_rows<convert<false>>(x, weight, first, last, to);
 }
 
+void dense(const Product& p, int64_t begin, int64_t end, void* scratch) { kAvx512bw.dense(p, begin, end, scratch); }
+DenseRows dense_rows(Dtype dtype) { return kAvx512bw.dense_rows(dtype); }
+
 int layout(const Activations& x, const sbt::View& weight) {
   return weight.to_bytes ? kBytesLayout : skips_zeros(x, weight);
 }
 
 }  // namespace
 
-const Isa kAvx512 = {"avx512", product, expand_any<Words>, prepared_bytes, prepare, &kStepAvx512bw, layout};
+const Isa kAvx512 = {"avx512", product, expand_any<Words>, prepared_bytes, prepare, &kStepAvx512bw,
+                     layout,   dense,   dense_rows,        convert<false>};
 
 }  // namespace alphaprune

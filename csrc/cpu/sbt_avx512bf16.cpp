@@ -137,7 +137,14 @@ struct DenseBfloat16 {
   static __m512 multiply(__m512i w, __m512i x, __m512 sum) { return PairsOfBfloat16::multiply(w, x, sum); }
 };
 
-bool takes_dense(Dtype dtype) { return dtype == Dtype::bfloat16; }
+void dense(const Product& p, int64_t begin, int64_t end, void* scratch) {
+  if (p.weight.dtype != Dtype::bfloat16) return kAvx512.dense(p, begin, end, scratch);
+  dense_product<DenseBfloat16>(p, begin, end, scratch);
+}
+DenseRows dense_rows(Dtype dtype) { return dtype == Dtype::bfloat16 ? DenseRows::given : kAvx512.dense_rows(dtype); }
+void widen(const void* from, Dtype dtype, int64_t count, int64_t padded, float* to) {
+  kAvx512.widen(from, dtype, count, padded, to);
+}
 
 int layout(const Activations& x, const sbt::View& weight) {
   if (in_slots(x, weight)) return kSlotsLayout + weight.to_bytes;
@@ -147,8 +154,7 @@ int layout(const Activations& x, const sbt::View& weight) {
 
 }  // namespace
 
-const Isa kAvx512bf16 = {"avx512bf16", product,        expand, prepared_bytes,
-                         prepare,      &kStepAvx512bw, layout, dense_product<DenseBfloat16>,
-                         takes_dense};
+const Isa kAvx512bf16 = {"avx512bf16",   product, expand, prepared_bytes, prepare,
+                         &kStepAvx512bw, layout,  dense,  dense_rows,     widen};
 
 }  // namespace alphaprune

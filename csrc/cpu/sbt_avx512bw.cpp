@@ -1,5 +1,6 @@
 // SBT on AVX-512 with BW, DQ and VL but without VBMI2, as Skylake and Cascade Lake servers have it: expansion through
 // tables as on AVX2, the product of many tokens with vectors of 16.
+#include "dense_floats.h"
 #include "expand8.h"
 #include "nonzeros.h"
 
@@ -120,8 +121,15 @@ void prepare(const Activations& x, const sbt::View& weight, int64_t first, int64
 
 int layout(const Activations& x, const sbt::View& weight) { return skips_zeros(weight, x.tokens); }
 
+template <class Value>
+struct Wide {
+  static __m512 load(const uint16_t* p) { return Sparse::widen(p, Value()); }
+};
+constexpr auto* dense = dense_floats<Float32, Wide<Bfloat16>, Wide<Float16>>;
+
 }  // namespace
 
-const Isa kAvx512bw = {"avx512bw", product, expand_any<Words8>, prepared_bytes, prepare, &kStepAvx512bw, layout};
+const Isa kAvx512bw = {"avx512bw", product, expand_any<Words8>, prepared_bytes, prepare, &kStepAvx512bw,
+                       layout,     dense,   dense_as_floats,    convert};
 
 }  // namespace alphaprune

@@ -201,9 +201,11 @@ void check_dense(const Isa& isa, uint32_t& seed) {
   if (!isa.dense) return;
   for (const int64_t rows : {1, 15, 16, 33, 150})
     for (const int64_t cols : {1, 31, 32, 33, 127, 128, 129, 300, 2100})
-      for (const int64_t tokens : {1, 2, 3, 4, 5, 9}) {
-        const Problem p({rows, cols, tokens, 1, Dtype::bfloat16, Dtype::bfloat16, Dtype::float32, false, seed % 3 == 0},
-                        seed);
+      for (const int64_t tokens : {1, 2, 3, 4, 5, 9, 70}) {
+        const Dtype dtype = seed / 2 % 2 ? Dtype::bfloat16 : Dtype::float16;
+        if (tokens == 70 && rows * cols > 10000) continue;
+        EXPECT(isa.dense_rows(dtype) != DenseRows::none, "%s has no dense product", isa.name);
+        const Problem p({rows, cols, tokens, 1, dtype, dtype, Dtype::float32, false, seed % 3 == 0}, seed);
         const Guarded y(tokens * rows * 2);
         const Item item = p.item(y.as<void>(), seed++ % 2);
         multiply_dense(isa, p.dense->as<void>(), rows, cols, item.bias, y.as<void>(), p.activations());
