@@ -172,7 +172,8 @@ def model_summary(found: dict[str, Any]) -> str:
     """Totals in words, and what the predicted seconds are from."""
     summed = [sum(row[name] or 0 for row in found["layers"]) for name in ("seconds", "dense_seconds")]
     predicted = f", predicted {summed[0]:.1e} s in all, {summed[1]:.1e} s dense" if summed[0] else ""
-    rounded = f", x in {found['activations']} where kernels can" if found["activations"] else ""
+    asked = found.get("activations")  # files of earlier releases have none
+    rounded = f", x in {asked} where kernels can" if asked else ""
     return (
         f"{found['model']}: {found['model_type']}, {found['prunable_weights']:,} prunable weights, "
         f"sparsity {found['sparsity']:.4f} ({found['whole_model_sparsity']:.4f} of the whole model), "
