@@ -113,6 +113,22 @@ def over_ours(found: list[dict], columns: dict[str, list[tuple]]) -> str:
     return table(["engine", "our values", *columns], cells)
 
 
+def dense() -> str:
+    """Of one layer: torch's seconds over ours by machine, dtype and number of tokens."""
+    found = [row for row in rows("dense.jsonl") if row["shape"] == [11008, 4096]]
+    ratios = {(r["machine"], r.get("dtype", "bfloat16"), r["tokens"]): r["ratio"] for r in found}
+    tokens = sorted({row["tokens"] for row in found})
+    cells = [
+        [*kind, *(f"{ratios[(*kind, t)]:.2f}×" if (*kind, t) in ratios else "–" for t in tokens)]
+        for kind in dict.fromkeys(key[:2] for key in ratios)
+    ]
+    note = (
+        f"Seconds of torch's dense layer over those of ours by the number of tokens, 11008×4096, from memory, by turns: "
+        f"`python bench/dense.py`, {found[-1]['threads']} threads ([more rows](RESULTS/dense.jsonl))."
+    )
+    return f"{table(['machine', 'dtype', *map(str, tokens)], cells)}\n\n{note}"
+
+
 def newest(found: list[dict]) -> list[dict]:
     """Those of the machine that the last row is of."""
     return [row for row in found if row["machine"] == found[-1]["machine"]]

@@ -1,6 +1,7 @@
 // The product with a dense weight of 16-bit floats in float32, for CPUs whose libraries have no fast one.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "panel.h"
@@ -42,37 +43,57 @@ struct FromRows : Math {
   }
 };
 
-// T tokens straight from the rows, each of which is a stream then: as fast as memory for one and two.
+// T tokens straight from the rows, each of which is a stream then. From three on the activations no longer stay in L1:
+// two rows at a time share what is loaded of them, where 32 registers hold the sums.
 template <class Math, class Value, int T>
 void row_streams(const Product& p, int64_t begin, int64_t end, void* scratch) {
   using Vector = typename Math::Vector;
   constexpr int64_t kStep = Math::kStep, kSums = sbt::kTileRows * Math::kLanes;
-  constexpr int kChains = 4;  // products of one sum would wait for each other
-  const int64_t cols = p.weight.cols;
+  constexpr int kRows = T <= 2 || Math::kLanes < 16 ? 1 : 2;
+  constexpr int kChains = kRows == 1 ? 4 : 2;  // products of one sum would wait for each other
+  const int64_t cols = p.weight.cols, last = p.weight.rows - 1;
   auto* sums = static_cast<float*>(scratch);
   for (int64_t row_tile = begin; row_tile < end; ++row_tile) {
-    std::memset(sums, 0, T * kSums * sizeof(float));
-    for (int64_t r = 0; r < sbt::kTileRows && row_tile * sbt::kTileRows + r < p.weight.rows; ++r) {
-      const auto* from = static_cast<const uint16_t*>(p.weight.values) + (row_tile * sbt::kTileRows + r) * cols;
-      Vector sum[kChains][T] = {};
-      const auto add = [&](const uint16_t* at, int64_t k, int chain) {
-        const Vector w = Value::load(at);
-        for (int t = 0; t < T; ++t)
-          sum[chain][t] = Math::multiply(w, Math::activations(p.rows() + t * p.x_stride + k), sum[chain][t]);
+    for (int64_t r = 0; r < sbt::kTileRows; r += kRows) {
+      const uint16_t* from[kRows];  // past the last row that one again, whose sums are not stored
+      for (int i = 0; i < kRows; ++i)
+        from[i] =
+            static_cast<const uint16_t*>(p.weight.values) + std::min(row_tile * sbt::kTileRows + r + i, last) * cols;
+      Vector sum[kChains][kRows][T] = {};
+      const auto add = [&](const uint16_t* const* at, int64_t k, int chain) {
+        Vector w[kRows];
+        for (int i = 0; i < kRows; ++i) w[i] = Value::load(at[i]);
+        for (int t = 0; t < T; ++t) {
+          const Vector x = Math::activations(p.rows() + t * p.x_stride + k);
+          for (int i = 0; i < kRows; ++i) sum[chain][i][t] = Math::multiply(w[i], x, sum[chain][i][t]);
+        }
       };
       int64_t k = 0;
       for (; k + kChains * kStep <= cols; k += kChains * kStep) {
-        __builtin_prefetch(from + k + kFarColumns);
 #pragma GCC unroll 4
-        for (int i = 0; i < kChains; ++i) add(from + k + i * kStep, k + i * kStep, i);
+        for (int c = 0; c < kChains; ++c) {
+          const uint16_t* at[kRows];
+          for (int i = 0; i < kRows; ++i) at[i] = from[i] + k + c * kStep;
+          if (c * kStep % 32 == 0)
+            for (int i = 0; i < kRows; ++i) __builtin_prefetch(at[i] + kFarColumns);
+          add(at, k + c * kStep, c);
+        }
       }
       for (; k < cols; k += kStep) {
-        uint16_t some[kStep] = {};
-        std::memcpy(some, from + k, static_cast<size_t>(cols - k < kStep ? cols - k : kStep) * sizeof *some);
-        add(some, k, 0);
+        uint16_t some[kRows][kStep] = {};
+        const uint16_t* at[kRows];
+        for (int i = 0; i < kRows; ++i) {
+          std::memcpy(some[i], from[i] + k, static_cast<size_t>(std::min(cols - k, kStep)) * sizeof(uint16_t));
+          at[i] = some[i];
+        }
+        add(at, k, 0);
       }
-      for (int t = 0; t < T; ++t)
-        Math::store(sums + t * kSums + r * Math::kLanes, (sum[0][t] + sum[1][t]) + (sum[2][t] + sum[3][t]));
+      for (int i = 0; i < kRows; ++i)
+        for (int t = 0; t < T; ++t) {
+          Vector all = sum[0][i][t];
+          for (int c = 1; c < kChains; ++c) all = all + sum[c][i][t];
+          Math::store(sums + t * kSums + (r + i) * Math::kLanes, all);
+        }
     }
     for (int t = 0; t < T; ++t) Math::finish(p, row_tile, t, sums + t * kSums);
   }
@@ -83,8 +104,8 @@ template <class Math, class OfBfloat16, class OfFloat16>
 void dense_floats(const Product& p, int64_t begin, int64_t end, void* scratch) {
   const auto product = [&](auto value) {
     using Value = decltype(value);
-    if (p.tokens > 2) return Panel<FromRows<Math, Value>>::product(p, begin, end, scratch);
-    known<1, 2>(p.tokens,
+    if (p.tokens > 4) return Panel<FromRows<Math, Value>>::product(p, begin, end, scratch);
+    known<1, 4>(p.tokens,
                 [&](auto tokens) { row_streams<Math, Value, decltype(tokens)::value>(p, begin, end, scratch); });
   };
   if (p.weight.dtype == Dtype::bfloat16) return product(OfBfloat16());
