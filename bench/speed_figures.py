@@ -123,7 +123,7 @@ def dense() -> str:
         for kind in dict.fromkeys(key[:2] for key in ratios)
     ]
     note = (
-        f"Seconds of torch's dense layer over those of ours by the number of tokens, 11008×4096, from memory, by turns: "
+        f"Seconds of torch's dense layer over ours by the number of tokens, 11008×4096, from memory, by turns: "
         f"`python bench/dense.py`, {found[-1]['threads']} threads ([more rows](RESULTS/dense.jsonl))."
     )
     return f"{table(['machine', 'dtype', *map(str, tokens)], cells)}\n\n{note}"
