@@ -79,9 +79,9 @@ struct Isa {
   const StepLoops* loops;
   // Tells apart the layouts that `prepare` chooses between for weights of one dtype; null where there is one.
   int (*layout)(const Activations&, const sbt::View&) = nullptr;
-  // The same product with a dense weight, [N, K] at `weight.values`, in the dtype of x; null where the library's is as
-  // fast. `dense_rows` says which dtypes it takes, and how x comes: as floats, it is what `widen` makes of a token's
-  // `count` numbers, with zeros up to `padded`.
+  // The same product with a dense weight, [N, K] at `weight.values`, in the dtype of x; null, or for no dtype, where
+  // the library's is as fast. `dense_rows` says which dtypes it takes, and how x comes: as floats, it is what `widen`
+  // makes of a token's `count` numbers, with zeros up to `padded`.
   void (*dense)(const Product&, int64_t begin, int64_t end, void* scratch) = nullptr;
   DenseRows (*dense_rows)(Dtype) = nullptr;
   void (*widen)(const void* from, Dtype, int64_t count, int64_t padded, float* to) = nullptr;

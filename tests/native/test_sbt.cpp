@@ -198,7 +198,7 @@ void check_product(const Isa& isa, const Problem& p, bool with_bias, int64_t ste
 
 // Dense weights: rows, columns and tokens around what is taken at once, infinities and NaN, any number of threads.
 void check_dense(const Isa& isa, uint32_t& seed) {
-  if (!isa.dense) return;
+  if (!isa.dense || isa.dense_rows(Dtype::bfloat16) == DenseRows::none) return;
   for (const int64_t rows : {1, 15, 16, 33, 150})
     for (const int64_t cols : {1, 31, 32, 33, 127, 128, 129, 300, 2100})
       for (const int64_t tokens : {1, 2, 3, 4, 5, 9, 70}) {
