@@ -12,7 +12,7 @@ from alphaprune import model as models
 from alphaprune.console import size
 from alphaprune.experts import named_shards
 from alphaprune.formats import PACKED_SUFFIXES, Packed
-from alphaprune.kernels import base, cpu, cuda, predicted, spmm, table
+from alphaprune.kernels import base, cuda, predicted, spmm, table
 from alphaprune.kernels.table import DENSE
 from alphaprune.layer import check_activations
 from alphaprune.shards import Shards
@@ -48,13 +48,14 @@ def describe_model(
     plain = getattr(config, "dtype", None) or torch.float32  # of int8 layers when they were dense
     skeleton = models.make_skeleton(config)
     models.check_shapes(Stored(shards, skeleton, plain), skeleton, prefix, str(folder))
-    for name, linear in models.prunable(skeleton, prefix).items():
+    linears = models.prunable(skeleton, prefix)
+    check_activations(activations, any(f"{name}.{PACKED_SUFFIXES[3]}" in names for name in linears))
+    for name, linear in linears.items():
         packed = f"{name}.weight_mask" in names
         if packed:
             layers.append(_packed_layer(name, shards, linear, plain, tokens, where, activations))
         else:
             layers.append(_dense_layer(name, shards, tokens, where))
-    check_activations(activations, any(row["stored"].endswith("int8") for row in layers))
     inside = sum(row["weights"] for row in layers)
     outside = sum(torch.Size(shards.shape(n)).numel() for n in names if not n.startswith(prefix + "."))
     zeros = sum(row["zeros"] for row in layers)
@@ -89,9 +90,9 @@ def _packed_layer(
     n, k = linear.out_features, linear.in_features
     packed = Packed(values, mask, offsets, (n, k), scale, activations and getattr(torch, activations))
     dense = values.dtype if scale is None else plain
-    x = torch.int8 if device == "cpu" and cpu.rounds_to_bytes(packed) else dense
     sbt = formats.get("sbt")
     prepared = spmm.prepare(packed, layer)
+    x = prepared.seen(dense) if device == "cpu" else dense  # GPUs round none
     asked = (n, k), tokens, values.dtype, x, device, packed.density, prepared.fits
     kernel, passed = base.choose(*asked)
     seconds = base.gain(*asked)

@@ -138,8 +138,7 @@ class Dense {
   Dense(int64_t rows, int64_t cols, int32_t dtype, const std::string& isa)
       : rows_(rows), cols_(cols), dtype_(float_of(dtype)), isa_(isa_named(isa)) {
     if (rows < 1 || cols < 1) throw std::invalid_argument("a weight has at least one row and one column");
-    if (!isa_.dense || isa_.dense_rows(dtype_) == alphaprune::DenseRows::none)
-      throw std::invalid_argument(isa + " has no dense product for it");
+    if (!takes_dense(isa_, dtype_)) throw std::invalid_argument(isa + " has no dense product for it");
   }
 
   void multiply(Address weight, Address x, int64_t tokens, Address bias, int32_t bias_dtype, Address y) const {

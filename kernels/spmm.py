@@ -93,14 +93,14 @@ class Prepared:
         """The kernel for so many tokens, and why those before it in preference were passed over."""
         shape, dtype = self.packed.shape, self.packed.dtype
         if self.kernel is None:
-            seen = self._seen(x_dtype)
+            seen = self.seen(x_dtype)
             return base.choose(shape, tokens, dtype, seen, str(self.device), self.packed.density, self.fits)
         reason = base.elsewhere(self.kernel, self.device) or self.kernel.supports(shape, tokens, dtype, x_dtype)
         if reason := reason or self.fits(self.kernel):
             raise ValueError(f"{self.name}: kernel {self.kernel.name} cannot run: {reason}")
         return self.kernel, "asked for"
 
-    def _seen(self, x_dtype: torch.dtype) -> torch.dtype:
+    def seen(self, x_dtype: torch.dtype) -> torch.dtype:
         """What kernels are chosen for: int8 where they round x so, or x's dtype."""
         return torch.int8 if cpu.rounds_to_bytes(self.packed) else x_dtype
 
@@ -152,7 +152,7 @@ class Prepared:
         if self.kernel is not None:
             return 0
         if x_dtype not in self._limits:
-            p, seen = self.packed, self._seen(x_dtype)
+            p, seen = self.packed, self.seen(x_dtype)
             self._limits[x_dtype] = base.limits(p.shape, p.dtype, seen, str(p.device), p.density, self.fits)
         return bisect_left(self._limits[x_dtype], tokens)
 

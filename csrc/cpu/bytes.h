@@ -235,10 +235,7 @@ inline void product(const Product& p, int64_t begin, int64_t end, void* scratch)
 }
 
 inline void prepare(const Activations& x, const sbt::View& weight, int64_t first, int64_t last, void* to) {
-  with_rounded(weight, x.tokens, [&](const auto& rounded) {
-    constexpr int kBytes = std::decay_t<decltype(rounded)>::kTokenBytes / kGroupCols;
-    for (int64_t t = first; t < last; ++t) rounded.prepare(x, weight.cols, t, to, round_group<kBytes>);
-  });
+  prepare_rounded(x, weight, first, last, to, [](auto bytes) { return round_group<decltype(bytes)::value>; });
 }
 
 }  // namespace bytes

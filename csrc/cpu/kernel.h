@@ -87,6 +87,8 @@ struct Isa {
   void (*widen)(const void* from, Dtype, int64_t count, int64_t padded, float* to) = nullptr;
 };
 
+inline bool takes_dense(const Isa& isa, Dtype dtype) { return isa.dense && isa.dense_rows(dtype) != DenseRows::none; }
+
 // Whether this is a Zen 5 or later, which multiplies two vectors a cycle: a panel takes half of the cycles of a Zen 4,
 // while what is rearranged in registers takes as many as there. False for other makers' CPUs.
 bool multiplies_twice();

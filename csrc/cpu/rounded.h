@@ -26,6 +26,7 @@ inline bool is_nan(float v) { return v != v; }
 // [group][token] units, per token whether it must be computed exactly, [group][token] four offsets, and their sums.
 template <int kBytes>
 struct Rounded {
+  using Bytes = std::integral_constant<int, kBytes>;
   static constexpr int64_t kTokenBytes = kBytes * kGroupCols;
 
   Rounded(const sbt::View& weight, int64_t tokens)
@@ -81,6 +82,15 @@ auto with_rounded(const sbt::View& weight, int64_t tokens, const Use& use) {
 }
 inline int64_t integer_bytes(const Activations& x, const sbt::View& weight) {
   return with_rounded(weight, x.tokens, [](const auto& rounded) { return rounded.bytes(); });
+}
+// Isa::prepare of these: of(std::integral_constant of 1 or 2) is what rounds a group to so many bytes.
+template <class Of>
+void prepare_rounded(const Activations& x, const sbt::View& weight, int64_t first, int64_t last, void* to,
+                     const Of& of) {
+  with_rounded(weight, x.tokens, [&](const auto& rounded) {
+    const auto round = of(typename std::decay_t<decltype(rounded)>::Bytes());
+    for (int64_t t = first; t < last; ++t) rounded.prepare(x, weight.cols, t, to, round);
+  });
 }
 
 }  // namespace

@@ -129,10 +129,7 @@ constexpr int kBytesLayout = 3, kSlotsLayout = 4;
 
 template <bool kPlus128 = false>
 void prepare_integers(const Activations& x, const sbt::View& weight, int64_t first, int64_t last, void* to) {
-  with_rounded(weight, x.tokens, [&](const auto& rounded) {
-    constexpr int kBytes = std::decay_t<decltype(rounded)>::kTokenBytes / kGroupCols;
-    for (int64_t t = first; t < last; ++t) rounded.prepare(x, weight.cols, t, to, round_group<kBytes, kPlus128>);
-  });
+  prepare_rounded(x, weight, first, last, to, [](auto bytes) { return round_group<decltype(bytes)::value, kPlus128>; });
 }
 
 }  // namespace

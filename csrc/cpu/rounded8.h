@@ -12,32 +12,32 @@ namespace {
 // The columns of a group from `first` on, zeros past the last, and what they are rounded by.
 class GroupColumns {
  public:
-  GroupColumns(const void* from, Dtype dtype, int64_t first, int64_t cols, float most) {
+  GroupColumns(const void* from, Dtype dtype, int64_t first, int64_t cols, float most)
+      : by_(load(from, dtype, first, cols), most) {}
+
+  float unit() const { return by_.unit; }
+  // Eight integers from column `at` of the group on; zeros where it cannot be rounded.
+  __m256i eight(int64_t at) const {
+    if (!by_.usable()) return _mm256_setzero_si256();
+    return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_load_ps(v_ + at), _mm256_set1_ps(by_.inverse)));
+  }
+
+ private:
+  // The bits of the largest magnitude: those of NaN and infinities are larger than those of numbers.
+  uint32_t load(const void* from, Dtype dtype, int64_t first, int64_t cols) {
     const char* at = static_cast<const char*>(from) + first * size_of(dtype);
     convert(at, dtype, std::min(kGroupCols, cols - first), kGroupCols, v_);
     const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-    __m256i bits = _mm256_setzero_si256();  // of the largest: NaN and infinities are larger than numbers
+    __m256i bits = _mm256_setzero_si256();
     for (int64_t i = 0; i < kGroupCols; i += 8)
       bits = _mm256_max_epi32(bits, _mm256_castps_si256(_mm256_and_ps(_mm256_load_ps(v_ + i), magnitude)));
     alignas(32) uint32_t each[8];
     _mm256_store_si256(reinterpret_cast<__m256i*>(each), bits);
-    const Unit by(*std::max_element(each, each + 8), most);
-    unit_ = by.unit;
-    inverse_ = by.inverse;
-    usable_ = by.usable();
+    return *std::max_element(each, each + 8);
   }
 
-  float unit() const { return unit_; }
-  // Eight integers from column `at` of the group on; zeros where it cannot be rounded.
-  __m256i eight(int64_t at) const {
-    if (!usable_) return _mm256_setzero_si256();
-    return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_load_ps(v_ + at), _mm256_set1_ps(inverse_)));
-  }
-
- private:
-  alignas(32) float v_[kGroupCols];
-  float unit_, inverse_;
-  bool usable_;
+  alignas(32) float v_[kGroupCols];  // before by_, which is made of it
+  Unit by_;
 };
 
 // Sixteen integers of 16 bits in their order.

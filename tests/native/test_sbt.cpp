@@ -198,13 +198,13 @@ void check_product(const Isa& isa, const Problem& p, bool with_bias, int64_t ste
 
 // Dense weights: rows, columns and tokens around what is taken at once, infinities and NaN, any number of threads.
 void check_dense(const Isa& isa, uint32_t& seed) {
-  if (!isa.dense || isa.dense_rows(Dtype::bfloat16) == DenseRows::none) return;
+  if (!takes_dense(isa, Dtype::bfloat16)) return;
   for (const int64_t rows : {1, 15, 16, 33, 150})
     for (const int64_t cols : {1, 31, 32, 33, 127, 128, 129, 300, 2100})
       for (const int64_t tokens : {1, 2, 3, 4, 5, 9, 70}) {
         const Dtype dtype = seed / 2 % 2 ? Dtype::bfloat16 : Dtype::float16;
         if (tokens == 70 && rows * cols > 10000) continue;
-        EXPECT(isa.dense_rows(dtype) != DenseRows::none, "%s has no dense product", isa.name);
+        EXPECT(takes_dense(isa, dtype), "%s has no dense product", isa.name);
         const Problem p({rows, cols, tokens, 1, dtype, dtype, Dtype::float32, false, seed % 3 == 0}, seed);
         const Guarded y(tokens * rows * 2);
         const Item item = p.item(y.as<void>(), seed++ % 2);
