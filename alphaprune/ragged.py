@@ -229,7 +229,7 @@ class _Prompts:
                 queries, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=shared > 1
             )
             found.append(out[0].transpose(0, 1).flatten(1))
-        return torch.cat(found)
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def _mask(self, place: int, start: int, end: int, window: int | None, device: torch.device) -> Tensor | None:
         """None where a plain causal one does."""

@@ -105,7 +105,8 @@ SHARED = {
     ),
     "nm_wgmma": (
         "cuda/nm_wgmma.cuh",
-        "[] {{ NmWideProblem p{{}}; p.stages = nm_wide_stages({0}, 227 << 10); return p.shared_bytes({0}); }}()",
+        "[] {{ NmWideProblem p{{}}; p.stages = nm_wide_stages({0}, {1}, 227 << 10);"
+        " return p.shared_bytes({0}, {1}); }}()",
     ),
     "delta_spmv": ("cuda/delta_spmv.cuh", "delta_shared_bytes({0}, 4096, 109)"),
 }

@@ -35,8 +35,7 @@ from rows import append
 COLUMNS = ("model", "weights", "load", "decoder", "tokens/s", "step s", "over kernels", "ratio", "GB")
 MODELS = "llama2-7b,llama3-8b,mistral-7b"
 GPU_SPARSITY = "0.7,0.5,2:4,0.8"
-# Multiply 2:4 prompts where they are faster than the kernel that is taken unasked.
-TWO_OF_FOUR = ("nm_mma_sp", "nm_cusparselt")
+LIBRARY = "nm_cusparselt"  # multiplies 2:4 prompts, too, and is not taken unasked
 
 
 @dataclass(frozen=True)
@@ -139,14 +138,14 @@ class Run:
             found += [("decode", count, "transformers", "generate") for count in self.options.sequences]
         if ":" in case.pattern:
             # Last: nothing else is multiplied from there on.
-            found += [("prefill", prompt, "alphaprune", kernel) for kernel in TWO_OF_FOUR]
+            found.append(("prefill", prompt, "alphaprune", LIBRARY))
         return found
 
     def measure(self, model: Any, load: str, sequences: int, decoder: str, how: str) -> dict[str, float]:
         from alphaprune import stepping
 
         new = self.options.new
-        if how in TWO_OF_FOUR:
+        if how == LIBRARY:
             only(model, how, sequences)
         if load == "prefill":
             return stepping.time_prefill(model, sequences, repeats=max(3, new // 8))

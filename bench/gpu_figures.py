@@ -26,17 +26,9 @@ def fastest(shape: tuple[int, int], of: list[dict]) -> list[list[str]]:
         if not ours:
             continue
         dense = ours[0]["dense_seconds"]
-        ours += [
-            {
-                "name": "sbt_wgmma",
-                "pattern": "unstructured",
-                "sparsity": row["sparsity"],
-                "seconds": (seconds := row["seconds"][row["best"]]),
-                "ratio": min(dense, row["seconds"]["dense"]) / seconds,
-            }
-            for row in rows("wide.jsonl")
-            if (row["gpu"], tuple(row["shape"]), row["tokens"]) == (ours[0]["gpu"], shape, tokens)
-        ]
+        here_too = {(row["name"], row["sparsity"]) for row in ours}
+        others = elsewhere(ours[0]["gpu"], shape, tokens, dense)
+        ours += [row for row in others if (row["name"], row["sparsity"]) not in here_too]
         cells = [f"{tokens}", f"{1e6 * dense:.1f}"]
         for sparsity, pattern in KEPT:
             best = [r for r in ours if (r["sparsity"], r["pattern"]) == (sparsity, pattern)]
@@ -46,19 +38,37 @@ def fastest(shape: tuple[int, int], of: list[dict]) -> list[list[str]]:
     return lines
 
 
+def elsewhere(gpu: str, shape: tuple[int, int], tokens: int, dense: float) -> list[dict]:
+    """The same of kernels that have rows in files of their own, over the faster dense product of both."""
+    taken = {"sbt_wgmma": ("wide.jsonl", lambda row: row["seconds"][row["best"]])}
+    taken["pair_mma"] = "pairs.jsonl", lambda row: row["seconds"]["pair_mma"]
+    return [
+        {
+            "name": name,
+            "pattern": "unstructured",
+            "sparsity": row["sparsity"],
+            "seconds": (seconds := seconds_of(row)),
+            "ratio": min(dense, row["seconds"]["dense"]) / seconds,
+        }
+        for name, (file, seconds_of) in taken.items()
+        for row in rows(file)
+        if (row["gpu"], tuple(row["shape"]), row["tokens"]) == (gpu, shape, tokens)
+    ]
+
+
 def gpu() -> str:
     """One layer on the GPUs that have rows, and whole models in a line."""
     return " ".join([layers([FRONT]), *whole_models()])
 
 
 def whole_models() -> list[str]:
-    """A sentence for each GPU and model: steps of one sequence at each sparsity over those with dense weights."""
+    """A sentence for each GPU: steps of one sequence of each model and sparsity over those with dense weights."""
     steps = [
         row
         for row in found("decode_gpu.jsonl")
         if (row["load"], row["sequences"], row["decoder"]) == ("decode", 1, OURS)
     ]
-    parts = []
+    by_machine: dict[str, list[str]] = {}
     for machine, model in dict.fromkeys((row["machine"], row["model"]) for row in steps):
         here = sorted(
             (row for row in steps if (row["machine"], row["model"]) == (machine, model) and row["sparsity"]),
@@ -66,11 +76,12 @@ def whole_models() -> list[str]:
         )
         names = [row["pattern"] if ":" in row["pattern"] else f"{row['sparsity']:.0%}" for row in here]
         ratios = [f"{row['ratio']:.2f}" for row in here]
-        parts.append(
-            f"Whole models: {model} at {' / '.join(names)} decodes {' / '.join(ratios)} times as many tokens a second "
-            "as our own decoder with dense weights ([rows](RESULTS/decode_gpu.jsonl))."
-        )
-    return parts
+        by_machine.setdefault(machine, []).append(f"{model} at {' / '.join(names)} {' / '.join(ratios)} times")
+    return [
+        f"Whole models decode tokens, over our own decoder with dense weights: {', '.join(models)} as fast "
+        "([rows](RESULTS/decode_gpu.jsonl))."
+        for models in by_machine.values()
+    ]
 
 
 def gpus() -> str:
@@ -91,8 +102,8 @@ def layers(shapes: list[tuple[int, int]]) -> str:
             f"`python bench/gpu.py`, bfloat16, torch {first['torch']}, driver {first['driver']}, copies "
             f"{first['bandwidth'] / 1e9:.0f} GB/s: the fastest kernel of this package beside the fastest dense product "
             "of torch and of every algorithm that cuBLASLt proposes, weights from memory, medians of replayed graphs "
-            "([all rows](RESULTS/gpu.jsonl)); `sbt_wgmma` in [a run of its own](RESULTS/wide.jsonl), over the faster "
-            "dense product of both."
+            "([all rows](RESULTS/gpu.jsonl)); `sbt_wgmma` and part of `pair_mma` in runs of their own "
+            "([1](RESULTS/wide.jsonl), [2](RESULTS/pairs.jsonl)), over the faster dense product of both."
         )
     return "\n\n".join(parts)
 
@@ -102,7 +113,8 @@ def by_gpu(file: str) -> Iterator[tuple[str, list[dict]]]:
     of = rows(file)
     for name in dict.fromkeys(row["gpu"] for row in of):
         here = [row for row in of if row["gpu"] == name]
-        yield name, sorted(here, key=lambda row: (row["tokens"], row["sparsity"], [-size for size in row["shape"]]))
+        by = lambda row: (row["tokens"], row.get("sparsity", 0), [-size for size in row["shape"]])  # noqa: E731
+        yield name, sorted(here, key=by)
 
 
 def wide() -> str:
@@ -131,7 +143,7 @@ def wide() -> str:
 
 
 def pairs() -> str:
-    """pair_mma beside sbt_wgmma and torch."""
+    """pair_mma beside the kernels of the packed weight itself, and torch."""
     parts = []
     for name, here in by_gpu("pairs.jsonl"):
         lines = [
@@ -139,15 +151,43 @@ def pairs() -> str:
                 f"{row['tokens']}",
                 "×".join(map(str, row["shape"])),
                 f"{row['sparsity']:.0%}",
-                *(f"{1e6 * row['seconds'][by]:.1f}" for by in ("dense", "sbt_wgmma", "pair_mma")),
+                *(
+                    f"{1e6 * found:.1f}" if (found := row["seconds"].get(by)) else ""
+                    for by in ("dense", "sbt_mma", "sbt_wgmma", "pair_mma")
+                ),
                 f"{row['seconds']['dense'] / row['seconds']['pair_mma']:.2f}×",
             ]
             for row in here
         ]
-        columns = ["tokens", "layer", "sparsity", "torch", "sbt_wgmma", "pair_mma", "over torch"]
+        columns = ["tokens", "layer", "sparsity", "torch", "sbt_mma", "sbt_wgmma", "pair_mma", "over torch"]
         parts.append(
             f"{table(columns, lines)}\n\nMicroseconds, bfloat16, weights from memory, by what `bench/wide.py` measures "
-            f"with, {name}: `pair_mma` in a run some minutes after the others ([rows](RESULTS/pairs.jsonl))."
+            f"with, {name}: from 32 tokens on `pair_mma` in a run some minutes after the others "
+            "([rows](RESULTS/pairs.jsonl))."
+        )
+    return "\n\n".join(parts)
+
+
+def prompts() -> str:
+    """2:4 weights with many tokens: nm_wgmma beside torch and the expansion."""
+    parts = []
+    for name, here in by_gpu("prompts.jsonl"):
+        lines = [
+            [
+                f"{row['tokens']}",
+                "×".join(map(str, row["shape"])),
+                *(f"{1e6 * row['seconds'][by]:.0f}" for by in ("dense", "sbt_expand", "nm_mma_sp")),
+                row["best"],
+                f"{row['over_dense']:.2f}×",
+                f"{row['seconds']['sbt_expand'] / row['seconds']['nm_mma_sp']:.2f}×",
+            ]
+            for row in here
+        ]
+        columns = ["tokens", "layer", "torch", "sbt_expand", "nm_mma_sp", "best way", "over torch", "over expanded"]
+        parts.append(
+            f"{table(columns, lines)}\n\nMicroseconds, bfloat16, 2:4: `python bench/prompts.py`, {name}, torch "
+            f"{here[0]['torch']}. A way: tokens of a unit of work, warpgroups of a block ([all of "
+            "them](RESULTS/prompts.jsonl))."
         )
     return "\n\n".join(parts)
 

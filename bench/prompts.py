@@ -1,11 +1,11 @@
-"""2:4 layers with many tokens on a GPU, as prompts have them: torch, the expansion and each tile of nm_wgmma, by turns.
+"""2:4 layers with many tokens on a GPU, as prompts have them: torch, the expansion and nm_wgmma in every way, by turns.
 
 python bench/prompts.py --seconds 20                            the most important cases first
 python bench/prompts.py --shape 28672x4096 --tokens 512,2048    of one layer
 
 Rows, one JSON object each, with the same as those of bench/wide.py but for what `seconds` has: dense, sbt_expand,
-nm_mma_sp (the tile that it chooses), and each tile by its name in csrc/cuda/launch.h. A product that is not torch's
-ends the script.
+nm_mma_sp (the way that it chooses), and "tokens, groups" of every way (NmWays in csrc/cuda/launch.h). A product that is
+not torch's ends the script.
 """
 
 import argparse
@@ -32,37 +32,44 @@ PLAN: wide.Plan = (
     *((shape, TWO_OF_FOUR, (512, 256, 128)) for shape in (wide.GATE_UP, wide.OUT)),
     *((shape, TWO_OF_FOUR, (8192,)) for shape in (wide.LARGE, wide.OUT)),
 )
-TILES = {"tokens128": 1, "tokens256": 2, "tokens128_rows256": 3}  # NmTile
+WAYS = [(256, 2), (128, 4), (128, 2)]
+NAMES = [", ".join(map(str, way)) for way in WAYS]
 OTHERS = ("sbt_expand", "nm_mma_sp")
 
 
 def calls_of(name: str, copies: list[Packed], x: torch.Tensor) -> list[Call]:
-    """A call for each copy of the weight, by a kernel of that name or by a tile."""
+    """A call for each copy of the weight, by a kernel of that name or in a way."""
     if name in OTHERS:
         return [functools.partial(spmm.prepare(one, "bench", name), x) for one in copies]
-    return [_tile(one, x, TILES[name]) for one in copies]
+    return [_in_a_way(one, x, *map(int, name.split(", "))) for one in copies]
 
 
-def _tile(packed: Packed, x: torch.Tensor, tile: int) -> Call:
+def _in_a_way(packed: Packed, x: torch.Tensor, *way: int) -> Call:
     made, panels = cuda_layouts.native_nm(packed)
-    return wide.native_call(made.by_tile(tile), packed, x, panels)
+    return wide.native_call(made.by_ways(*way), packed, x, panels)
 
 
 def row(rig: Cuda, weights: Weights, kept: Kept, tokens: int) -> dict[str, object]:
     """Of every contender."""
-    found = wide.measure(rig, weights, kept, tokens, [*OTHERS, *TILES], calls_of=calls_of)
+    found = wide.measure(rig, weights, kept, tokens, [*OTHERS, *NAMES], calls_of=calls_of)
     return {
         **rig.facts(),
         **{"shape": list(weights.shape), "pattern": str(kept), "tokens": tokens, "seconds": found},
-        **{"best": min(TILES, key=lambda name: found[name]), "over_dense": found["dense"] / found["nm_mma_sp"]},
+        **{
+            "best": min((name for name in NAMES if name in found), key=lambda name: found[name]),
+            "over_dense": found["dense"] / found["nm_mma_sp"],
+        },
     }
 
 
 def line(row: dict) -> str:
     shape, seconds = "x".join(map(str, row["shape"])), row["seconds"]
-    known = "  ".join(f"{name} {1e6 * taken:.1f}" for name, taken in seconds.items())
+    known = "  ".join(f"{name} {1e6 * taken:.1f}" for name, taken in seconds.items() if name not in NAMES)
+    ways = "  ".join(f"({name}) {1e6 * seconds[name]:.1f}" for name in NAMES if name in seconds)
     flops = 2 * row["shape"][0] * row["shape"][1] * row["tokens"] / seconds["nm_mma_sp"]
-    return f"{shape:>12} {row['tokens']:>5}  {known}  {row['over_dense']:.2f}x  {flops / 1e12:.0f} dense TFLOP/s"
+    return (
+        f"{shape:>12} {row['tokens']:>5}  {known}  {row['over_dense']:.2f}x  {flops / 1e12:.0f} dense TFLOP/s  {ways}"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

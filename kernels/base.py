@@ -60,11 +60,12 @@ class Kernel:
     supports(shape, tokens, weight_dtype, x_dtype) -> None, or the sentence that says why it does not take this problem.
     bind(packed) -> Bound, for a packed weight that was validated; it keeps the tensors alive.
     most_tokens: without a time table, the automatic choice takes it up to so many; where None, for any number.
+    again_from() -> from how many tokens past these on it does so again on this machine; None where it does not.
     least_tokens: without a time table, the automatic choice takes it from so many on.
-    most_density: without a time table, the automatic choice takes it for weights of which so much is kept at most; a
-    function where that depends on the machine.
-    Both are the built-in default: predicted, not measured on the machine at hand. What `supports` says of
-    tokens changes at most_tokens or at a number that time tables measure, if at all.
+    most_density: without a time table, the automatic choice takes it for weights of which so much is kept at most.
+    The latter two are functions where that depends on the machine. All are the built-in default: predicted, not
+    measured on the machine at hand. What `supports` says of tokens changes at most_tokens or at a number that time
+    tables measure, if at all.
     fits(packed) -> None, or the sentence that says why it does not take this weight, whatever its shape and dtype.
     bind_group(weights, swiglu) -> Together, or None where it does not take these weights in one launch; swiglu: the one
     output is silu(y_0) * y_1.
@@ -80,16 +81,29 @@ class Kernel:
     most_tokens: int | None = None
     most_density: float | Callable[[], float] = 1.0
     fits: Callable[[Packed], str | None] | None = None
-    least_tokens: int = 0
+    least_tokens: int | Callable[[], int] = 0
     bind_group: Callable[[Sequence[Packed], bool], Together | None] | None = None
     adds: bool = False
     any_tokens: Callable[[torch.dtype, torch.dtype, float | None], bool] | None = None
+    again_from: Callable[[], int | None] | None = None
 
     def takes(self, tokens: int, weight: torch.dtype, x: torch.dtype, density: float | None) -> bool:
         """Whether the automatic choice takes it for so many tokens where no time table says."""
         if self.most_tokens is None or tokens <= self.most_tokens:
             return True
+        if self.resumes is not None and tokens >= self.resumes:
+            return True
         return self.any_tokens is not None and self.any_tokens(weight, x, density)
+
+    @property
+    def resumes(self) -> int | None:
+        """again_from on this machine."""
+        return None if self.again_from is None else self.again_from()
+
+    @property
+    def fewest(self) -> int:
+        """least_tokens on this machine."""
+        return self.least_tokens() if callable(self.least_tokens) else self.least_tokens
 
     @property
     def densest(self) -> float:
@@ -157,8 +171,8 @@ def choose(
     for kernel in usable.values():
         if not kernel.takes(tokens, weight_dtype, x_dtype, density):
             passed.append(f"{kernel.name}: past {kernel.most_tokens} tokens another is faster")
-        elif tokens < kernel.least_tokens:
-            passed.append(f"{kernel.name}: below {kernel.least_tokens} tokens another is faster")
+        elif tokens < kernel.fewest:
+            passed.append(f"{kernel.name}: below {kernel.fewest} tokens another is faster")
         elif kernel.densest < 1 and (density is None or density > kernel.densest):
             passed.append(f"{kernel.name}: another is thought to be faster above a density of {kernel.densest}")
         else:
@@ -177,7 +191,8 @@ def limits(
     """The numbers of tokens past which `choose` may take another kernel, rising; between them it takes the same."""
     known = kernels().values()
     most = {k.most_tokens for k in known if k.most_tokens is not None}
-    preferred = sorted(most | {k.least_tokens - 1 for k in known if k.least_tokens > 1})
+    begins = {begin for k in known for begin in (k.fewest, k.resumes) if begin is not None and begin > 1}
+    preferred = sorted(most | {begin - 1 for begin in begins})
     found = _table(device, density)
     if found is None:
         return tuple(preferred)

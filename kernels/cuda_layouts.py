@@ -91,6 +91,20 @@ def pair_density() -> float:
     return 0.2 if cuda.missing_wide() else 0.32
 
 
+def fewest_of_pairs() -> int:
+    """From how many tokens on, of such weights: on an H200 (bench/results/pairs.jsonl), and elsewhere a prediction."""
+    return 17 if cuda.missing_wide() else 3
+
+
+def prompts_of_nm() -> int | None:
+    """From how many tokens on nm_wgmma is the fastest, which nm_mma_sp is for them, on an H200.
+
+    Of 4 layers of LLaMA-2-7B together: at 128 tokens sbt_wgmma takes 0.8 times as long, at 256 nm_wgmma does
+    (bench/results/prompts.jsonl and wide.jsonl).
+    """
+    return None if cuda.missing_wide() else 192
+
+
 _layouts: "dict[Callable[[Packed], Any], weakref.WeakKeyDictionary[Packed, weakref.ref[Any]]]" = {}
 
 
@@ -130,7 +144,7 @@ def supports_delta(shape: tuple[int, int], tokens: int, weight: torch.dtype, x: 
 KERNELS = (
     Kernel(
         *("nm_mma_sp", "cuda", cuda.missing, cuda.supports, bind_nm),
-        **{"most_tokens": 64, "fits": crowded, "bind_group": bind_nm_group, "adds": True},
+        **{"most_tokens": 64, "fits": crowded, "bind_group": bind_nm_group, "adds": True, "again_from": prompts_of_nm},
     ),
     Kernel(
         *("delta_spmv", "cuda", cuda.missing, supports_delta, bind_delta),
@@ -138,7 +152,7 @@ KERNELS = (
     ),
     Kernel(
         *("pair_mma", "cuda", cuda.missing, cuda.supports, bind_pairs),
-        **{"most_tokens": 64, "least_tokens": 17, "most_density": pair_density, "bind_group": bind_pairs_group},
-        adds=True,
+        **{"most_tokens": 64, "least_tokens": fewest_of_pairs, "most_density": pair_density},
+        **{"bind_group": bind_pairs_group, "adds": True},
     ),
 )

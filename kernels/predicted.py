@@ -84,8 +84,8 @@ COUNTS: dict[str, dict[tuple[str, int], tuple[float, float]]] = {
         ("nm_mma_sp_sm90", 16): (17.25, 4.75),
         ("nm_mma_sp_sm90", 32): (25.75, 7.0),
         ("nm_mma_sp_sm90", 64): (45.75, 11.0),
-        ("nm_wgmma", 128): (47.5, 5.0),
-        ("nm_wgmma", 256): (45.0, 5.0),
+        ("nm_wgmma", 128): (42.5, 5.0),
+        ("nm_wgmma", 256): (42.5, 5.0),
         ("pair_mma", 8): (129.0, 33.5),
         ("pair_mma", 16): (142.5, 41.5),
         ("pair_mma", 32): (167.0, 56.5),
@@ -108,12 +108,11 @@ COUNTS: dict[str, dict[tuple[str, int], tuple[float, float]]] = {
 }
 MOST = {"delta_spmv": 4, "nm_mma_sp": 64, "pair_mma": 64, "sbt_mma": 64, "sbt_wgmma": 256}  # tokens of one call
 SM90_MOST = MOST | {"nm_mma_sp": 1 << 20}  # which are done by units of the largest counted size
-# What an H200 took over what the parts say, 28672x4096 at 50 % (bench/results/gpu.jsonl and wide.jsonl): latencies are
-# not hidden. Of int8 values it is a guess, and of nm_wgmma what shared memory is expected to take, which passes operand
-# b once for 64 rows (clocks_of in csrc/cuda/nm_wgmma.cu): not measured.
+# What an H200 took over what the parts say, 28672x4096 at 50 % (bench/results/gpu.jsonl, wide.jsonl and prompts.jsonl):
+# latencies are not hidden, and shared memory passes operand b of nm_wgmma once for 64 rows. Of int8 values a guess.
 OVER = {
-    ("nm_mma_sp", 128): 1.3,
-    ("nm_mma_sp", 256): 1.3,
+    ("nm_mma_sp", 128): 2.0,
+    ("nm_mma_sp", 256): 1.55,
     ("sbt_mma", 32): 1.4,
     ("sbt_mma", 64): 2.4,
     ("sbt_wgmma", 32): 1.6,

@@ -104,8 +104,8 @@ def test_two_row_tiles_of_a_warp_on_a_gpu(gpu: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", range(4))
-def test_prompts_of_two_of_four_on_a_gpu(gpu: torch.device, tile: int) -> None:
+@pytest.mark.parametrize("tile", [(0, 0), (128, 2), (256, 2), (128, 4)])
+def test_prompts_of_two_of_four_on_a_gpu(gpu: torch.device, tile: tuple[int, int]) -> None:
     """Several units of work for each pair of blocks; and what is not finite."""
     if reason := cuda.missing_wide():
         pytest.skip(reason)
@@ -118,7 +118,7 @@ def test_prompts_of_two_of_four_on_a_gpu(gpu: torch.device, tile: int) -> None:
             x[7, 90], x[100, 3000], x[299, k - 1] = float("inf"), float("nan"), float("-inf")
         made, panels = cuda_layouts.native_nm(sbt.pack(dense).to(gpu))
         given = x.to(gpu)
-        runs = [cuda.joined(made.by_tile(tile), [n], k, gpu, 1, panels).run(given, None)[0] for _ in range(3)]
+        runs = [cuda.joined(made.by_ways(*tile), [n], k, gpu, 1, panels).run(given, None)[0] for _ in range(5)]
         assert_product(runs[0].cpu(), x, dense)
         assert all(torch.equal(runs[0].view(torch.int16), again.view(torch.int16)) for again in runs[1:])
 

@@ -19,9 +19,9 @@ from alphaprune.kernels import nm_layout
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
-TILES = {1: (128, 256), 2: (256, 256), 3: (128, 512)}  # an NmTile of csrc/cuda/launch.h: tokens, rows of two blocks
+TILES = [(128, 2), (256, 2), (128, 4)]  # tokens of a unit, warpgroups of 64 rows of each of two blocks
 H200 = (90, 132, 232448)  # capability, multiprocessors, bytes of shared memory of a block
-SHORT = (90, 2, 100 << 10)  # one pair of blocks, rings that go round soon
+SHORT = (90, 2, 130 << 10)  # one pair of blocks, rings that go round soon
 
 
 @pytest.fixture(scope="module")
@@ -37,29 +37,29 @@ def test_product_is_within_the_bound(kernel, order: int, tile: int) -> None:
         dtype = HALVES[(i + order) % 2]
         bias = (None, torch.randn(n).to(dtype), torch.randn(n), torch.randn(n).half())[i]
         residual = torch.randn(tokens, n).to(dtype) if i % 2 else None
-        options = {"bias": bias, "residual": residual, "order": order, "device": H200, "share": (tile, 0)}
+        options = {"bias": bias, "residual": residual, "order": order, "device": H200, "share": tile}
         check(kernel, n, k, (2, 4), tokens, dtype, **options)
 
 
 @pytest.mark.parametrize("tile", TILES)
 def test_units_follow_each_other(kernel, tile: int) -> None:
     """One pair of blocks does all rows and tokens, and its ring goes on from one unit to the next."""
-    tokens, rows = TILES[tile]
-    cases = [(rows + 40, tokens + 9), (30, 2 * tokens + 1), (2 * rows + 1, 7)]
+    tokens, rows = tile[0], 128 * tile[1]
+    cases = [(rows + 40, tokens + 9), (30, 2 * tokens + 1), (2 * rows + 8, 7)]
     for order, (n, count) in zip(cuda_face.ORDERS, cases, strict=True):
-        check(kernel, n, 200, (2, 4), count, torch.bfloat16, order=order, device=SHORT, share=(tile, 0))
+        check(kernel, n, 200, (2, 4), count, torch.bfloat16, order=order, device=SHORT, share=tile)
 
 
 def test_many_units_of_tokens(kernel) -> None:
     """More than a band of them, whose last one is not full."""
-    check(kernel, 300, 64, (2, 4), 128 * 9 + 1, torch.bfloat16, device=(90, 6, 100 << 10), share=(1, 0))
+    check(kernel, 300, 64, (2, 4), 128 * 9 + 1, torch.bfloat16, device=(90, 6, 100 << 10), share=(128, 2))
 
 
 @pytest.mark.parametrize("order", cuda_face.ORDERS)
 def test_several_weights_in_one_launch(kernel, order: int) -> None:
     for (rows, k), tokens in [(((37, 1, 64), 136), 12), (((260, 15), 72), 150), (((32, 33, 4), 136), 40)]:
         dtype = HALVES[(tokens + rows[0]) % 2]
-        check_all(kernel, rows, k, tokens, dtype, tokens != 12, order=order, device=SHORT, share=(order % 2 + 1, 0))
+        check_all(kernel, rows, k, tokens, dtype, tokens != 12, order=order, device=SHORT, share=TILES[order % 2])
 
 
 @settings(max_examples=12, deadline=None)
@@ -71,17 +71,17 @@ def test_several_weights_in_one_launch(kernel, order: int) -> None:
     dtype=st.sampled_from(HALVES),
     order=st.sampled_from(cuda_face.ORDERS),
     device=st.sampled_from([H200, SHORT]),
-    tile=st.integers(0, 3),
+    share=st.sampled_from([(0, 0), (0, 4), *TILES]),
 )
-def test_any_shape(kernel, n, k, tokens, pattern, dtype, order, device, tile) -> None:
-    check(kernel, n, 8 * k, pattern, tokens, dtype, order=order, device=device, share=(tile, 0))
+def test_any_shape(kernel, n, k, tokens, pattern, dtype, order, device, share) -> None:
+    check(kernel, n, 8 * k, pattern, tokens, dtype, order=order, device=device, share=share)
 
 
 def test_the_sum_is_the_same_however_the_work_is_shared(kernel) -> None:
     mask = kept(100, 328, 2, 4)
     weight, x = (torch.randn(100, 328) * mask).half(), torch.randn(140, 328).half()
     panels = nm_layout.build(sbt.pack(weight, mask))
-    ways = [(H200, (1, 0), 0), (SHORT, (2, 0), 1), (SHORT, (3, 0), 2), (H200, (0, 0), 0)]
+    ways = [(H200, (128, 2), 0), (SHORT, (256, 2), 1), (SHORT, (128, 4), 2), (H200, (0, 0), 0)]
     first, *others = [multiply(kernel, panels, x, device, tile, order=order) for device, tile, order in ways]
     assert not first[0] and all(said == first[0] and torch.equal(y, first[1]) for said, y in others)
 
@@ -126,7 +126,7 @@ def test_a_device_with_too_little_shared_memory(kernel) -> None:
 WAIT = "mbarrier_wait(shared.full(stage.index), stage.parity);"
 RELEASE = "if (lane < kNmPair) mbarrier_arrive_in(lane, shared.empty(index));"
 PLANTED = {
-    "no wait for x": (WAIT, "", "missing|under way"),
+    "no wait for x and the weight": (WAIT, "", "missing|under way|nobody wrote"),
     "no wait before x is brought again": (
         "mbarrier_wait(shared.empty(stage.index), stage.parity);",
         "",
@@ -144,21 +144,25 @@ PLANTED = {
     ),
     "a stage never given back": (RELEASE, "", "deadlock"),
     "no fence before products": ("wgmma_fence();\n        wgmma_sparse", "wgmma_sparse", "a fence is missing"),
-    "half of the bytes expected": (
-        "mbarrier_arrive_expect(shared.full(stage.index), p.x_bytes(kTokens));",
-        "mbarrier_arrive_expect(shared.full(stage.index), p.x_bytes(kHalf));",
+    "the bytes of one half expected": (
+        "mbarrier_arrive_expect(full, nm_wide_x_bytes(kTokens));",
+        "mbarrier_arrive_expect(full, nm_wide_x_bytes(kHalf));",
         "bytes more|nobody wrote|missing|under way",
     ),
-    "x brought for this block only": ("(1u << kNmPair) - 1, to", "1u << cluster_rank(), to", "deadlock"),
-    "the other half of the tokens": ("* kTokens + rank * kHalf;", "* kTokens + (1 - rank) * kHalf;", WRONG),
+    "x brought for this block only": (
+        "copy_box_to((1u << kNmPair) - 1,",
+        "copy_box_to(1u << cluster_rank(),",
+        "deadlock",
+    ),
+    "the other half of the tokens": ("* kTokens + rank * kHalf,", "* kTokens + (1 - rank) * kHalf,", WRONG),
     "both halves in one place": (
-        "+ rank * p.x_bytes(kHalf);",
-        ";",
+        "shared.x(stage.index) + rank * nm_wide_x_bytes(kHalf),",
+        "shared.x(stage.index),",
         "under way",
     ),
     "blocks that begin before the other has barriers": (
-        "mbarrier_fence_init();\n  }\n  sync_cluster();\n\n  // Who brings",
-        "mbarrier_fence_init();\n  }\n  sync_block();\n\n  // Who brings",
+        "mbarrier_fence_init();\n  }\n  sync_cluster();\n\n  // Who brings gives",
+        "mbarrier_fence_init();\n  }\n  sync_block();\n\n  // Who brings gives",
         "barrier of the cluster is missing|no barrier at",
     ),
     "a block that leaves before the other": (
@@ -171,16 +175,27 @@ PLANTED = {
         "wgmma_sparse<1, Value, kTokens>(sum, a[half * kNmHalfSteps],",
         WRONG,
     ),
-    "the metadata of the other half": ("2 * (warp % 2) + half);", "2 * (warp % 2) + 1 - half);", WRONG),
-    "the metadata of the other row tile": ("2 * (warp % 2) + half);", "2 * (1 - warp % 2) + half);", WRONG),
-    "the other row tile": ("(2 * i + warp % 2) * kWarp", "(2 * i + 1 - warp % 2) * kWarp", WRONG),
-    "operands loaded while their products run": (
-        "load(1);\n          from += kNmPanel;",
-        "load(1);\n          from += kNmPanel;\n          if (left > 1) load(0);",
+    "the metadata of the other half": ("load_shared_u32(words + 4 * half);", "load_shared_u32(words);", WRONG),
+    "the metadata of the other row tile": ("lane * 16 + warp % 2 * 8;", "lane * 16 + (1 - warp % 2) * 8;", WRONG),
+    "metadata that come with either half": (
+        "half ? kNmHalfBytes : kNmStagePanel",
+        "kNmStagePanel",
+        "missing|deadlock|under way|nobody wrote",
+    ),
+    "the other row tile": ("((2 * i + warp % 2) * kWarp", "((2 * i + 1 - warp % 2) * kWarp", WRONG),
+    "the other half of a panel": ("from + half * (kNmHalfBytes / 16)", "from", WRONG),
+    "the panel of another warp": (
+        "shared.weight(stage.index, warp / 2);",
+        "shared.weight(stage.index, warp % 4);",
+        WRONG,
+    ),
+    "metadata written while they are in use": (
+        "meta[half] = load_shared_u32(words + 4 * half);",
+        "meta[half] = meta[1] = load_shared_u32(words + 4 * half);",
         "while it is under way",
     ),
     "the columns of the step before": ("operand_further(b, 64)", "operand_further(b, 32)", WRONG),
-    "the rows of the other block": ("(here.rows * kNmPair + rank)", "(here.rows * kNmPair)", WRONG),
+    "the rows of the other block": ("(rows * kNmPair + rank) * panels", "rows * kNmPair * panels", WRONG),
     "panels past the last": ("panel < p.row_panels ? panel : p.row_panels - 1", "panel", "signal"),
     "the tokens of another unit": (
         "rows = in_band / width;\n    tokens = band * kNmBand + in_band - rows * width;",
@@ -208,10 +223,10 @@ def battery(kernel) -> None:
     """What finds every planted error; quick, so that many copies can be tried."""
     residual = torch.randn(140, 37).bfloat16()
     for order in cuda_face.ORDERS:
-        options = {"order": order, "device": SHORT, "share": (1, 0)}
+        options = {"order": order, "device": SHORT, "share": (128, 2)}
         check(kernel, 37, 456, (2, 4), 140, torch.bfloat16, bias=torch.randn(37), residual=residual, **options)
-    check(kernel, 290, 136, (2, 4), 20, torch.bfloat16, device=SHORT, share=(1, 0))
-    check(kernel, 290, 64, (2, 4), 128 * 9 + 1, torch.bfloat16, device=(90, 4, 60 << 10), share=(1, 0))
+    check(kernel, 290, 136, (2, 4), 20, torch.bfloat16, device=SHORT, share=(128, 2))
+    check(kernel, 290, 64, (2, 4), 128 * 9 + 1, torch.bfloat16, device=(90, 4, 60 << 10), share=(128, 2))
     one_infinity(kernel, SHORT)
 
 

@@ -393,26 +393,24 @@ class NmWeight {
     const bool aligned = x % 16 == 0 && view_.cols % 8 == 0;
     const bool wide = device_.capability == 90 && aligned && tokens > kMostNmTokens;
     const auto product = [&](const Call& part) {
-      return wide ? nm_wgmma(view_, tile_, device_, part) : nm_mma_sp(view_, device_, part);
+      return wide ? nm_wgmma(view_, ways_, device_, part) : nm_mma_sp(view_, device_, part);
     };
     launch(call_of(dtype_, rows_, {x, tokens, biases, residual, y, stream}), index_,
            wide ? kMostNmWideTokens : kMostNmTokens, view_.cols,
            [&](const Call& part) { check(product(part), "nm_mma_sp"); });
   }
 
-  // The same, many tokens by units of this NmTile; 0 for what is chosen.
-  NmWeight by_tile(int tile) const {
-    if (tile < 0 || tile > static_cast<int>(NmTile::tokens128_rows256))
-      throw std::invalid_argument("there are tiles 1 to 3, and 0 for what is chosen");
+  // The same, many tokens shared out as NmWays says.
+  NmWeight by_ways(int tokens, int groups) const {
     NmWeight other = *this;
-    other.tile_ = static_cast<NmTile>(tile);
+    other.ways_ = {tokens, groups};
     return other;
   }
 
  private:
   NmView view_;
   std::vector<int64_t> rows_;  // of the members
-  NmTile tile_ = NmTile::chosen;
+  NmWays ways_{};
   Dtype dtype_;
   int index_;
   Device device_;
@@ -474,6 +472,6 @@ PYBIND11_MODULE(ALPHAPRUNE_MODULE, m) {
   py::class_<NmWeight>(m, "NmWeight")
       .def(py::init<Address, int64_t, int64_t, int32_t, int>())
       .def_static("joined", &NmWeight::joined)
-      .def("by_tile", &NmWeight::by_tile)
+      .def("by_ways", &NmWeight::by_ways)
       .def("multiply", &NmWeight::multiply);
 }

@@ -186,6 +186,15 @@ ALPHAPRUNE_DEVICE T load_cached(const T* from) {
 #endif
 }
 
+// Eight aligned bytes at once; by a pointer the compiler would store them as two words.
+ALPHAPRUNE_DEVICE void store_eight_bytes(uint16_t* to, uint2 value) {
+#ifdef __CUDACC__
+  asm volatile("st.global.v2.u32 [%0], {%1,%2};" ::"l"(to), "r"(value.x), "r"(value.y) : "memory");
+#else
+  *reinterpret_cast<uint2*>(to) = value;
+#endif
+}
+
 // ---- shared memory, by 32-bit addresses ----
 // The block's dynamic shared memory starts at this address, which is a multiple of 128.
 ALPHAPRUNE_DEVICE uint32_t shared_start() {

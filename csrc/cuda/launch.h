@@ -166,9 +166,12 @@ struct NmShare {
 // The same on compute capability 9.0, where x starts on 16 bytes and has a multiple of 8 columns.
 Status nm_mma_sp_sm90(const NmView& weight, NmShare wanted, const Device& device, const Call& call);
 // The same for many tokens on compute capability 9.0, of prompts. x as above.
-enum class NmTile { chosen, tokens128, tokens256, tokens128_rows256 };  // of a block: 128 rows where none are named
+struct NmWays {  // how it shares the work; 0: chosen
+  int tokens;    // of a unit, 128 or 256
+  int groups;    // warpgroups of a block with different rows, 2, or 4 where tokens are 128
+};
 constexpr int64_t kMostNmWideTokens = 1 << 20;
 Status allow_nm_wgmma(int shared_bytes);
-Status nm_wgmma(const NmView& weight, NmTile wanted, const Device& device, const Call& call);
+Status nm_wgmma(const NmView& weight, NmWays wanted, const Device& device, const Call& call);
 
 }  // namespace alphaprune::cuda

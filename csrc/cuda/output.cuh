@@ -115,7 +115,7 @@ ALPHAPRUNE_DEVICE void store_four_outputs(const Output& out, int token, int row,
     ALPHAPRUNE_UNROLL
     for (int i = 0; i < 4; ++i) sum[i] += more[i];
   }
-  *reinterpret_cast<uint2*>(to.y + at) = {narrow_pair<Value>(sum[0], sum[1]), narrow_pair<Value>(sum[2], sum[3])};
+  store_eight_bytes(to.y + at, {narrow_pair<Value>(sum[0], sum[1]), narrow_pair<Value>(sum[2], sum[3])});
 }
 
 // The same for many tokens of the same rows, of which there may be fewer than four: what does not depend on the token
@@ -149,7 +149,7 @@ struct FourRows {
         if (i < count) sum[i] += Value::widen(residual[at + i]);
     }
     if (fours) {
-      *reinterpret_cast<uint2*>(y + at) = {narrow_pair<Value>(sum[0], sum[1]), narrow_pair<Value>(sum[2], sum[3])};
+      store_eight_bytes(y + at, {narrow_pair<Value>(sum[0], sum[1]), narrow_pair<Value>(sum[2], sum[3])});
       return;
     }
     ALPHAPRUNE_UNROLL

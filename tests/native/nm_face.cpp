@@ -50,10 +50,11 @@ extern "C" const char* nm_mma_sp_emulated(const void* const* weight, const int64
                    : cuda::nm_mma_sp(made.view, made.device, made.call));
 }
 
-// The same of nm_wgmma; in the place of an NmShare an NmTile and 0.
+// The same of nm_wgmma; in the place of an NmShare NmWays.
 extern "C" const char* nm_wgmma_emulated(const void* const* weight, const int64_t* counts, const void* x,
                                          const void* bias, const void* residual, void* y, int order) {
   cuda::order() = static_cast<emulator::Order>(order);
   const Given made = given(weight, counts, x, bias, residual, y);
-  return said(cuda::nm_wgmma(made.view, static_cast<cuda::NmTile>(counts[8]), made.device, made.call));
+  const cuda::NmWays ways{static_cast<int>(counts[8]), static_cast<int>(counts[9])};
+  return said(cuda::nm_wgmma(made.view, ways, made.device, made.call));
 }
