@@ -111,7 +111,7 @@ SM90_MOST = MOST | {"nm_mma_sp": 1 << 20}  # which are done by units of the larg
 # What an H200 took over what the parts say, 28672x4096 at 50 % (bench/results/gpu.jsonl, wide.jsonl and prompts.jsonl):
 # latencies are not hidden, and shared memory passes operand b of nm_wgmma once for 64 rows. Of int8 values a guess.
 OVER = {
-    ("nm_mma_sp", 128): 2.0,
+    ("nm_mma_sp", 128): 1.55,
     ("nm_mma_sp", 256): 1.55,
     ("sbt_mma", 32): 1.4,
     ("sbt_mma", 64): 2.4,
