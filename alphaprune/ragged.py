@@ -175,8 +175,8 @@ class Ragged:
     def _rows(self, slots: Tensor, positions: Tensor) -> Tensor:
         return self.table[slots, positions // self.page] * self.page + positions % self.page
 
-    def _upload(self, numbers: Sequence[int]) -> Tensor:
-        return memory.upload(torch.tensor(numbers, dtype=torch.int64), self.decoder.device)
+    def _upload(self, numbers: Sequence[int] | Tensor) -> Tensor:
+        return memory.upload(torch.as_tensor(numbers, dtype=torch.int64), self.decoder.device)
 
 
 class _New:
@@ -201,7 +201,7 @@ class _Prompts:
         self.spans, self._masks = spans, {}
         self.turns = ragged.cos[positions], ragged.sin[positions]  # [M, dim / 2]
         self.place = ragged._rows(slots, positions)
-        every = [ragged._upload(range(end)) for _, _, end in spans]
+        every = [ragged._upload(torch.arange(end)) for _, _, end in spans]
         self.rows = [
             ragged._rows(torch.full_like(positions, slot), positions)
             for (slot, _, _), positions in zip(spans, every, strict=True)
@@ -242,9 +242,9 @@ class _Prompts:
 
 def _flat(
     parts: Sequence[tuple[int, Sequence[int]]], spans: Sequence[tuple[int, int, int]]
-) -> tuple[list[int], list[int], list[int]]:
+) -> tuple[list[int], Tensor, Tensor]:
     """Tokens, positions and slots of all parts, one after the other."""
     tokens = [token for _, part in parts for token in part]
-    positions = [position for _, start, end in spans for position in range(start, end)]
-    slots = [slot for slot, start, end in spans for _ in range(start, end)]
+    positions = torch.cat([torch.arange(start, end) for _, start, end in spans])
+    slots = torch.cat([torch.full((end - start,), slot) for slot, start, end in spans])
     return tokens, positions, slots

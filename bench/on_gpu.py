@@ -70,6 +70,7 @@ STEPS = (
     Step("decode", 150, bench("decode.py", *DECODE), "decode_gpu.jsonl"),
     Step("ways", 45, bench("wide.py", "--seconds", "25"), "wide.jsonl"),
     Step("prompts", 45, bench("prompts.py", "--seconds", "25", "--json")),
+    Step("where", 60, bench("where.py", "--sparsity", "2:4", "--json")),
     Step("tests", 240, pytest(*APART, *(f"tests/test_{name}.py" for name in TESTS))),
     Step("variants", 80, bench("variants.py", "--seconds", "60")),
     Step("launches", 70, bench("launches.py", "--seconds", "55"), "launches.jsonl"),
