@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from alphaprune import memory
+from alphaprune.kernels import cuda
 from alphaprune.ragged import Choose, Ragged
 from alphaprune.sampling import GREEDY, Kind, Sampler
 
@@ -30,10 +31,10 @@ class Recorder(Protocol):
 
 
 class Graphs:
-    """Records CUDA graphs, all of them in one pool of memory."""
+    """Records CUDA graphs, all of them in one pool of memory. ahead: as `kernels.cuda.looking_ahead` takes it."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, ahead: int = 0) -> None:
+        self.device, self.ahead = device, ahead
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
 
@@ -42,7 +43,7 @@ class Graphs:
 
         The replay keeps `call`: a graph knows the addresses of the tensors that it works on, and does not hold them.
         """
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.device), cuda.looking_ahead(self.ahead):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 for _ in range(WARM_UPS):
@@ -73,6 +74,7 @@ class Steps:
     how: "graphs", "compile" (torch.compile, then a graph around it on a GPU), "eager", or "auto": graphs on a GPU.
     buckets: numbers of sequences that a step is recorded for; others round up. recorder: in the place of CUDA's.
     Recorded steps keep the kernels that were chosen when they were recorded: make Steps anew after `bench --tune`.
+    ahead: bytes of the next product's weight that each has fetched into the second-level cache; not measured yet.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Steps:
         buckets: Sequence[int] = BUCKETS,
         recorder: Recorder | None = None,
         backend: str = "inductor",
+        ahead: int = 0,
     ) -> None:
         if how not in HOW:
             raise ValueError(f"steps {how!r}: wanted one of {', '.join(HOW)}")
@@ -96,7 +99,7 @@ class Steps:
         if how == "compile":
             self._run = torch.compile(ragged.step, dynamic=False, backend=backend)
         graphs = device.type == "cuda" and how != "eager"
-        self.recorder = recorder or (Graphs(device) if graphs else Eager())
+        self.recorder = recorder or (Graphs(device, ahead) if graphs else Eager())
         # Where calls run as they are, nothing has to be rounded up.
         self.exact = isinstance(self.recorder, Eager) and how != "compile" and device.type == "cpu"
         self._rows = {bucket: torch.full((bucket,), ragged.nobody, device=device) for bucket in self.buckets}

@@ -45,8 +45,10 @@ class Watch:
 
 
 @torch.inference_mode()
-def time_steps(model: nn.Module, batch: int, prompt: int, new: int, how: str = "auto") -> dict[str, float]:
-    """Greedy steps of `batch` sequences after random prompts, how: as `Steps` takes it.
+def time_steps(
+    model: nn.Module, batch: int, prompt: int, new: int, how: str = "auto", ahead: int = 0
+) -> dict[str, float]:
+    """Greedy steps of `batch` sequences after random prompts; how, ahead: as `Steps` takes them.
 
     step_seconds: median of `new` steps; tokens_per_second: of all sequences together, over the sum of these steps.
     kernel_seconds: every product of a step with a weight called alone with a random x, in one graph, median.
@@ -54,7 +56,7 @@ def time_steps(model: nn.Module, batch: int, prompt: int, new: int, how: str = "
     """
     decoder = Decoder(model, direct=how != "compile")
     ragged = Ragged(decoder, batch, prompt + WARM_UPS + new + max(TURN, new) + 1)
-    steps = Steps(ragged, how, buckets=(batch,))
+    steps = Steps(ragged, how, buckets=(batch,), ahead=ahead)
     slots = [ragged.open() for _ in range(batch)]
     tokens = random_tokens(decoder, batch, prompt)
     for slot, row in zip(slots, tokens.tolist(), strict=True):

@@ -156,6 +156,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     gpu.add_argument(
         "--decoder", default="both", choices=("both", "alphaprune"), help="beside ours transformers' generate"
     )
+    gpu.add_argument(
+        "--ahead", type=float, default=0, metavar="MB", help="of the next weight that a product has fetched meanwhile"
+    )
     gpu.add_argument("--dry-run", action="store_true", help="all of it with a tiny model on the CPU")
     parser.add_argument("--json", action="store_true", help="one JSON object per row instead of the table")
     parser.add_argument("--out", help="append the rows to this file, one JSON object each")

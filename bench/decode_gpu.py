@@ -16,6 +16,7 @@ decoder, how               alphaprune in graphs, compiled or eager, or a prompt 
 step_seconds, kernel_seconds, step_over_kernels      see alphaprune.stepping.time_steps; of a decode
 prefill_seconds            of a prompt
 tokens_per_second          of all sequences together
+ahead                      of the next product's weight that each has fetched meanwhile, MB, if it was asked for
 ratio                      tokens per second over those of our decoder with dense weights, of the same load
 weight_bytes               of the whole model
 allocated, peak            bytes taken after the load, and at most
@@ -98,6 +99,7 @@ class Run:
             if not self.left():
                 break
             made = row | {"load": load, "sequences": sequences, "decoder": decoder, "how": how}
+            made |= {"ahead": self.options.ahead} if self.options.ahead else {}
             try:
                 made |= self.measure(model, load, sequences, decoder, how)
             except (ValueError, torch.OutOfMemoryError) as error:
@@ -151,7 +153,7 @@ class Run:
             return stepping.time_prefill(model, sequences, repeats=max(3, new // 8))
         if decoder == "transformers":
             return stepping.time_theirs(model, sequences, 16, new)
-        return stepping.time_steps(model, sequences, 16, new, how)
+        return stepping.time_steps(model, sequences, 16, new, how, int(1e6 * self.options.ahead))
 
 
 def only(model: Any, kernel: str, tokens: int) -> None:

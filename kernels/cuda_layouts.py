@@ -39,7 +39,8 @@ def _delta(*weights: Packed, pairs: bool = False) -> tuple[Any, delta_layout.Del
         torch.cuda.current_stream(device).synchronize()
     addresses = [tensor.data_ptr() if tensor.numel() else 0 for tensor in rows.tensors]
     code = native.DTYPES[weights[0].dtype]
-    return cuda.load().DeltaWeight(addresses, rows.members, rows.sizes, rows.pairs, code, index), rows
+    made = cuda.load().DeltaWeight(addresses, rows.members, rows.sizes, rows.pairs, code, index)
+    return cuda.in_order(made, *rows.tensors[:2]), rows
 
 
 def bind_nm(packed: Packed) -> Bound:
@@ -58,7 +59,8 @@ def native_nm(packed: Packed) -> tuple[Any, nm_layout.NmPanels]:
     index = packed.device.index or 0
     cuda.opened(index)
     panels = _layout(packed, nm_layout.build)
-    return cuda.load().NmWeight(panels.panels.data_ptr(), *packed.shape, native.DTYPES[packed.dtype], index), panels
+    made = cuda.load().NmWeight(panels.panels.data_ptr(), *packed.shape, native.DTYPES[packed.dtype], index)
+    return cuda.in_order(made, panels.panels), panels
 
 
 def bind_pairs(packed: Packed) -> Bound:
@@ -79,7 +81,8 @@ def native_pairs(packed: Packed) -> tuple[Any, pair_layout.Pairs]:
     pairs = _layout(packed, pair_layout.build)
     addresses = [tensor.data_ptr() for tensor in (pairs.packed.weight, pairs.packed.mask, pairs.packed.offsets)]
     units = cuda.stage_units(pairs.packed, 1)
-    return cuda.load().PairWeight(*addresses, *packed.shape, native.DTYPES[packed.dtype], units, index), pairs
+    made = cuda.load().PairWeight(*addresses, *packed.shape, native.DTYPES[packed.dtype], units, index)
+    return cuda.in_order(made, pairs.packed.weight, pairs.packed.mask), pairs
 
 
 def pair_density() -> float:

@@ -83,6 +83,65 @@ Call call_of(Dtype dtype, const std::vector<int64_t>& rows, const Arguments& giv
   return call;
 }
 
+// What a native weight reads of memory, and what is read by the product after it, if products look ahead: then each
+// learns it from the one that comes after it, for the next time.
+class InOrder {
+ public:
+  using Tensors = std::vector<std::pair<Address, int64_t>>;  // addresses and bytes
+
+  InOrder() = default;
+  InOrder(const InOrder&) = default;
+  InOrder& operator=(const InOrder&) = default;
+  ~InOrder() {
+    if (before_ == this) before_ = nullptr;
+  }
+
+  // The largest of what it reads, a kind each.
+  void reads(const Tensors& tensors) {
+    if (tensors.size() > kMostKinds)
+      throw std::invalid_argument("a weight reads up to " + std::to_string(kMostKinds) + " kinds of bytes ahead");
+    reads_ = {};
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      if (tensors[i].first % 16) throw std::invalid_argument("what is read ahead starts on 16 bytes");
+      reads_.kinds[i].from[0] = at<const void>(tensors[i].first);
+      reads_.kinds[i].bytes[0] = static_cast<uint32_t>(std::min(tensors[i].second, kMostBytes)) / 16 * 16;
+    }
+  }
+  // Bytes of the next product that each has fetched; 0: none. What was learned before is forgotten: it may be gone.
+  static void ahead(int64_t bytes) {
+    if (bytes < 0) throw std::invalid_argument("products look ahead by some bytes, or by 0");
+    ahead_ = bytes;
+    before_ = nullptr;
+    ++time_;
+  }
+
+ protected:
+  void joins(const InOrder& member, size_t number) {
+    for (int i = 0; i < kMostKinds; ++i) {
+      reads_.kinds[i].from[number] = member.reads_.kinds[i].from[0];
+      reads_.kinds[i].bytes[number] = member.reads_.kinds[i].bytes[0];
+    }
+  }
+  Call in_order(Call call) {
+    if (!ahead_) return call;
+    if (before_ && before_ != this) before_->next_ = reads_, before_->learned_ = time_;
+    before_ = this;
+    if (learned_ != time_) return call;
+    int64_t bytes = 0;
+    for (const Ahead::Kind& kind : next_.kinds) bytes += std::accumulate(kind.bytes, std::end(kind.bytes), int64_t{0});
+    call.ahead = next_;
+    call.ahead.part = bytes ? static_cast<uint32_t>(std::min(256 * ahead_ / bytes, int64_t{256})) : 0;
+    return call;
+  }
+
+ private:
+  static constexpr int64_t kMostBytes = 0xfffffff0;
+  inline static int64_t ahead_ = 0, time_ = 0;
+  inline static InOrder* before_ = nullptr;
+  Ahead reads_{}, next_{};
+  int64_t learned_ = 0;  // when
+};
+
 // The product of all tokens, `most` at a time: run(call) starts one part.
 template <class Run>
 void launch(Call call, int device, int64_t most, int64_t cols, Run run) {
@@ -117,6 +176,7 @@ Of join(const std::vector<const Of*>& members) {
   for (size_t i = 1; i < members.size(); ++i) {
     all.views_.push_back(members[i]->views_[0]);
     all.rows_.push_back(members[i]->rows_[0]);
+    all.joins(*members[i], i);
     all.stage_units_ = std::max(all.stage_units_, members[i]->stage_units_);
   }
   return all;
@@ -124,7 +184,7 @@ Of join(const std::vector<const Of*>& members) {
 
 // A validated SBT weight on a device, or several that share x. dtype: of x, and of the values where there is no scale;
 // with one they are int8.
-class Weight {
+class Weight : public InOrder {
  public:
   Weight(Address values, Address mask, Address offsets, Address scale, int64_t rows, int64_t cols, int64_t groups,
          int32_t dtype, uint32_t stage_units, int device)
@@ -153,13 +213,13 @@ class Weight {
     return join(members);
   }
 
-  void multiply(Address x, int64_t tokens, const Biases& biases, Address residual, Address y, Address stream) const {
+  void multiply(Address x, int64_t tokens, const Biases& biases, Address residual, Address y, Address stream) {
     const auto product = [&](const Call& part) {
       return views_[0].scale ? sbt_mma_int8(views_.data(), stage_units_, device_, part)
                              : sbt_mma(views_.data(), stage_units_, device_, part, row_tiles_);
     };
-    launch(call_of(dtype_, rows_, {x, tokens, biases, residual, y, stream}), index_, kMostTokens, views_[0].cols,
-           [&](const Call& part) { check(product(part), "sbt_mma"); });
+    launch(in_order(call_of(dtype_, rows_, {x, tokens, biases, residual, y, stream})), index_, kMostTokens,
+           views_[0].cols, [&](const Call& part) { check(product(part), "sbt_mma"); });
   }
 
   // The same, multiplied with so many row tiles of a warp at a time.
@@ -198,7 +258,7 @@ class Weight {
 };
 
 // Pairs of neighbouring columns on a device, of one weight or of several that share x.
-class PairWeight {
+class PairWeight : public InOrder {
  public:
   static constexpr int64_t kMostPairMma = 16;  // tokens, past which sm_90 has a faster kernel
 
@@ -226,15 +286,15 @@ class PairWeight {
     return join(members);
   }
 
-  void multiply(Address x, int64_t tokens, const Biases& biases, Address residual, Address y, Address stream) const {
+  void multiply(Address x, int64_t tokens, const Biases& biases, Address residual, Address y, Address stream) {
     const bool aligned = x % 16 == 0 && cols_ % 8 == 0;
     const auto product = [&](const Call& part) {
       return device_.capability == 90 && aligned && part.tokens > kMostPairMma
                  ? pair_wgmma(views_.data(), stage_units_, device_, part, cols_)
                  : pair_mma(views_.data(), cols_, stage_units_, device_, part);
     };
-    launch(call_of(views_[0].dtype, rows_, {x, tokens, biases, residual, y, stream}), index_, kMostTokens, cols_,
-           [&](const Call& part) { check(product(part), "pair_mma"); });
+    launch(in_order(call_of(views_[0].dtype, rows_, {x, tokens, biases, residual, y, stream})), index_, kMostTokens,
+           cols_, [&](const Call& part) { check(product(part), "pair_mma"); });
   }
 
  private:
@@ -249,7 +309,7 @@ class PairWeight {
 };
 
 // A validated SBT weight on a device of compute capability 9.0, or several that share x.
-class WideWeight {
+class WideWeight : public InOrder {
  public:
   WideWeight(Address values, Address mask, Address offsets, int64_t rows, int64_t cols, int32_t dtype,
              uint32_t stage_units, int device)
@@ -278,12 +338,12 @@ class WideWeight {
   }
 
   // Rows of x are padded to a multiple of 8 elements, and start on 16 bytes.
-  void multiply(Address x, int64_t tokens, const Biases& biases, Address residual, Address y, Address stream) const {
+  void multiply(Address x, int64_t tokens, const Biases& biases, Address residual, Address y, Address stream) {
     const sbt::View& first = views_[0];
     const int64_t stride = ceil_div(first.cols, 8) * 8;
     if (x % 16) throw std::invalid_argument("sbt_wgmma's x starts on 16 bytes");
-    launch(call_of(first.dtype, rows_, {x, tokens, biases, residual, y, stream}), index_, kMostWideTokens, stride,
-           [&](const Call& part) {
+    launch(in_order(call_of(first.dtype, rows_, {x, tokens, biases, residual, y, stream})), index_, kMostWideTokens,
+           stride, [&](const Call& part) {
              check(sbt_wgmma(views_.data(), stage_units_, ways_, device_, part, stride), "sbt_wgmma");
            });
   }
@@ -307,7 +367,7 @@ class WideWeight {
 };
 
 // Nibble-delta rows on a device, for few tokens, of one weight or of several that share x.
-class DeltaWeight {
+class DeltaWeight : public InOrder {
  public:
   // members: rows of each weight. sizes: K, shares, rows of a share, lines of a part, words of a thread's begins,
   // columns of a block. pairs: of two members, silu of the first product times the second.
@@ -346,10 +406,10 @@ class DeltaWeight {
 
   // norm: the weight of an RMSNorm before the product, or 0.
   void multiply(Address x, int64_t tokens, const Biases& biases, Address residual, Address y, Address stream,
-                Address norm, float epsilon) const {
+                Address norm, float epsilon) {
     if (norm && !(delta_takes_norm(view_) && epsilon > 0))
       throw std::invalid_argument("a norm has an epsilon above 0, and its columns are in one block");
-    const Call call = call_of(dtype_, members_, {x, tokens, biases, residual, y, stream});
+    const Call call = in_order(call_of(dtype_, members_, {x, tokens, biases, residual, y, stream}));
     launch(call, index_, most_, view_.cols, [&](const Call& part) {
       check(delta_spmv(view_, device_, part, {at<const void>(norm), epsilon}), "delta_spmv");
     });
@@ -365,7 +425,7 @@ class DeltaWeight {
 };
 
 // 2:4 panels on a device, of one weight or of several that share x.
-class NmWeight {
+class NmWeight : public InOrder {
  public:
   NmWeight(Address panels, int64_t rows, int64_t cols, int32_t dtype, int device)
       : view_{{at<const void>(panels)}, cols},
@@ -384,18 +444,19 @@ class NmWeight {
     NmWeight all = *members[0];
     for (size_t i = 1; i < members.size(); ++i) {
       all.view_.panels[i] = members[i]->view_.panels[0];
+      all.joins(*members[i], i);
       all.rows_.push_back(members[i]->rows_[0]);
     }
     return all;
   }
 
-  void multiply(Address x, int64_t tokens, const Biases& biases, Address residual, Address y, Address stream) const {
+  void multiply(Address x, int64_t tokens, const Biases& biases, Address residual, Address y, Address stream) {
     const bool aligned = x % 16 == 0 && view_.cols % 8 == 0;
     const bool wide = device_.capability == 90 && aligned && tokens > kMostNmTokens;
     const auto product = [&](const Call& part) {
       return wide ? nm_wgmma(view_, ways_, device_, part) : nm_mma_sp(view_, device_, part);
     };
-    launch(call_of(dtype_, rows_, {x, tokens, biases, residual, y, stream}), index_,
+    launch(in_order(call_of(dtype_, rows_, {x, tokens, biases, residual, y, stream})), index_,
            wide ? kMostNmWideTokens : kMostNmTokens, view_.cols,
            [&](const Call& part) { check(product(part), "nm_mma_sp"); });
   }
@@ -439,6 +500,7 @@ PYBIND11_MODULE(ALPHAPRUNE_MODULE, m) {
         return py::make_tuple(found.capability, found.multiprocessors, found.shared_bytes);
       },
       "(capability as major * 10 + minor, multiprocessors, bytes of shared memory of a block)");
+  m.def("ahead", &InOrder::ahead, "how many bytes of the next product's weight each has fetched meanwhile; 0: none");
   m.def("prepare", [](int device) { check(prepare(device), "cudaFuncSetAttribute"); });
 #ifdef ALPHAPRUNE_EMULATE_CUDA
   m.def("emulate_in_order", &emulate_in_order, "0 forwards, 1 backwards, 2 warps apart");
@@ -448,28 +510,37 @@ PYBIND11_MODULE(ALPHAPRUNE_MODULE, m) {
         emulate_device({capability, multiprocessors, shared_bytes});
       },
       "what `device` tells, until it is called again");
+  m.def(
+      "fetched_ahead",
+      [] {
+        std::vector<std::pair<Address, uint32_t>> all;
+        for (const auto& one : emulate_fetched()) all.emplace_back(reinterpret_cast<Address>(one.first), one.second);
+        return all;
+      },
+      "(address, bytes) of all that was fetched ahead since it was last called");
 #endif
-  py::class_<Weight>(m, "Weight")
+  py::class_<InOrder>(m, "InOrder").def("reads", &InOrder::reads);
+  py::class_<Weight, InOrder>(m, "Weight")
       .def(py::init<Address, Address, Address, Address, int64_t, int64_t, int64_t, int32_t, uint32_t, int>())
       .def_static("joined", &Weight::joined)
       .def("multiply", &Weight::multiply)
       .def("by_row_tiles", &Weight::by_row_tiles)
       .def("expand", &Weight::expand);
-  py::class_<PairWeight>(m, "PairWeight")
+  py::class_<PairWeight, InOrder>(m, "PairWeight")
       .def(py::init<Address, Address, Address, int64_t, int64_t, int32_t, uint32_t, int>())
       .def_static("joined", &PairWeight::joined)
       .def("multiply", &PairWeight::multiply);
-  py::class_<WideWeight>(m, "WideWeight")
+  py::class_<WideWeight, InOrder>(m, "WideWeight")
       .def(py::init<Address, Address, Address, int64_t, int64_t, int32_t, uint32_t, int>())
       .def_static("joined", &WideWeight::joined)
       .def("multiply", &WideWeight::multiply)
       .def("by_ways", &WideWeight::by_ways);
-  py::class_<DeltaWeight>(m, "DeltaWeight")
+  py::class_<DeltaWeight, InOrder>(m, "DeltaWeight")
       .def(py::init<const std::array<Address, 8>&, std::vector<int64_t>, const std::array<int64_t, 6>&, bool, int32_t,
                     int>())
       .def("multiply", &DeltaWeight::multiply, py::arg("x"), py::arg("tokens"), py::arg("biases"), py::arg("residual"),
            py::arg("y"), py::arg("stream"), py::arg("norm") = 0, py::arg("epsilon") = 0.0f);
-  py::class_<NmWeight>(m, "NmWeight")
+  py::class_<NmWeight, InOrder>(m, "NmWeight")
       .def(py::init<Address, int64_t, int64_t, int32_t, int>())
       .def_static("joined", &NmWeight::joined)
       .def("by_ways", &NmWeight::by_ways)

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "../layout.h"
 
@@ -24,6 +26,20 @@ struct Outlet {
   Dtype bias_dtype;  // float32, float16 or bfloat16
 };
 
+// What the product after a call reads of its weights, in the order in which it does: of each kind of bytes those of the
+// members one after the other, each from a multiple of 16 on and a multiple of 16 long. When a block has ordered all of
+// its own weight, the second-level cache fetches the beginning of its share of them: memory would have nothing to do
+// until the next kernel's loads come.
+constexpr int kMostKinds = 2;
+struct Ahead {
+  struct Kind {
+    const void* from[kMostMembers];
+    uint32_t bytes[kMostMembers];
+  };
+  Kind kinds[kMostKinds];
+  uint32_t part;  // of a share, in 256ths; 0: nothing is fetched
+};
+
 // What every product shares.
 struct Call {
   const void* x;             // contiguous, in `dtype`
@@ -33,6 +49,7 @@ struct Call {
   int64_t tokens;
   Dtype dtype;   // float16 or bfloat16: of x, y, residual and, unless it is int8, the weight
   void* stream;  // cudaStream_t; null: the default one
+  Ahead ahead{};
 };
 
 struct Device {
@@ -52,6 +69,7 @@ Status set_device(int device, int* before);
 void emulate_in_order(int order_of_threads);
 // Emulated only: what `query` tells from now on.
 void emulate_device(const Device& device);
+std::vector<std::pair<const void*, uint32_t>> emulate_fetched();
 
 // How sbt_wgmma shares the work; 0: chosen.
 struct WideWays {

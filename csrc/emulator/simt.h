@@ -485,6 +485,20 @@ T load_global(const void* from) {
   return value;
 }
 
+// What the kernels since the last look had fetched into the second-level cache.
+struct Fetched {
+  const void* from;
+  uint32_t bytes;
+};
+inline std::vector<Fetched>& fetched() {
+  static std::vector<Fetched> all;
+  return all;
+}
+inline void fetch(const void* from, uint32_t bytes) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16 || !bytes) fail("what is fetched ahead is not aligned");
+  fetched().push_back({from, bytes});
+}
+
 // The order in which threads run between barriers: what is right does not depend on it.
 enum class Order { forwards, backwards, warps_apart };
 
