@@ -95,13 +95,13 @@ class Run:
             return
         row |= {"blocks": model.config.num_hidden_layers}
         row |= {"weight_bytes": sum(tensor.nbytes for tensor in model.state_dict().values())}
-        for load, sequences, decoder, how in self.loads(case):
+        for load, sequences, decoder, how, ahead in self.loads(case):
             if not self.left():
                 break
             made = row | {"load": load, "sequences": sequences, "decoder": decoder, "how": how}
-            made |= {"ahead": self.options.ahead} if self.options.ahead else {}
+            made |= {"ahead": ahead} if ahead else {}
             try:
-                made |= self.measure(model, load, sequences, decoder, how)
+                made |= self.measure(model, load, sequences, decoder, how, ahead)
             except (ValueError, torch.OutOfMemoryError) as error:
                 self.write(made | {"skipped": str(error).splitlines()[0]})
                 continue
@@ -131,19 +131,21 @@ class Run:
         there = "unknown" if free is None else size(free)
         return f"about {size(weights)} for weights and {size(kv)} for keys and values; free on {self.device}: {there}"
 
-    def loads(self, case: Case) -> list[tuple[str, int, str, str]]:
-        """(decode or prefill, sequences or tokens, decoder, how), the most important first."""
+    def loads(self, case: Case) -> list[tuple[str, int, str, str, float]]:
+        """(decode or prefill, sequences or tokens, decoder, how, MB ahead), the most important first."""
         (first, *others), prompt, how = self.options.sequences, self.options.prefill, self.options.how
-        found = [("decode", first, "alphaprune", how), ("prefill", prompt, "alphaprune", how)]
-        found += [("decode", count, "alphaprune", how) for count in others]
+        every = [0.0] if case.sparsity is None else self.options.ahead  # of dense products none is ours
+        found = [("decode", first, "alphaprune", how, ahead) for ahead in every]
+        found.append(("prefill", prompt, "alphaprune", how, 0.0))
+        found += [("decode", count, "alphaprune", how, ahead) for count in others for ahead in every]
         if case.sparsity is None and self.options.decoder == "both":
-            found += [("decode", count, "transformers", "generate") for count in self.options.sequences]
+            found += [("decode", count, "transformers", "generate", 0.0) for count in self.options.sequences]
         if ":" in case.pattern:
             # Last: nothing else is multiplied from there on.
-            found.append(("prefill", prompt, "alphaprune", LIBRARY))
+            found.append(("prefill", prompt, "alphaprune", LIBRARY, 0.0))
         return found
 
-    def measure(self, model: Any, load: str, sequences: int, decoder: str, how: str) -> dict[str, float]:
+    def measure(self, model: Any, load: str, sequences: int, decoder: str, how: str, ahead: float) -> dict[str, float]:
         from alphaprune import stepping
 
         new = self.options.new
@@ -153,7 +155,7 @@ class Run:
             return stepping.time_prefill(model, sequences, repeats=max(3, new // 8))
         if decoder == "transformers":
             return stepping.time_theirs(model, sequences, 16, new)
-        return stepping.time_steps(model, sequences, 16, new, how, int(1e6 * self.options.ahead))
+        return stepping.time_steps(model, sequences, 16, new, how, int(1e6 * ahead))
 
 
 def only(model: Any, kernel: str, tokens: int) -> None:
@@ -174,7 +176,8 @@ def line(row: dict[str, Any]) -> str:
     if "skipped" in row:
         return f"{row['model']}  {weights}  {row.get('load', '')}  not measured: {row['skipped']}"
     seconds, over, ratio = row.get("step_seconds") or row["prefill_seconds"], row.get("step_over_kernels"), row["ratio"]
-    cells = [row["model"], weights, f"{row['load']} {row['sequences']}", row["decoder"]]
+    decoder = row["decoder"] + (f" +{row['ahead']:g} MB" if row.get("ahead") else "")
+    cells = [row["model"], weights, f"{row['load']} {row['sequences']}", decoder]
     cells += [f"{row['tokens_per_second']:.1f}", f"{seconds:.5f}", f"{over:.3f}" if over else ""]
     cells += [f"{ratio:.2f}" if ratio else "", f"{row['weight_bytes'] / 1e9:.2f}"]
     return "  ".join(f"{cell:>12}" for cell in cells)

@@ -133,6 +133,19 @@ def test_the_script_for_gpus_goes_through_everything_on_the_cpu(
     assert "no shapes of a model" in capsys.readouterr().err
 
 
+def test_steps_that_look_ahead_stand_beside_those_that_do_not(script: ModuleType, capsys) -> None:
+    small = ["--dry-run", "--new", "3", "--sequences", "1,3", "--prefill", "20", "--sparsity", "0.7"]
+    assert script.main([*small, "--decoder", "alphaprune", "--ahead", "0,4", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    found = [(row["sparsity"], row["load"], row["sequences"], row.get("ahead")) for row in rows]
+    loads = [("decode", 1), ("prefill", 20), ("decode", 3)]
+    assert found == [(0.0, *load, None) for load in loads] + [
+        (0.7, load, n, ahead) for load, n in loads for ahead in ((None, 4.0) if load == "decode" else (None,))
+    ]
+    assert script.main([*small[:3], "--sequences", "1", "--sparsity", "0.7", "--prefill", "5", "--ahead", "4"]) == 0
+    assert capsys.readouterr().out.count("alphaprune +4 MB") == 1
+
+
 def test_the_script_for_gpus_has_a_prompt_multiplied_by_one_kernel(script: ModuleType) -> None:
     only = sys.modules["decode_gpu"].only
     model = decoding.random_model("tiny", 0.5, torch.bfloat16)
