@@ -176,7 +176,7 @@ def _measure(grid: Grid, problem: Problem, clock: Clock) -> dict[str, dict[int, 
             found[name][tokens] = seconds
         medians = {name: statistics.median(seconds) for name, seconds in times.items() if name != table.DENSE}
         for name, median in medians.items():
-            if median > LOST * min(medians.values()) and known[name].most_tokens is not None:
+            if median > LOST * min(medians.values()) and not known[name].many:
                 del ways[name]
     return {name: times for name, times in found.items() if times}
 

@@ -101,6 +101,11 @@ class Kernel:
         return None if self.again_from is None else self.again_from()
 
     @property
+    def many(self) -> bool:
+        """Whether it is made for many tokens, whatever it takes with few."""
+        return self.most_tokens is None or self.resumes is not None
+
+    @property
     def fewest(self) -> int:
         """least_tokens on this machine."""
         return self.least_tokens() if callable(self.least_tokens) else self.least_tokens

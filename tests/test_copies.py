@@ -183,3 +183,19 @@ def test_serve_makes_them_before_the_cache(bound, model, monkeypatch: pytest.Mon
     wanted = {"kv_blocks": 8 * kv.block_bytes(model.config, F32, 16), "kv_memory": 1e6}
     assert asked == [next((wanted[name] for name in given if name in wanted), None)]
     assert order == ["make", "plan"] and (service.engine.memory()["copies"] == 0) == (given.get("copies") == 0)
+
+
+def test_a_kernel_that_is_taken_again_from_many_tokens_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that begins where the machine says."""
+    reference = base.kernels()["reference"]
+    rest = (lambda: None, lambda *_: None, reference.bind)
+    again = Kernel(FEW, "cpu", *rest, most_tokens=4, again_from=lambda: 100)
+    never = Kernel(MANY, "cpu", *rest, most_tokens=8, least_tokens=lambda: 3, again_from=lambda: None)
+    plain = Kernel(PLAIN, "cpu", *rest)
+    monkeypatch.setattr(base, "kernels", lambda: {one.name: one for one in (again, never, plain)})
+    assert base.limits((32, 64), F32, F32) == (2, 4, 8, 99)
+    names = [base.choose((32, 64), tokens, F32, F32)[0].name for tokens in (1, 4, 5, 8, 9, 99, 100, 10**6)]
+    assert names == [FEW, FEW, MANY, MANY, PLAIN, PLAIN, FEW, FEW]
+    monkeypatch.setattr(base, "kernels", lambda: {one.name: one for one in (never, plain)})
+    assert [base.choose((32, 64), tokens, F32, F32)[0].name for tokens in (2, 3, 9)] == [PLAIN, MANY, PLAIN]
+    assert (again.many, never.many, plain.many) == (True, False, True)

@@ -13,7 +13,7 @@ from tables import TOKENS, curve, linear, made
 
 from alphaprune import cli, formats, layer_times, timing, tuning
 from alphaprune.formats import native
-from alphaprune.kernels import cpu, spmm, table
+from alphaprune.kernels import base, cpu, spmm, table
 from alphaprune.kernels.table import Curve, Table
 from alphaprune.layer_times import Wanted
 
@@ -135,6 +135,9 @@ def test_a_kernel_far_behind_is_given_up_unless_it_is_made_for_many_tokens(nativ
         pytest.skip("only the scalar kernel runs here")
     times = tuning._measure(TINY, tuning.Problem((16, 64), BF16, BF16, 0.5), timing.CpuClock())
     assert list(times["scalar"]) == [1] and all(list(times[name]) == [1, 2] for name in (*fast, "expand", "dense"))
+    monkeypatch.setattr(base.Kernel, "resumes", property(lambda kernel: 100))
+    times = tuning._measure(TINY, tuning.Problem((16, 64), BF16, BF16, 0.5), timing.CpuClock())
+    assert list(times["scalar"]) == [1, 2]
 
 
 def test_the_dense_layer_is_timed_as_our_decoder_calls_it(native_only, monkeypatch) -> None:
