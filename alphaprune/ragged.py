@@ -104,7 +104,7 @@ class Ragged:
         """Forgets what a sequence holds past so many positions."""
         self.held[slot] = min(self.held[slot], positions)
         keep = -(-self.held[slot] // self.page)
-        self.free_pages += self.owned[slot][keep:]
+        self.free_pages += self.owned[slot][keep:][::-1]  # the next one takes them in the same order
         del self.owned[slot][keep:]
 
     def close(self, slot: int) -> None:
@@ -175,6 +175,15 @@ class Ragged:
     def _rows(self, slots: Tensor, positions: Tensor) -> Tensor:
         return self.table[slots, positions // self.page] * self.page + positions % self.page
 
+    def _rows_of(self, slot: int, end: int) -> slice | Tensor:
+        """Where the first `end` positions of a sequence lie: a slice of the cache where its pages follow each other."""
+        pages = self.owned[slot][: -(-end // self.page)]
+        first = pages[0] * self.page
+        if pages == list(range(pages[0], pages[0] + len(pages))):
+            return slice(first, first + end)
+        positions = self._upload(torch.arange(end))
+        return self._rows(torch.full_like(positions, slot), positions)
+
     def _upload(self, numbers: Sequence[int] | Tensor) -> Tensor:
         return memory.upload(torch.as_tensor(numbers, dtype=torch.int64), self.decoder.device)
 
@@ -201,11 +210,7 @@ class _Prompts:
         self.spans, self._masks = spans, {}
         self.turns = ragged.cos[positions], ragged.sin[positions]  # [M, dim / 2]
         self.place = ragged._rows(slots, positions)
-        every = [ragged._upload(torch.arange(end)) for _, _, end in spans]
-        self.rows = [
-            ragged._rows(torch.full_like(positions, slot), positions)
-            for (slot, _, _), positions in zip(spans, every, strict=True)
-        ]
+        self.rows = [ragged._rows_of(slot, end) for slot, _, end in spans]
 
     def __call__(self, block: Block, q: Tensor, k: Tensor, v: Tensor, cache: Tensor) -> Tensor:
         """[M, heads · dim]; the new keys and values go to the cache."""
@@ -218,7 +223,8 @@ class _Prompts:
         for place, ((_, start, end), rows) in enumerate(zip(self.spans, self.rows, strict=True)):
             queries = q[begin : begin + end - start].transpose(0, 1)[None]  # [1, heads, count, dim]
             begin += end - start
-            keys, values = cache.index_select(1, rows).transpose(1, 2)[:, None]  # [1, key heads, end, dim]
+            seen = cache[:, rows] if isinstance(rows, slice) else cache.index_select(1, rows)
+            keys, values = seen.transpose(1, 2)[:, None]  # [1, key heads, end, dim]
             mask = self._mask(place, start, end, window, q.device)
             shared = q.shape[1] // cache.shape[2]
             if mask is not None and shared > 1:  # no fused kernel takes both a mask and fewer key heads

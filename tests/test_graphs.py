@@ -128,6 +128,31 @@ def test_prompts_in_pieces_and_forgotten_ends() -> None:
     torch.testing.assert_close(found, wanted.flip(0), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_pages_that_do_not_follow_each_other_change_nothing(kind: str) -> None:
+    """A prompt reads its keys where they lie, or gathers them; those after it take the same pages in the same order."""
+    model = build(kind)
+    given = [prompts(model, 1, length, seed=length)[0].tolist() for length in (37, 20)]
+    found = []
+    for order in (lambda pages: pages, lambda pages: pages[::-1], lambda pages: pages[::2] + pages[1::2]):
+        ragged = Ragged(Decoder(model), 2, 64, page=8)
+        ragged.free_pages = order(ragged.free_pages)
+        slots = [ragged.open(), ragged.open()]
+        logits = [ragged.prefill(list(zip(slots, given, strict=True)))]
+        kinds = {type(ragged._rows_of(slot, len(tokens))) for slot, tokens in zip(slots, given, strict=True)}
+        assert kinds == ({torch.Tensor} if found else {slice})
+        logits.append(ragged.prefill([(slots[0], given[1]), (slots[1], given[0])]))  # behind what is there
+        owned = ragged.owned[slots[1]]
+        ragged.close(slots[1])
+        ragged.open()
+        logits.append(ragged.prefill([(slots[1], given[1])]))
+        assert ragged.owned[slots[1]] == owned[: len(ragged.owned[slots[1]])]
+        found.append(logits)
+    for others in found[1:]:
+        for a, b in zip(found[0], others, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_close_as_dense(dtype: torch.dtype) -> None:
     from test_decoder import assert_logits, dense_twin
