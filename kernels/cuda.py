@@ -86,7 +86,7 @@ def opened(index: int) -> tuple[int, int, int]:
 
 @contextlib.contextmanager
 def looking_ahead(nbytes: int) -> Iterator[None]:
-    """Has each launch fetch so many bytes of the next one's weight into the second-level cache when its own is ordered.
+    """Has a small launch behind each product fetch so many bytes of the next one's weight into the second-level cache.
 
     Which one is next each learns from the one that comes after it: call everything once, and again to record it. What
     is fetched must be there for as long as what was recorded runs. From compute capability 9.0 on. 0: nothing changes.

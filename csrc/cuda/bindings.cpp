@@ -83,8 +83,8 @@ Call call_of(Dtype dtype, const std::vector<int64_t>& rows, const Arguments& giv
   return call;
 }
 
-// What a native weight reads of memory, and what is read by the product after it, if products look ahead: then each
-// learns it from the one that comes after it, for the next time.
+// What a native weight reads of memory, and what the product after it does, if products look ahead: then each learns it
+// from the one that comes after it, and has it fetched the next time.
 class InOrder {
  public:
   using Tensors = std::vector<std::pair<Address, int64_t>>;  // addresses and bytes
@@ -122,16 +122,17 @@ class InOrder {
       reads_.kinds[i].bytes[number] = member.reads_.kinds[i].bytes[0];
     }
   }
-  Call in_order(Call call) {
-    if (!ahead_) return call;
+  // After each product.
+  void in_order(int index, const Device& device, Address stream) {
+    if (!ahead_) return;
     if (before_ && before_ != this) before_->next_ = reads_, before_->learned_ = time_;
     before_ = this;
-    if (learned_ != time_) return call;
+    if (learned_ != time_) return;
     int64_t bytes = 0;
     for (const Ahead::Kind& kind : next_.kinds) bytes += std::accumulate(kind.bytes, std::end(kind.bytes), int64_t{0});
-    call.ahead = next_;
-    call.ahead.part = bytes ? static_cast<uint32_t>(std::min(256 * ahead_ / bytes, int64_t{256})) : 0;
-    return call;
+    next_.part = bytes ? static_cast<uint32_t>(std::min(256 * ahead_ / bytes, int64_t{256})) : 0;
+    const Current current(index);
+    check(cuda::fetch_ahead(next_, device, at<void>(stream)), "fetch_ahead");
   }
 
  private:
@@ -218,8 +219,9 @@ class Weight : public InOrder {
       return views_[0].scale ? sbt_mma_int8(views_.data(), stage_units_, device_, part)
                              : sbt_mma(views_.data(), stage_units_, device_, part, row_tiles_);
     };
-    launch(in_order(call_of(dtype_, rows_, {x, tokens, biases, residual, y, stream})), index_, kMostTokens,
-           views_[0].cols, [&](const Call& part) { check(product(part), "sbt_mma"); });
+    launch(call_of(dtype_, rows_, {x, tokens, biases, residual, y, stream}), index_, kMostTokens, views_[0].cols,
+           [&](const Call& part) { check(product(part), "sbt_mma"); });
+    in_order(index_, device_, stream);
   }
 
   // The same, multiplied with so many row tiles of a warp at a time.
@@ -293,8 +295,9 @@ class PairWeight : public InOrder {
                  ? pair_wgmma(views_.data(), stage_units_, device_, part, cols_)
                  : pair_mma(views_.data(), cols_, stage_units_, device_, part);
     };
-    launch(in_order(call_of(views_[0].dtype, rows_, {x, tokens, biases, residual, y, stream})), index_, kMostTokens,
-           cols_, [&](const Call& part) { check(product(part), "pair_mma"); });
+    launch(call_of(views_[0].dtype, rows_, {x, tokens, biases, residual, y, stream}), index_, kMostTokens, cols_,
+           [&](const Call& part) { check(product(part), "pair_mma"); });
+    in_order(index_, device_, stream);
   }
 
  private:
@@ -342,10 +345,11 @@ class WideWeight : public InOrder {
     const sbt::View& first = views_[0];
     const int64_t stride = ceil_div(first.cols, 8) * 8;
     if (x % 16) throw std::invalid_argument("sbt_wgmma's x starts on 16 bytes");
-    launch(in_order(call_of(first.dtype, rows_, {x, tokens, biases, residual, y, stream})), index_, kMostWideTokens,
-           stride, [&](const Call& part) {
+    launch(call_of(first.dtype, rows_, {x, tokens, biases, residual, y, stream}), index_, kMostWideTokens, stride,
+           [&](const Call& part) {
              check(sbt_wgmma(views_.data(), stage_units_, ways_, device_, part, stride), "sbt_wgmma");
            });
+    in_order(index_, device_, stream);
   }
 
   // The same, shared out so (WideWays); zeros for what is chosen.
@@ -409,10 +413,11 @@ class DeltaWeight : public InOrder {
                 Address norm, float epsilon) {
     if (norm && !(delta_takes_norm(view_) && epsilon > 0))
       throw std::invalid_argument("a norm has an epsilon above 0, and its columns are in one block");
-    const Call call = in_order(call_of(dtype_, members_, {x, tokens, biases, residual, y, stream}));
+    const Call call = call_of(dtype_, members_, {x, tokens, biases, residual, y, stream});
     launch(call, index_, most_, view_.cols, [&](const Call& part) {
       check(delta_spmv(view_, device_, part, {at<const void>(norm), epsilon}), "delta_spmv");
     });
+    in_order(index_, device_, stream);
   }
 
  private:
@@ -456,9 +461,10 @@ class NmWeight : public InOrder {
     const auto product = [&](const Call& part) {
       return wide ? nm_wgmma(view_, ways_, device_, part) : nm_mma_sp(view_, device_, part);
     };
-    launch(in_order(call_of(dtype_, rows_, {x, tokens, biases, residual, y, stream})), index_,
+    launch(call_of(dtype_, rows_, {x, tokens, biases, residual, y, stream}), index_,
            wide ? kMostNmWideTokens : kMostNmTokens, view_.cols,
            [&](const Call& part) { check(product(part), "nm_mma_sp"); });
+    in_order(index_, device_, stream);
   }
 
   // The same, many tokens shared out as NmWays says.

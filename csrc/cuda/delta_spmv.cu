@@ -64,8 +64,7 @@ Status delta_spmv(const DeltaView& weight, const Device& device, const Call& cal
                        lanes_log,
                        (reinterpret_cast<uintptr_t>(call.x) | reinterpret_cast<uintptr_t>(norm.weight)) % 16 == 0 &&
                            weight.cols % 8 == 0,
-                       weight.pairs,
-                       static_cast<int>(weight.shares)};
+                       weight.pairs};
   const size_t shared = delta_shared_bytes(p.tokens, p.block_cols, p.share_rows);
   const auto run = [&](auto kernel) {
     if (device.capability < 90) return start(kernel, weight.shares, kDeltaThreads, shared, call.stream, p);

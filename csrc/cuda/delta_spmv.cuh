@@ -35,7 +35,6 @@ struct DeltaProblem {
   int lanes_log;  // of the lanes that add up a row's sums
   bool eights;    // whether eight neighbouring activations can be loaded at once
   bool pairs;
-  int shares;
 };
 
 template <int kTokens>
@@ -463,7 +462,6 @@ ALPHAPRUNE_KERNEL __launch_bounds__(kDeltaThreads, kDeltaBlocks) delta_spmv(cons
       packs.advance();
       next(step);
     }
-    if (thread_index() == 0 && block + 1 == p.blocks) fetch_ahead(p.out.ahead, block_x(), p.shares);
     leave_sum(place, sum);
     sync_block();
     add_sums(p, range, total);

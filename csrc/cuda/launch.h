@@ -26,10 +26,8 @@ struct Outlet {
   Dtype bias_dtype;  // float32, float16 or bfloat16
 };
 
-// What the product after a call reads of its weights, in the order in which it does: of each kind of bytes those of the
-// members one after the other, each from a multiple of 16 on and a multiple of 16 long. When a block has ordered all of
-// its own weight, the second-level cache fetches the beginning of its share of them: memory would have nothing to do
-// until the next kernel's loads come.
+// What a product reads of its weights, in the order in which it does: of each kind of bytes those of the members one
+// after the other, each from a multiple of 16 on and a multiple of 16 long.
 constexpr int kMostKinds = 2;
 struct Ahead {
   struct Kind {
@@ -37,7 +35,7 @@ struct Ahead {
     uint32_t bytes[kMostMembers];
   };
   Kind kinds[kMostKinds];
-  uint32_t part;  // of a share, in 256ths; 0: nothing is fetched
+  uint32_t part;  // of each block's share, in 256ths
 };
 
 // What every product shares.
@@ -49,7 +47,6 @@ struct Call {
   int64_t tokens;
   Dtype dtype;   // float16 or bfloat16: of x, y, residual and, unless it is int8, the weight
   void* stream;  // cudaStream_t; null: the default one
-  Ahead ahead{};
 };
 
 struct Device {
@@ -105,6 +102,9 @@ Status sbt_wgmma(const sbt::View* weights, uint32_t stage_units, WideWays wanted
                  const Call& call, int64_t x_stride);
 // Rows [16 * begin, min(16 * end, rows)) dense from `out` on; 16-bit values only.
 Status sbt_expand(const sbt::View& weight, uint32_t stage_units, int64_t begin, int64_t end, void* out, void* stream);
+
+// Has the second-level cache fetch that part of what the next product reads; nothing before compute capability 9.0.
+Status fetch_ahead(const Ahead& ahead, const Device& device, void* stream);
 
 // For `prepare`: the kernels of each file.
 Status allow_sbt_mma(int shared_bytes);

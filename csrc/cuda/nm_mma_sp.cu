@@ -52,7 +52,6 @@ NmProblem nm_problem(const NmView& weight, const Call& call) {
   p.out = output_of(call, kNmRows);
   p.cols = static_cast<int>(weight.cols);
   p.tokens = static_cast<int>(call.tokens);
-  p.all_panels = nm_row_panels(call);
   p.col_panels = static_cast<int>(ceil_div(weight.cols, kNmCols));
   p.eights = reinterpret_cast<uintptr_t>(call.x) % 16 == 0 && weight.cols % 8 == 0;
   return p;
@@ -61,12 +60,13 @@ NmProblem nm_problem(const NmView& weight, const Call& call) {
 Status nm_mma_sp(const NmView& weight, const Device& device, const Call& call) {
   const NmProblem p = nm_problem(weight, call);
   // Few tokens of few rows: a block for each panel of rows is as fast, and has less to begin and to end.
-  const bool many = p.all_panels > 2 * int64_t{device.multiprocessors};
+  const int panels = nm_row_panels(call);
+  const bool many = panels > 2 * int64_t{device.multiprocessors};
   if (device.capability == 90 && p.eights && (many || p.tokens > 16))
     return nm_mma_sp_sm90(weight, {0, 0}, device, call);
   const bool whole = p.eights && weight.cols % kNmCols == 0;
-  return call.dtype == Dtype::bfloat16 ? by_tokens<Bfloat16>(p, p.all_panels, whole, call.stream)
-                                       : by_tokens<Float16>(p, p.all_panels, whole, call.stream);
+  return call.dtype == Dtype::bfloat16 ? by_tokens<Bfloat16>(p, panels, whole, call.stream)
+                                       : by_tokens<Float16>(p, panels, whole, call.stream);
 }
 
 }  // namespace alphaprune::cuda

@@ -33,9 +33,9 @@ constexpr int kNmPanel = (kNmFragments + 1) * kWarp;  // of 16 bytes, metadata i
 struct NmProblem {
   const uint4* panels[kMostMembers];  // whose row panels are one sequence
   const uint16_t* x;
-  Output out;                                // which numbers rows by whole panels
-  int cols, tokens, all_panels, col_panels;  // of rows, and of columns
-  bool eights;                               // whether eight neighbouring activations can be copied at once
+  Output out;  // which numbers rows by whole panels
+  int cols, tokens, col_panels;
+  bool eights;  // whether eight neighbouring activations can be copied at once
 };
 
 // Of all members; and what the kernels are given.
@@ -204,7 +204,6 @@ ALPHAPRUNE_KERNEL __launch_bounds__(nm_warps(kTiles) * kWarp, kWhole ? nm_blocks
   const uint32_t flags = shared_start() + nm_shared_bytes(kTiles) - kWarps * sizeof(float);
   const float poison = sum_lanes(poison_of(probe[0] + probe[1] + probe[2] + probe[3]));
   if (lane == 0) store_shared_f32(flags + 4 * warp, poison);
-  if (thread_index() == 0) fetch_ahead(p.out.ahead, block_x(), p.all_panels);
   sync_block();
   float any = 0;
   for (int w = 0; w < kWarps; ++w) any += load_shared_f32(flags + 4 * w);

@@ -121,7 +121,6 @@ ALPHAPRUNE_DEVICE void bring_panels(const StreamProblem& p, const TensorMap& x, 
       }
     }
   }
-  if (lane == 0) fetch_ahead(p.nm.out.ahead, block_x(), p.clusters * p.splits);
 }
 
 // A block's share of the outputs of a unit, from `first` on: those of `tokens` tokens whose sums begin at `sums`, of

@@ -66,7 +66,6 @@ struct OutputRows {
 struct Output {
   OutputRows of[kMostMembers];  // `first` of those that are not there: more than any row
   const uint16_t* residual;     // of a single one
-  Ahead ahead;
 
   ALPHAPRUNE_DEVICE int member_of(int row) const {
     static_assert(kMostMembers == 3, "one comparison for each but the first");
@@ -79,30 +78,6 @@ struct Output {
     return row - to.first < to.rows;
   }
 };
-
-// For one thread of a block, when it has ordered the last of its weight.
-ALPHAPRUNE_DEVICE void fetch_ahead(const Ahead& ahead, int block, int blocks) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  constexpr uint32_t kUnit = 16;
-  if (!ahead.part) return;
-  for (const Ahead::Kind& kind : ahead.kinds) {
-    uint64_t units = 0;
-    for (const uint32_t bytes : kind.bytes) units += bytes / kUnit;
-    uint64_t begin = units * block / blocks, left = (units * (block + 1) / blocks - begin) * ahead.part / 256;
-    for (int i = 0; i < kMostMembers && left; ++i) {
-      const uint64_t there = kind.bytes[i] / kUnit;
-      if (begin >= there) {
-        begin -= there;
-        continue;
-      }
-      const uint64_t count = left < there - begin ? left : there - begin;
-      fetch(static_cast<const char*>(kind.from[i]) + begin * kUnit, static_cast<uint32_t>(count * kUnit));
-      left -= count;
-      begin = 0;
-    }
-  }
-#endif
-}
 
 ALPHAPRUNE_DEVICE float bias_of(const OutputRows& to, int row) {
   if (to.bias_code == 0) return static_cast<const float*>(to.bias)[row];
@@ -199,7 +174,6 @@ ALPHAPRUNE_DEVICE void store_swiglu(const Output& out, int token, int row, float
 inline Output output_of(const Call& call, int64_t unit = 1) {
   Output out{};
   out.residual = static_cast<const uint16_t*>(call.residual);
-  out.ahead = call.ahead;
   int64_t first = 0;
   for (int i = 0; i < kMostMembers; ++i) {
     if (i >= call.members) {

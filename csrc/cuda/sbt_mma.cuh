@@ -585,7 +585,6 @@ ALPHAPRUNE_DEVICE void multiply_tiles(const MmaProblem& p) {
     if constexpr (kBulk) fence_for_copies();
     sync_block();  // the sums are read: the rings may be filled again
   }
-  if (thread_index() == 0) fetch_ahead(p.out.ahead, block_x(), blocks);
 }
 
 template <class Value, int kTiles, int kRows, Copies kCopies>

@@ -211,7 +211,6 @@ ALPHAPRUNE_DEVICE void bring(const WideProblem& p, const TensorMap& x, const Wid
       stage.pass(1, p.stages);
     }
   }
-  if (warp == 0 && lane == 0) fetch_ahead(p.out.ahead, block_x(), p.clusters * p.splits);
 }
 
 // Where a lane finds its weights of a step: those of the rows g and g + 8 of its row tile in the columns 2 t, 2 t + 1,
