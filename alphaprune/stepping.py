@@ -8,6 +8,7 @@ import functools
 import itertools
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,12 +56,7 @@ def time_steps(
     step_over_kernels: median of the ratios of steps to the products next to them, each several in a row.
     """
     decoder = Decoder(model, direct=how != "compile")
-    ragged = Ragged(decoder, batch, prompt + WARM_UPS + new + max(TURN, new) + 1)
-    steps = Steps(ragged, how, buckets=(batch,), ahead=ahead)
-    slots = [ragged.open() for _ in range(batch)]
-    tokens = random_tokens(decoder, batch, prompt)
-    for slot, row in zip(slots, tokens.tolist(), strict=True):
-        ragged.begin(slot, ragged.prefill([(slot, row)])[0].argmax())
+    steps, slots = started(decoder, batch, prompt, WARM_UPS + new + max(TURN, new), how, ahead)
     products = [(call, _random(batch, k, decoder)) for call, k in decoder.products()]
     multiply = steps.recorder.record(lambda: [call(x) for call, x in products])
     for _ in range(WARM_UPS):
@@ -97,13 +93,10 @@ def time_steps(
 def time_prefill(model: nn.Module, tokens: int, repeats: int) -> dict[str, float]:
     """seconds: median of reading a prompt of so many random tokens in one pass; tokens_per_second."""
     decoder = Decoder(model)
-    ragged = Ragged(decoder, 1, tokens)
-    slot, row = ragged.open(), random_tokens(decoder, 1, tokens)[0].tolist()
-    watch, found = Watch(decoder.device), []
+    read, watch, found = reading(decoder, tokens), Watch(decoder.device), []
     for _ in range(1 + repeats):
-        ragged.trim(slot, 0)
         watch.mark()
-        ragged.prefill([(slot, row)])
+        read()
         watch.mark()
         found += watch.seconds()
     seconds = statistics.median(found[1:])
@@ -127,6 +120,30 @@ def time_theirs(model: nn.Module, batch: int, prompt: int, new: int) -> dict[str
     seconds(2)
     taken = seconds(new + 1) - seconds(1)
     return {"step_seconds": taken / new, "tokens_per_second": batch * new / taken}
+
+
+def started(
+    decoder: Decoder, batch: int, prompt: int, count: int, how: str = "auto", ahead: int = 0
+) -> tuple[Steps, list[int]]:
+    """Steps, `count` at most, and the slots of `batch` sequences that have read random prompts; others as `Steps`."""
+    ragged = Ragged(decoder, batch, prompt + count + 1)
+    steps = Steps(ragged, how, buckets=(batch,), ahead=ahead)
+    slots = [ragged.open() for _ in range(batch)]
+    for slot, row in zip(slots, random_tokens(decoder, batch, prompt).tolist(), strict=True):
+        ragged.begin(slot, ragged.prefill([(slot, row)])[0].argmax())
+    return steps, slots
+
+
+def reading(decoder: Decoder, tokens: int) -> Callable[[], object]:
+    """Reads a prompt of so many random tokens in one pass, each time anew."""
+    ragged = Ragged(decoder, 1, tokens)
+    slot, row = ragged.open(), random_tokens(decoder, 1, tokens)[0].tolist()
+
+    def read() -> None:
+        ragged.prefill([(slot, row)])
+        ragged.trim(slot, 0)
+
+    return read
 
 
 def random_tokens(decoder: Decoder, batch: int, count: int) -> Tensor:

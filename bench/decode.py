@@ -136,10 +136,6 @@ def _numbers(text: str) -> list[int]:
     return [int(one) for one in text.split(",")]
 
 
-def _sizes(text: str) -> list[float]:
-    return [float(one) for one in text.split(",")]
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a name of alphaprune.decoding.MODELS (default llama2-7b; on a GPU three)")
@@ -161,8 +157,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--decoder", default="both", choices=("both", "alphaprune"), help="beside ours transformers' generate"
     )
     gpu.add_argument(
-        *("--ahead",),
-        **{"type": _sizes, "default": [0.0], "metavar": "MB"},
+        "--ahead",
+        type=_numbers,
+        default=[0],
+        metavar="MB",
         help="of the next product's weight that each has fetched meanwhile, with commas (default 0: none)",
     )
     gpu.add_argument("--dry-run", action="store_true", help="all of it with a tiny model on the CPU")

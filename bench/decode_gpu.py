@@ -31,7 +31,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rows import append
+from rows import append, kept
 
 COLUMNS = ("model", "weights", "load", "decoder", "tokens/s", "step s", "over kernels", "ratio", "GB")
 MODELS = "llama2-7b,llama3-8b,mistral-7b"
@@ -131,21 +131,21 @@ class Run:
         there = "unknown" if free is None else size(free)
         return f"about {size(weights)} for weights and {size(kv)} for keys and values; free on {self.device}: {there}"
 
-    def loads(self, case: Case) -> list[tuple[str, int, str, str, float]]:
+    def loads(self, case: Case) -> list[tuple[str, int, str, str, int]]:
         """(decode or prefill, sequences or tokens, decoder, how, MB ahead), the most important first."""
         (first, *others), prompt, how = self.options.sequences, self.options.prefill, self.options.how
-        every = [0.0] if case.sparsity is None else self.options.ahead  # of dense products none is ours
+        every = [0] if case.sparsity is None else self.options.ahead  # of dense products none is ours
         found = [("decode", first, "alphaprune", how, ahead) for ahead in every]
-        found.append(("prefill", prompt, "alphaprune", how, 0.0))
+        found.append(("prefill", prompt, "alphaprune", how, 0))
         found += [("decode", count, "alphaprune", how, ahead) for count in others for ahead in every]
         if case.sparsity is None and self.options.decoder == "both":
-            found += [("decode", count, "transformers", "generate", 0.0) for count in self.options.sequences]
+            found += [("decode", count, "transformers", "generate", 0) for count in self.options.sequences]
         if ":" in case.pattern:
             # Last: nothing else is multiplied from there on.
-            found.append(("prefill", prompt, "alphaprune", LIBRARY, 0.0))
+            found.append(("prefill", prompt, "alphaprune", LIBRARY, 0))
         return found
 
-    def measure(self, model: Any, load: str, sequences: int, decoder: str, how: str, ahead: float) -> dict[str, float]:
+    def measure(self, model: Any, load: str, sequences: int, decoder: str, how: str, ahead: int) -> dict[str, float]:
         from alphaprune import stepping
 
         new = self.options.new
@@ -155,7 +155,7 @@ class Run:
             return stepping.time_prefill(model, sequences, repeats=max(3, new // 8))
         if decoder == "transformers":
             return stepping.time_theirs(model, sequences, 16, new)
-        return stepping.time_steps(model, sequences, 16, new, how, int(1e6 * ahead))
+        return stepping.time_steps(model, sequences, 16, new, how, 1_000_000 * ahead)
 
 
 def only(model: Any, kernel: str, tokens: int) -> None:
@@ -172,11 +172,11 @@ def only(model: Any, kernel: str, tokens: int) -> None:
 
 def line(row: dict[str, Any]) -> str:
     """A row of the table."""
-    weights = "dense" if not row["sparsity"] else row["pattern"] if ":" in row["pattern"] else f"{row['sparsity']:.0%}"
+    weights = kept(row)
     if "skipped" in row:
         return f"{row['model']}  {weights}  {row.get('load', '')}  not measured: {row['skipped']}"
     seconds, over, ratio = row.get("step_seconds") or row["prefill_seconds"], row.get("step_over_kernels"), row["ratio"]
-    decoder = row["decoder"] + (f" +{row['ahead']:g} MB" if row.get("ahead") else "")
+    decoder = row["decoder"] + (f" +{row['ahead']} MB" if row.get("ahead") else "")
     cells = [row["model"], weights, f"{row['load']} {row['sequences']}", decoder]
     cells += [f"{row['tokens_per_second']:.1f}", f"{seconds:.5f}", f"{over:.3f}" if over else ""]
     cells += [f"{ratio:.2f}" if ratio else "", f"{row['weight_bytes'] / 1e9:.2f}"]

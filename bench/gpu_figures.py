@@ -1,8 +1,9 @@
 """What README.md and docs show of GPUs, from the committed rows; RESULTS/ stands for their folder."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 
 from figures import rows, table
+from rows import kept
 
 FRONT = (28672, 4096)  # the layer that README.md shows: gate and up of LLaMA 3 side by side
 KEPT = ((0.5, "unstructured"), (0.6, "unstructured"), (0.7, "unstructured"), (0.8, "unstructured"),
@@ -74,7 +75,7 @@ def whole_models() -> list[str]:
             (row for row in steps if (row["machine"], row["model"]) == (machine, model) and row["sparsity"]),
             key=lambda row: (":" in row["pattern"], row["sparsity"]),
         )
-        names = [row["pattern"] if ":" in row["pattern"] else f"{row['sparsity']:.0%}" for row in here]
+        names = [kept(row) for row in here]
         ratios = [f"{row['ratio']:.2f}" for row in here]
         by_machine.setdefault(machine, []).append(f"{model} at {' / '.join(names)} {' / '.join(ratios)} times")
     return [
@@ -108,88 +109,78 @@ def layers(shapes: list[tuple[int, int]]) -> str:
     return "\n\n".join(parts)
 
 
-def by_gpu(file: str) -> Iterator[tuple[str, list[dict]]]:
-    """Each GPU and its rows of layers, in order of tokens, sparsity and size."""
-    of = rows(file)
+def order(row: dict) -> tuple:
+    """By tokens, sparsity and size."""
+    return row["tokens"], row.get("sparsity", 0), [-size for size in row["shape"]]
+
+
+def tables(file: str, columns: list[str], cells: Callable[[dict], list[str]], below: Callable[[str, dict], str]) -> str:
+    """For each GPU the rows of layers in a file, after tokens and layer, and a text below: of its name and a row."""
+    of, parts = rows(file), []
     for name in dict.fromkeys(row["gpu"] for row in of):
-        here = [row for row in of if row["gpu"] == name]
-        by = lambda row: (row["tokens"], row.get("sparsity", 0), [-size for size in row["shape"]])  # noqa: E731
-        yield name, sorted(here, key=by)
+        here = sorted((row for row in of if row["gpu"] == name), key=order)
+        lines = [[f"{row['tokens']}", "×".join(map(str, row["shape"])), *cells(row)] for row in here]
+        parts.append(f"{table(['tokens', 'layer', *columns], lines)}\n\n{below(name, here[0])}")
+    return "\n\n".join(parts)
+
+
+def micro(row: dict, names: Sequence[str], digits: int = 1) -> list[str]:
+    """Microseconds by each of these names, nothing where a row has none."""
+    return [f"{1e6 * taken:.{digits}f}" if (taken := row["seconds"].get(name)) else "" for name in names]
 
 
 def wide() -> str:
     """sbt_wgmma by the fastest way to share its work, beside torch and sbt_mma."""
-    parts = []
-    for name, here in by_gpu("wide.jsonl"):
-        lines = [
-            [
-                f"{row['tokens']}",
-                "×".join(map(str, row["shape"])),
-                f"{row['sparsity']:.0%}",
-                *(f"{1e6 * found:.1f}" if (found := row["seconds"].get(by)) else "" for by in ("dense", "sbt_mma")),
-                f"{1e6 * row['seconds'][row['best']]:.1f}",
-                row["best"],
-                f"{row['over_dense']:.2f}×",
-            ]
-            for row in here
-        ]
-        columns = ["tokens", "layer", "sparsity", "torch", "sbt_mma", "sbt_wgmma", "its way", "over torch"]
-        parts.append(
-            f"{table(columns, lines)}\n\nMicroseconds, bfloat16, weights from memory: `python bench/wide.py`, {name}, "
-            f"torch {here[0]['torch']}. A way: warpgroups of a block with different rows, with the same ones, blocks "
-            "that share the columns ([all of them](RESULTS/wide.jsonl))."
-        )
-    return "\n\n".join(parts)
+    return tables(
+        "wide.jsonl",
+        ["sparsity", "torch", "sbt_mma", "sbt_wgmma", "its way", "over torch"],
+        lambda row: [
+            f"{row['sparsity']:.0%}",
+            *micro(row, ("dense", "sbt_mma", row["best"])),
+            row["best"],
+            f"{row['over_dense']:.2f}×",
+        ],
+        lambda name, row: (
+            f"Microseconds, bfloat16, weights from memory: `python bench/wide.py`, {name}, torch {row['torch']}. A "
+            "way: warpgroups of a block with different rows, with the same ones, blocks that share the columns ([all "
+            "of them](RESULTS/wide.jsonl))."
+        ),
+    )
 
 
 def pairs() -> str:
     """pair_mma beside the kernels of the packed weight itself, and torch."""
-    parts = []
-    for name, here in by_gpu("pairs.jsonl"):
-        lines = [
-            [
-                f"{row['tokens']}",
-                "×".join(map(str, row["shape"])),
-                f"{row['sparsity']:.0%}",
-                *(
-                    f"{1e6 * found:.1f}" if (found := row["seconds"].get(by)) else ""
-                    for by in ("dense", "sbt_mma", "sbt_wgmma", "pair_mma")
-                ),
-                f"{row['seconds']['dense'] / row['seconds']['pair_mma']:.2f}×",
-            ]
-            for row in here
-        ]
-        columns = ["tokens", "layer", "sparsity", "torch", "sbt_mma", "sbt_wgmma", "pair_mma", "over torch"]
-        parts.append(
-            f"{table(columns, lines)}\n\nMicroseconds, bfloat16, weights from memory, by what `bench/wide.py` measures "
-            f"with, {name}: from 32 tokens on `pair_mma` in a run some minutes after the others "
-            "([rows](RESULTS/pairs.jsonl))."
-        )
-    return "\n\n".join(parts)
+    return tables(
+        "pairs.jsonl",
+        ["sparsity", "torch", "sbt_mma", "sbt_wgmma", "pair_mma", "over torch"],
+        lambda row: [
+            f"{row['sparsity']:.0%}",
+            *micro(row, ("dense", "sbt_mma", "sbt_wgmma", "pair_mma")),
+            f"{row['seconds']['dense'] / row['seconds']['pair_mma']:.2f}×",
+        ],
+        lambda name, _: (
+            f"Microseconds, bfloat16, weights from memory, by what `bench/wide.py` measures with, {name}: from 32 "
+            "tokens on `pair_mma` in a run some minutes after the others ([rows](RESULTS/pairs.jsonl))."
+        ),
+    )
 
 
 def prompts() -> str:
     """2:4 weights with many tokens: nm_wgmma beside torch and the expansion."""
-    parts = []
-    for name, here in by_gpu("prompts.jsonl"):
-        lines = [
-            [
-                f"{row['tokens']}",
-                "×".join(map(str, row["shape"])),
-                *(f"{1e6 * row['seconds'][by]:.0f}" for by in ("dense", "sbt_expand", "nm_mma_sp")),
-                row["best"],
-                f"{row['over_dense']:.2f}×",
-                f"{row['seconds']['sbt_expand'] / row['seconds']['nm_mma_sp']:.2f}×",
-            ]
-            for row in here
-        ]
-        columns = ["tokens", "layer", "torch", "sbt_expand", "nm_mma_sp", "best way", "over torch", "over expanded"]
-        parts.append(
-            f"{table(columns, lines)}\n\nMicroseconds, bfloat16, 2:4: `python bench/prompts.py`, {name}, torch "
-            f"{here[0]['torch']}. A way: tokens of a unit of work, warpgroups of a block ([all of "
-            "them](RESULTS/prompts.jsonl))."
-        )
-    return "\n\n".join(parts)
+    return tables(
+        "prompts.jsonl",
+        ["torch", "sbt_expand", "nm_mma_sp", "best way", "over torch", "over expanded"],
+        lambda row: [
+            *micro(row, ("dense", "sbt_expand", "nm_mma_sp"), 0),
+            row["best"],
+            f"{row['over_dense']:.2f}×",
+            f"{row['seconds']['sbt_expand'] / row['seconds']['nm_mma_sp']:.2f}×",
+        ],
+        lambda name, row: (
+            f"Microseconds, bfloat16, 2:4: `python bench/prompts.py`, {name}, torch {row['torch']}. A way: tokens of a "
+            "unit of work, warpgroups of a block ([all of them](RESULTS/prompts.jsonl))."
+        ),
+    )
 
 
 def gpu_decode() -> str:
@@ -200,11 +191,7 @@ def gpu_decode() -> str:
         lines = [
             [
                 row["model"],
-                "dense"
-                if not row["sparsity"]
-                else row["pattern"]
-                if ":" in row["pattern"]
-                else f"{row['sparsity']:.0%}",
+                kept(row),
                 f"{row['load']} {row['sequences']}",
                 f"{row['decoder']}, {row['how']}",
                 f"{row['tokens_per_second']:.0f}",

@@ -27,9 +27,9 @@ def written(instruction: Instruction) -> set[int]:
 def hazards(function: Function) -> Iterator[str]:
     """Each instruction of a loop with products that writes what a product in flight reads, in words."""
     loops = [loop for loop in function.loops if any(PRODUCT.match(i.text) for i in function.body(loop))]
-    inner = [loop for loop in loops if not any(other.blocks < loop.blocks for other in loops)]
-    for loop in inner:
-        yield from _of(function, loop)
+    for loop in loops:
+        if not any(inner in loops for inner in function.inside(loop)):
+            yield from _of(function, loop)
 
 
 def _of(function: Function, loop: Loop) -> Iterator[str]:

@@ -22,6 +22,13 @@ def command(script: str, arguments: list[str]) -> str:
     return shlex.join(["python", script, *kept])
 
 
+def kept(row: dict[str, Any]) -> str:
+    """Of a row with sparsity and pattern: dense, the pattern, or which share of the weights are zeros."""
+    if not row["sparsity"]:
+        return "dense"
+    return row["pattern"] if ":" in row["pattern"] else f"{row['sparsity']:.0%}"
+
+
 def append(file: "str | Path", row: dict[str, Any]) -> None:
     """Puts one row at the end of a file, for good: what was measured outlives whatever comes next."""
     with open(file, "a") as handle:

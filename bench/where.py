@@ -25,43 +25,24 @@ from typing import Any
 
 import torch
 from decode_gpu import Case, cases
-from rows import append
+from rows import append, kept
 
 from alphaprune import decoding, stepping, timing
 from alphaprune.decoder import Decoder
-from alphaprune.graphs import Steps
 from alphaprune.pattern import parse
-from alphaprune.ragged import Ragged
 
 REPEATS = 5
 START = 16  # tokens of a sequence before its steps
 LONGEST = 60  # letters of a name
 
 
-def prompt(decoder: Decoder, tokens: int) -> Callable[[], object]:
-    """Reads a prompt of so many random tokens."""
-    ragged = Ragged(decoder, 1, tokens)
-    slot, row = ragged.open(), stepping.random_tokens(decoder, 1, tokens)[0].tolist()
-
-    def run() -> None:
-        ragged.trim(slot, 0)
-        ragged.prefill([(slot, row)])
-
-    return run
-
-
 def step(decoder: Decoder, sequences: int) -> Callable[[], object]:
     """A greedy step of so many sequences, in a graph where there are any."""
-    calls = stepping.WARM_UPS + REPEATS + 2
-    ragged = Ragged(decoder, sequences, START + calls)
-    steps = Steps(ragged, buckets=(sequences,))
-    slots = [ragged.open() for _ in range(sequences)]
-    for slot, row in zip(slots, stepping.random_tokens(decoder, sequences, START).tolist(), strict=True):
-        ragged.begin(slot, ragged.prefill([(slot, row)])[0].argmax())
+    steps, slots = stepping.started(decoder, sequences, START, stepping.WARM_UPS + REPEATS + 1)
     return lambda: steps(slots)
 
 
-LOADS: dict[str, Callable[[Decoder, int], Callable[[], object]]] = {"prompt": prompt, "step": step}
+LOADS: dict[str, Callable[[Decoder, int], Callable[[], object]]] = {"prompt": stepping.reading, "step": step}
 
 
 def plain(name: str) -> str:
@@ -114,8 +95,7 @@ def rows(case: Case, loads: dict[str, int], device: str) -> list[dict[str, Any]]
 
 def text(row: dict[str, Any], most: int) -> str:
     """A row as a table of its longest kernels."""
-    kept = "dense" if not row["sparsity"] else row["pattern"] if ":" in row["pattern"] else f"{row['sparsity']:.0%}"
-    head = f"{row['model']}, {kept}, {row['load']} of {row['sequences']}: {1e3 * row['seconds']:.3f} ms"
+    head = f"{row['model']}, {kept(row)}, {row['load']} of {row['sequences']}: {1e3 * row['seconds']:.3f} ms"
     parts = [*row["kernels"][:most], ["no kernel", "", row["idle"]]]
     lines = [f"{1e3 * s:10.3f} ms {s / row['seconds']:6.1%} {calls!s:>6}  {name}" for name, calls, s in parts]
     return "\n".join([head, *lines])

@@ -11,7 +11,7 @@ from test_cuda import HALVES, of_four
 from tolerance import assert_product
 from torch import Tensor
 
-from alphaprune.formats import Packed, sbt
+from alphaprune.formats import sbt
 from alphaprune.kernels import cuda, cuda_layouts
 
 TYPE = HALVES[1]
@@ -19,8 +19,8 @@ K = 512
 Call = Callable[[Tensor], Tensor]
 
 
-def made(kind: str, rows: int, seed: int) -> tuple[Tensor, Packed, Call, list[Tensor]]:
-    """(dense, packed, its product by a kernel, the tensors that this reads the most of)."""
+def made(kind: str, rows: int, seed: int) -> tuple[Tensor, Call, list[Tensor]]:
+    """(dense, its product by a kernel, the tensors that this reads the most of)."""
     dense, packed, _ = problem(rows, K, 1, 0.3, TYPE, TYPE, seed)
     if kind == "nm":
         dense = dense * of_four(dense, 2)
@@ -33,7 +33,7 @@ def made(kind: str, rows: int, seed: int) -> tuple[Tensor, Packed, Call, list[Te
         "nm": cuda_layouts.bind_nm,
     }[kind]
     bound = bind(packed)
-    return dense, packed, lambda x: bound(x, None), reads(kind, bound)
+    return dense, lambda x: bound(x, None), reads(kind, bound)
 
 
 def reads(kind: str, bound: Callable) -> list[Tensor]:
@@ -68,8 +68,8 @@ def test_each_fetches_a_part_of_each_share_of_the_next(emulator: ModuleType, kin
     emulator.emulate_device(90, 4, 232448)
     if kind == "delta":
         tokens = min(tokens, 2)
-    dense, _, first, _ = made(kind, 200, 0)
-    _, _, second, tensors = made("mma" if kind == "nm" else "nm", 150, 1)
+    dense, first, _ = made(kind, 200, 0)
+    _, second, tensors = made("mma" if kind == "nm" else "nm", 150, 1)
     x = torch.randn(tokens, K).to(TYPE)
     plain = first(x)
     assert_product(plain, x, dense)
@@ -102,7 +102,7 @@ def part_of(tensors: list[Tensor], nbytes: int) -> int:
 def test_of_several_weights_the_bytes_follow_each_other(emulator: ModuleType) -> None:
     """A share that begins in one weight goes on in the next one."""
     emulator.emulate_device(90, 4, 232448)
-    _, _, first, _ = made("delta", 100, 0)
+    _, first, _ = made("delta", 100, 0)
     packed = [problem(n, K, 1, 0.3, TYPE, TYPE, n)[1] for n in (16, 100, 40)]
     together = cuda.bind_mma_group(packed, False)
     kinds = [[one.weight for one in packed], [one.mask for one in packed]]
@@ -125,14 +125,14 @@ def test_of_several_weights_the_bytes_follow_each_other(emulator: ModuleType) ->
 
 
 def test_a_weight_that_is_gone_is_not_looked_at(emulator: ModuleType) -> None:
-    x, stays = torch.randn(1, K).to(TYPE), made("mma", 40, 0)[2]
+    x, stays = torch.randn(1, K).to(TYPE), made("mma", 40, 0)[1]
     with cuda.looking_ahead(1000):
         stays(x)
-        gone = made("mma", 40, 1)[2]
+        gone = made("mma", 40, 1)[1]
         gone(x)
         del gone
         emulator.fetched_ahead()
-        made("mma", 40, 2)[2](x)
+        made("mma", 40, 2)[1](x)
     with cuda.looking_ahead(1000):
         stays(x)
         assert emulator.fetched_ahead() == []  # what was learned is forgotten
@@ -146,8 +146,15 @@ def test_other_capabilities_and_none_at_all(emulator: ModuleType) -> None:
     with cuda.looking_ahead(0):
         pass
     emulator.emulate_device(90, 4, 232448)
-    one = made("mma", 40, 0)[2]
+    one = made("mma", 40, 0)[1]
     x = torch.randn(3, K).to(TYPE)
     with cuda.looking_ahead(16):  # less than a 256th of a share each
-        one(x), made("mma", 300, 1)[2](x), one(x)
-    assert sum(nbytes for _, nbytes in emulator.fetched_ahead()) <= 32
+        one(x), made("mma", 300, 1)[1](x), one(x)
+    assert emulator.fetched_ahead() == []
+    emulator.emulate_device(80, 4, 166912)
+    cuda.opened.cache_clear()
+    older = made("mma", 40, 0)[1]
+    with cuda.looking_ahead(1 << 20):
+        for _ in range(2):
+            older(x), made("mma", 300, 1)[1](x)
+    assert emulator.fetched_ahead() == []

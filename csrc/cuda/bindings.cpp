@@ -125,7 +125,10 @@ class InOrder {
   // After each product.
   void in_order(int index, const Device& device, Address stream) {
     if (!ahead_) return;
-    if (before_ && before_ != this) before_->next_ = reads_, before_->learned_ = time_;
+    if (before_ && before_ != this) {
+      before_->next_ = reads_;
+      before_->learned_ = time_;
+    }
     before_ = this;
     if (learned_ != time_) return;
     int64_t bytes = 0;

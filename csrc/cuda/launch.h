@@ -66,6 +66,7 @@ Status set_device(int device, int* before);
 void emulate_in_order(int order_of_threads);
 // Emulated only: what `query` tells from now on.
 void emulate_device(const Device& device);
+// Emulated only: addresses and bytes of what was fetched ahead since the last call.
 std::vector<std::pair<const void*, uint32_t>> emulate_fetched();
 
 // How sbt_wgmma shares the work; 0: chosen.

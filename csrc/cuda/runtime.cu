@@ -57,12 +57,7 @@ Status query(int, Device* out) {
   return 0;
 }
 void emulate_device(const Device& device) { emulated = device; }
-std::vector<std::pair<const void*, uint32_t>> emulate_fetched() {
-  std::vector<std::pair<const void*, uint32_t>> all;
-  for (const emulator::Fetched& one : emulator::fetched()) all.emplace_back(one.from, one.bytes);
-  emulator::fetched().clear();
-  return all;
-}
+std::vector<std::pair<const void*, uint32_t>> emulate_fetched() { return std::exchange(emulator::fetched(), {}); }
 void emulate_in_order(int order_of_threads) { order() = static_cast<emulator::Order>(order_of_threads); }
 
 #endif

@@ -18,6 +18,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 // Under its own name: a fortified one takes a jump to another stack, which fibers are made of, for a mistake.
@@ -485,18 +486,14 @@ T load_global(const void* from) {
   return value;
 }
 
-// What the kernels since the last look had fetched into the second-level cache.
-struct Fetched {
-  const void* from;
-  uint32_t bytes;
-};
-inline std::vector<Fetched>& fetched() {
-  static std::vector<Fetched> all;
+// What the kernels since the last look had fetched into the second-level cache: addresses and bytes.
+inline std::vector<std::pair<const void*, uint32_t>>& fetched() {
+  static std::vector<std::pair<const void*, uint32_t>> all;
   return all;
 }
 inline void fetch(const void* from, uint32_t bytes) {
   if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16 || !bytes) fail("what is fetched ahead is not aligned");
-  fetched().push_back({from, bytes});
+  fetched().emplace_back(from, bytes);
 }
 
 // The order in which threads run between barriers: what is right does not depend on it.
