@@ -25,10 +25,21 @@ struct Integer {
   using Sums = __m512i[kVectors][T][kBytes];
 
   // Weights + 128, straight from the expansion and from a panel.
+  template <bool kHalf>
   struct Fresh {
-    __m512i next(int v) { return _mm512_xor_si512(weights.next(v), flip()); }
+    explicit Fresh(Expanded& all) : weights(all) { all.apart(); }
+    __m512i next(int v) { return _mm512_xor_si512(weights.template next<kHalf>(v), flip()); }
     Expanded& weights;
   };
+  // use(Fresh) of the tile that the weights are at.
+  template <class Use>
+  __attribute__((always_inline)) static inline void fresh(Expanded& weights, const Use& use) {
+    if (weights.narrow()) {
+      use(Fresh<true>(weights));
+    } else {
+      use(Fresh<false>(weights));
+    }
+  }
   struct Stored {
     __m512i next(int) {
       const __m512i w = _mm512_load_si512(at);
@@ -100,12 +111,11 @@ struct Integer {
 
   // Tokens whose sums are in registers, straight from the expansion.
   template <int T>
-  static void fused(const Product& p, int64_t begin, int64_t end, void* scratch) {
+  __attribute__((noinline)) static void fused(const Product& p, int64_t begin, int64_t end, void* scratch) {
     const Made rounded(p.weight, p.tokens);
     const int64_t tiles = p.weight.col_tiles();
     typename Expanded::Notes notes;
     Expanded weights(p.weight, begin * tiles, end * tiles, notes);
-    Fresh fresh{weights};
     auto* sums = static_cast<float*>(scratch);
     for (int64_t row_tile = begin; row_tile < end; ++row_tile) {
       std::memset(sums, 0, T * kSums * sizeof(float));
@@ -114,7 +124,8 @@ struct Integer {
         begin_sums<T>(rounded, p.x, c / 2, 0, sum);
         for (int64_t i = c; i < tiles && i < c + 2; ++i) {
           weights.start(row_tile * tiles + i);
-          tile<T>(fresh, rounded.columns(p.x, c / 2, 0) + (i - c) * sbt::kTileCols, sum);
+          const uint8_t* at = rounded.columns(p.x, c / 2, 0) + (i - c) * sbt::kTileCols;
+          fresh(weights, [&](auto here) __attribute__((always_inline)) { tile<T>(here, at, sum); });
         }
         fold<T>(sum, rounded.units(p.x, c / 2, 0), scales_of(p.weight, row_tile, c), sums);
       }
@@ -138,7 +149,6 @@ struct Integer {
     const int64_t tiles = p.weight.col_tiles(), some = ceil_div(p.tokens, ceil_div(p.tokens, kTurn));
     typename Expanded::Notes notes;
     Expanded weights(p.weight, begin * tiles, end * tiles, notes);
-    Fresh fresh{weights};
     auto* panel = static_cast<uint8_t*>(scratch);
     auto* sums = reinterpret_cast<float*>(panel + kPanelBytes);
     for (int64_t row_tile = begin; row_tile < end; ++row_tile) {
@@ -150,7 +160,7 @@ struct Integer {
           uint8_t* at = panel + i * kPanelBytes / 2;
           for (int64_t half = 0; half < 2; ++half, at += 8 * 64) {
 #pragma GCC unroll 8
-            for (int v = 0; v < 8; ++v) _mm512_store_si512(at + v * 64, fresh.next(v));
+            for (int v = 0; v < 8; ++v) _mm512_store_si512(at + v * 64, _mm512_xor_si512(weights.next(v), flip()));
           }
         }
         const __m512 scales = scales_of(p.weight, row_tile, c);

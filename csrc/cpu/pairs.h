@@ -194,7 +194,7 @@ struct Places {
       step[s] = value;
       for (int64_t i = 0; i < sbt::kPairs; i += 2) {
         const Kept kept(words + i);
-        value += kept.first + kept.second;
+        value += kept.of[0] + kept.of[1];
       }
     }
   }

@@ -75,8 +75,9 @@ struct SplitBfloat16 {
     __m512 even, odd;
   };
   static constexpr int64_t kLanes = 16, kVectors = 8, kStep = 16, kPanelTiles = 4, kGroup = 4, kBlock = 4;
-  static constexpr bool kFar = false;
+  static constexpr int kMostFused = 6;  // tokens straight from registers, as long as that is the fastest
 
+  static bool narrow(const uint32_t*) { return false; }
   static Vector load(const float* p) { return _mm512_load_ps(p); }
   static void store(float* p, Vector v) { _mm512_store_ps(p, v); }
   static Both dense(__m512i w) {
@@ -145,8 +146,10 @@ bool skips_zeros(const Activations& x, const sbt::View& weight) {
 void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
   if (skips_zeros(p.given, p.weight)) return kAvx512bw.product(p, begin, end, scratch);
   if (p.weight.dtype == Dtype::bfloat16) {
-    if (p.tokens > kMostFused) return Panel<SplitBfloat16>::product(p, begin, end, scratch);
-    return fused_few<SplitBfloat16>(p, begin, end, scratch);
+    if (p.tokens > SplitBfloat16::kMostFused) return Panel<SplitBfloat16>::product(p, begin, end, scratch);
+    if (p.tokens <= 4) return fused_few<SplitBfloat16, AsksNear<>, 1, 4>(p, begin, end, scratch);
+    // Of which rows take turns.
+    return fused_few<SplitBfloat16, AsksNear<true>, 5, SplitBfloat16::kMostFused>(p, begin, end, scratch);
   }
   if (rounds(p.given, p.weight)) return integer_product<NearBytes>(p, begin, end, scratch);
   if (p.tokens > 1) return Panel<Float32>::product(p, begin, end, scratch);

@@ -3,6 +3,7 @@
 // weights with one scale per row, each of which is a bfloat16: widening them hides behind the arithmetic, and the
 // activations are not rounded. Everything else is computed as on AVX-512.
 #include "dense.h"
+#include "halves.h"
 #include "integer.h"
 #include "pairs.h"
 #include "pipeline.h"
@@ -11,12 +12,37 @@
 namespace alphaprune {
 namespace {
 
+// A number that the compiler does not keep in a vector, of which loops have none to spare.
+inline int16_t loaded(int16_t number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
+// Whether no word of a tile keeps more than 16 weights.
+inline bool narrow_words(const uint32_t* mask) {
+  const auto kept = [&](int first) {
+    const __m512i halves = _mm512_popcnt_epi16(_mm512_loadu_si512(mask + first));
+    return _mm512_add_epi16(halves, _mm512_rol_epi32(halves, 16));
+  };
+  return !_mm512_cmpgt_epi16_mask(_mm512_max_epi16(kept(0), kept(16)), _mm512_set1_epi16(loaded(16)));
+}
+
+// Whether no two words of a tile keep more than 32.
+struct NarrowBytes {
+  static bool narrow(const uint32_t* mask) {
+    const auto kept = [&](int first) {
+      return _mm512_sad_epu8(_mm512_popcnt_epi16(_mm512_loadu_si512(mask + first)), _mm512_setzero_si512());
+    };
+    return !_mm512_cmpgt_epi16_mask(_mm512_max_epi16(kept(0), kept(16)), _mm512_set1_epi16(loaded(32)));
+  }
+};
+
 // An accumulator is a word, 8 lanes of the even row and 8 of the odd one.
 struct PairsOfBfloat16 {
   using Element = uint16_t;
   using Vector = __m512;
   static constexpr int64_t kLanes = 16, kVectors = 8, kStep = 16, kGroup = 4, kBlock = 6;
-  static constexpr bool kFar = true;  // on a Zen 4, whose L1 waits for few lines at a time
+  static constexpr int kMostFused = 3;
 
   static Vector load(const float* p) { return _mm512_load_ps(p); }
   static void store(float* p, Vector v) { _mm512_store_ps(p, v); }
@@ -29,11 +55,14 @@ struct PairsOfBfloat16 {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
   }
   using Value = uint16_t;
-  static void two(const uint16_t*& value, const uint32_t* mask, uint16_t* panel) {
+  static bool narrow(const uint32_t* mask) { return narrow_words(mask); }
+  template <bool kHalf>
+  static void two(const uint16_t*& value, const uint32_t* mask, __m512i* w) {
     const Kept kept(mask);
-    _mm512_store_si512(panel, expanded16(value, mask[0]));
-    _mm512_store_si512(panel + 32, expanded16(value + kept.first, mask[1]));
-    value += kept.first + kept.second;
+    const TwoMasks masks(mask);
+    w[0] = expanded16<kHalf>(value, masks.of[0]);
+    w[1] = expanded16<kHalf>(value + kept.of[0], masks.of[1]);
+    value += kept.of[0] + kept.of[1];
   }
   static void finish(const Product& p, int64_t row_tile, int64_t token, const float* sums) {
     finish(p, row_tile, token, sum_eights(Vectors<kVectors>(sums).v));
@@ -45,14 +74,20 @@ struct PairsOfBfloat16 {
 
 struct PairsOfIntegers : PairsOfBfloat16 {
   using Value = uint8_t;
-  static void two(const uint8_t*& value, const uint32_t* mask, uint16_t* panel) {
-    const __m512i w = expand8(value, mask);
+  static bool narrow(const uint32_t* mask) { return NarrowBytes::narrow(mask); }
+  template <bool kHalf>
+  static void two(const uint8_t*& value, const uint32_t* mask, __m512i* w) {
+    const __m512i bytes = expand8<kHalf>(value, mask);
+#pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
-      const __m512bh half = _mm512_cvtne2ps_pbh(quarter(w, 2 * i + 1), quarter(w, 2 * i));
-      _mm512_store_si512(panel + i * 32, reinterpret_cast<const __m512i&>(half));
+      const __m512bh half = _mm512_cvtne2ps_pbh(quarter(bytes, 2 * i + 1), quarter(bytes, 2 * i));
+      w[i] = reinterpret_cast<const __m512i&>(half);
     }
   }
 };
+
+// Tokens whose sums of half of the rows fit into the registers.
+constexpr int kMostInHalves = 6;
 
 // With as many of int8, activations are rounded and the bytes multiplied as they are: two products of 64 weights, where
 // widened ones take two of 32 and need no rounding, but are widened first. Measured on a Zen 5 and on a Zen 4.
@@ -87,8 +122,28 @@ bool in_pairs(const Activations& x, const sbt::View& weight) { return both_bfloa
 // As on AVX-512, asking for memory as a Zen 4 likes it.
 void rounded(const Product& p, int64_t begin, int64_t end, void* scratch) {
   if (in_slots(p.given, p.weight)) return slots::product(p, begin, end, scratch);
-  if (density_of(p.weight) < kFewLines) return integer_product<ExpandedBytes<AsksFar<8>>>(p, begin, end, scratch);
-  integer_product<ExpandedBytes<AsksFar<16>>>(p, begin, end, scratch);
+  asking_far<8, 16>(p.weight, [&](auto asks) {
+    integer_product<ExpandedBytes<decltype(asks), NarrowBytes>>(p, begin, end, scratch);
+  });
+}
+
+template <class Math>
+void pipelined(const Product& p, int64_t begin, int64_t end, void* scratch) {
+  asking_far<16, 32>(p.weight, [&](auto asks) { Pipeline<Math, decltype(asks)>::product(p, begin, end, scratch); });
+}
+
+// bfloat16, of which no zeros are skipped.
+void multiplied(const Product& p, int64_t begin, int64_t end, void* scratch) {
+  using Math = PairsOfBfloat16;
+  if (p.tokens > kMostInHalves) return pipelined<Math>(p, begin, end, scratch);
+  if (p.tokens > Math::kMostFused) {
+    asking_far<16, 32, 2 * kFarBytes>(p.weight, [&](auto asks) {
+      Halves<Math, decltype(asks)>::template product<Math::kMostFused + 1, kMostInHalves>(p, begin, end, scratch);
+    });
+  } else {
+    asking_far<16, 24>(
+        p.weight, [&](auto asks) { fused_few<Math, decltype(asks), 1, Math::kMostFused>(p, begin, end, scratch); });
+  }
 }
 
 void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
@@ -100,9 +155,8 @@ void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
     if (p.weight.dtype == Dtype::int8) return pairs::product<uint8_t>(p, begin, end, scratch);
     return pairs::product<uint16_t>(p, begin, end, scratch);
   }
-  if (p.weight.dtype == Dtype::int8) return Pipeline<PairsOfIntegers>::product(p, begin, end, scratch);
-  if (p.tokens > kMostFused) return Pipeline<PairsOfBfloat16>::product(p, begin, end, scratch);
-  fused_few<PairsOfBfloat16>(p, begin, end, scratch);
+  if (p.weight.dtype == Dtype::int8) return pipelined<PairsOfIntegers>(p, begin, end, scratch);
+  multiplied(p, begin, end, scratch);
 }
 
 void expand(const sbt::View& weight, int64_t begin, int64_t end, Dtype out_dtype, void* out) {

@@ -63,6 +63,9 @@ class ShuffledBytes {
     prefetch(weight_.mask + tile * sbt::kWords + kHalfWords);
   }
 
+  static constexpr bool narrow() { return false; }
+  void apart() {}
+  template <bool kHalf = false>
   __m512i next(int vector) {
     // One half ahead, so that nothing waits for the way through memory.
     if (vector == 0) take();

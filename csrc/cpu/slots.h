@@ -126,7 +126,7 @@ inline void look(const sbt::View& weight, int64_t tile, Kept& kept) {
   constexpr int64_t kLines = 8;  // of values at half density; as many at any other, which is known to the CPU
   const uint32_t* words = weight.mask + tile * sbt::kWords;
   const uint8_t* value = tile_values<uint8_t>(weight, tile);
-  Far asks;
+  AsksBy<kFarBytes> asks;
   asks.start(words, value, tile_values<uint8_t>(weight, tile + 1) - value, kLines);
   for (int64_t i = 0; i < kLines; ++i) asks.more();
   find(words, value, kept);

@@ -351,6 +351,21 @@ inline __m512i _mm512_sub_epi32(__m512i a, __m512i b) {
 inline __m512i _mm512_mullo_epi32(__m512i a, __m512i b) {
   return twin::each<uint32_t>(a, b, [](uint32_t x, uint32_t y) { return x * y; });
 }
+inline __m512i _mm512_max_epi16(__m512i a, __m512i b) {
+  return twin::each<int16_t>(a, b, [](int16_t x, int16_t y) { return x > y ? x : y; });
+}
+inline __mmask32 _mm512_cmpgt_epi16_mask(__m512i a, __m512i b) {
+  return static_cast<__mmask32>(twin::mask_of<int16_t>(a, b, [](int16_t x, int16_t y) { return x > y; }));
+}
+inline __m512i _mm512_rol_epi32(__m512i v, int by) {
+  return twin::convert<__m512i, uint32_t, uint32_t>(v, [by](uint32_t x) { return x << by | x >> (32 - by); });
+}
+inline __m512i _mm512_sad_epu8(__m512i a, __m512i b) {
+  const auto x = twin::lanes<uint8_t>(a), y = twin::lanes<uint8_t>(b);
+  uint64_t out[8] = {};
+  for (size_t i = 0; i < 64; ++i) out[i / 8] += static_cast<uint64_t>(x[i] > y[i] ? x[i] - y[i] : y[i] - x[i]);
+  return _mm512_loadu_si512(out);
+}
 inline __m512i _mm512_max_epi32(__m512i a, __m512i b) {
   return twin::each<int>(a, b, [](int x, int y) { return x > y ? x : y; });
 }

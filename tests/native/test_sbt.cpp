@@ -4,6 +4,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -36,6 +37,7 @@ struct Case {
   bool special = false;  // infinities, NaN and very small numbers among weights and activations
   bool bytes = false;    // int8: activations may be rounded to 8 bits
   bool uneven = false;   // a few rows of every other macro tile are kept wholly
+  int in_word = 0;       // instead of `density`: so many of each mask word, and in one of many words one more
 };
 
 struct Problem {
@@ -61,6 +63,7 @@ struct Problem {
     std::bernoulli_distribution kept(c.density);
     for (int64_t i = 0; i < c.rows * c.cols; ++i)
       keep->as<uint8_t>()[i] = kept(random) || (c.uneven && i / c.cols % 16 < 3 && i % c.cols % 128 >= 64);
+    if (c.in_word > 0) keep_in_words();
     const int64_t tiles = ceil_div(c.rows, sbt::kTileRows) * ceil_div(c.cols, sbt::kTileCols);
     mask = std::make_unique<Guarded>(tiles * sbt::kWords * 4);
     offsets = std::make_unique<Guarded>((tiles + 1) * 4);
@@ -76,6 +79,19 @@ struct Problem {
   void fill(const Guarded& to, int64_t count, Dtype dtype) {
     std::normal_distribution<float> normal;
     for (int64_t i = 0; i < count; ++i) store_float(to.as<void>(), i, dtype, normal(random));
+  }
+  void keep_in_words() {
+    std::memset(keep->as<void>(), 0, static_cast<size_t>(c.rows * c.cols));
+    int64_t word = 0;
+    for (int64_t row = 0; row < c.rows; row += 2)
+      for (int64_t col = 0; col < c.cols; col += sbt::kStepCols, ++word) {
+        std::vector<int64_t> there;
+        for (int64_t r = row; r < std::min(row + 2, c.rows); ++r)
+          for (int64_t k = col; k < std::min(col + sbt::kStepCols, c.cols); ++k) there.push_back(r * c.cols + k);
+        std::shuffle(there.begin(), there.end(), random);
+        const size_t wanted = static_cast<size_t>(c.in_word) + (word % 97 == 5);
+        for (size_t i = 0; i < std::min(wanted, there.size()); ++i) keep->as<uint8_t>()[there[i]] = 1;
+      }
   }
   // Tokens 0, 5, 10 ... stay as they are, 1, 6 ... become tiny, the others get an infinity, two, a NaN; so does a
   // weight.
@@ -410,6 +426,20 @@ void check_sparse(const Isa& isa, uint32_t& seed) {
           }
 }
 
+// Words that keep just as many weights as half of a vector has, and some that keep one more: N:M patterns have such.
+void check_words(const Isa& isa, uint32_t& seed) {
+  for (const auto& [weight, bytes] : {kKinds[2], kKinds[3], kKinds[4]})
+    for (const int in_word : {1, 8, 16})
+      for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{19, 70}, {40, 333}, {35, 1100}})
+        for (const int64_t tokens : {1, 2, 3, 4, 5, 6, 7, 9, 14}) {
+          if (quick && (in_word != 16 || tokens > 4)) continue;
+          Case c{rows, cols, tokens, 0, weight, Dtype::bfloat16, kFloats[seed % 3], seed % 2 == 0, false, bytes};
+          c.in_word = in_word;
+          check_product(isa, Problem(c, seed), seed % 4 < 2);
+          ++seed;
+        }
+}
+
 // More rows, columns and tokens than any kernel takes at once.
 void check_large(const Isa& isa, uint32_t& seed) {
   for (const auto& [weight, bytes] : {kKinds[2], kKinds[3], kKinds[4]}) {
@@ -436,6 +466,7 @@ int main(int count, char** names) {
     check_random(**isa, seed, quick ? 20 : 120);
     check_special(**isa, seed);
     check_sparse(**isa, seed);
+    check_words(**isa, seed);
     check_large(**isa, seed);
     check_dense(**isa, seed);
     for (const Dtype x : kFloats)
