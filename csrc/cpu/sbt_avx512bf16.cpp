@@ -12,10 +12,11 @@
 namespace alphaprune {
 namespace {
 
-// A number that the compiler does not keep in a vector, of which loops have none to spare.
-inline int16_t loaded(int16_t number) {
-  asm volatile("" : "+r"(number));
-  return number;
+// A number in all 16-bit lanes, which the compiler does not keep in a vector: loops have none to spare.
+inline __m512i made_of(int16_t number) {
+  int two = number * 0x10001;
+  asm volatile("" : "+r"(two));
+  return _mm512_set1_epi32(two);
 }
 
 // Whether no word of a tile keeps more than 16 weights.
@@ -24,7 +25,7 @@ inline bool narrow_words(const uint32_t* mask) {
     const __m512i halves = _mm512_popcnt_epi16(_mm512_loadu_si512(mask + first));
     return _mm512_add_epi16(halves, _mm512_rol_epi32(halves, 16));
   };
-  return !_mm512_cmpgt_epi16_mask(_mm512_max_epi16(kept(0), kept(16)), _mm512_set1_epi16(loaded(16)));
+  return !_mm512_cmpgt_epi16_mask(_mm512_max_epi16(kept(0), kept(16)), made_of(16));
 }
 
 // Whether no two words of a tile keep more than 32.
@@ -33,7 +34,7 @@ struct NarrowBytes {
     const auto kept = [&](int first) {
       return _mm512_sad_epu8(_mm512_popcnt_epi16(_mm512_loadu_si512(mask + first)), _mm512_setzero_si512());
     };
-    return !_mm512_cmpgt_epi16_mask(_mm512_max_epi16(kept(0), kept(16)), _mm512_set1_epi16(loaded(32)));
+    return !_mm512_cmpgt_epi16_mask(_mm512_max_epi16(kept(0), kept(16)), made_of(32));
   }
 };
 
