@@ -1,11 +1,8 @@
 """Seconds of one linear layer, packed and dense side by side, on a CPU or a GPU, from memory rather than a cache."""
 
-import contextlib
 import functools
 import itertools
-import mmap
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -14,21 +11,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from alphaprune import devices, formats, pages
-from alphaprune.formats import native, quantize
+from alphaprune.bandwidth import Call, Reader, read_bandwidth, seconds_of
+from alphaprune.formats import quantize
 from alphaprune.kernels import spmm, table
 from alphaprune.mask import keep_mask
 from alphaprune.pattern import NM, Pattern, Unstructured
 
-PROBE_BYTES = 1 << 30
 COPY_BYTES = 1 << 31
-STREAMS = (1, 2, 3, 4)
-FINALISTS = 8
 MOST_COPIES = 1024  # smaller weights than a MB are not worth the minutes: their row says how much they went round
 LEAST_CALLS = 20
 L2_TIMES = 4  # on a GPU the copies of a weight that calls go round fill the second-level cache so many times
 SLEEP = 100_000  # cycles that a GPU sleeps for each replay of a round: longer than it takes to launch one
 WAKING = 3  # rounds on a GPU that do not count, while its clocks rise
 UNSTRUCTURED = Unstructured()
+READ = "read"  # what is called by turns to know the bandwidth
 
 
 @dataclass(frozen=True)
@@ -84,9 +80,6 @@ class Row:
 def machine() -> str:
     """The CPU's name and the cores that this process may use."""
     return str(table.Machine.here())
-
-
-Call = Callable[[], Tensor]
 
 
 class CpuClock:
@@ -201,63 +194,6 @@ def clock(device: str) -> Clock:
     return CudaClock(torch.cuda.current_device() if where.index is None else where.index)
 
 
-def read_bandwidth(total_bytes: int = PROBE_BYTES, repeats: int = 3) -> float:
-    """Bytes per second that the kernels' threads read from memory together: the best of all loops of `read_loops`.
-
-    The best, where everything else here is a median, because it is a ceiling. Each loop reads a quarter once, the
-    fastest the whole. Without the native module, torch's dot.
-    """
-    if native.load() is None:
-        left, right = torch.ones(total_bytes // 8), torch.ones(total_bytes // 8)
-        return total_bytes / min(seconds_of(torch.dot, left, right) for _ in range(3 * repeats))
-    blocks = _blocks(total_bytes)
-    quarters = {kind: block[: block.nbytes // 256 * 64] for kind, block in blocks.items()}
-    tried = itertools.product(native.load().read_loops(), blocks, STREAMS)
-    ranked = sorted(tried, key=lambda way: _read_seconds(quarters, *way))
-    best = min(_read_seconds(blocks, *way) for _ in range(repeats) for way in ranked[:FINALISTS])
-    return blocks["normal"].nbytes / best
-
-
-def read_loops(total_bytes: int = PROBE_BYTES, repeats: int = 3) -> Iterator[dict[str, str | int | float]]:
-    """What every way to read this machine's memory gives: the best of `repeats` rounds over all of them by turns.
-
-    Rows of loop (load width and prefetch, see csrc/cpu/bandwidth.h), pages (normal or huge), streams (places that a
-    thread reads from at the same time), huge_bytes (on huge pages indeed), nbytes, bytes_per_second.
-    ValueError without the native module.
-    """
-    module = native.load()
-    if module is None:
-        raise ValueError(f"the read loops are native code: {native.status()}")
-    blocks = _blocks(total_bytes)
-    tried = list(itertools.product(module.read_loops(), blocks, STREAMS))
-    seconds = [[_read_seconds(blocks, *way) for way in tried] for _ in range(repeats)]
-    for (loop, kind, streams), taken in zip(tried, map(min, zip(*seconds, strict=True)), strict=True):
-        yield {
-            "loop": loop,
-            "pages": kind,
-            "streams": streams,
-            "huge_bytes": pages.on_huge_pages(blocks[kind].data_ptr()),
-            "nbytes": blocks[kind].nbytes,
-            "bytes_per_second": blocks[kind].nbytes / taken,
-        }
-
-
-def _read_seconds(blocks: dict[str, Tensor], loop: str, kind: str, streams: int) -> float:
-    block = blocks[kind]
-    return seconds_of(native.load().read_loop, loop, block.data_ptr(), block.nbytes, streams)
-
-
-def _blocks(nbytes: int) -> dict[str, Tensor]:
-    """Anonymous memory as bytes on normal and, as far as the system gives them, huge pages; each page touched."""
-    blocks, nbytes = {}, max(1, nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    for kind, advice in (("normal", "MADV_NOHUGEPAGE"), ("huge", "MADV_HUGEPAGE")):
-        block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(AttributeError, OSError):  # a system without transparent huge pages
-            block.madvise(getattr(mmap, advice))
-        blocks[kind] = torch.frombuffer(block, dtype=torch.uint8).fill_(1)  # keeps the mapping alive
-    return blocks
-
-
 def time_linear(
     shape: tuple[int, int],
     sparsity: float,
@@ -271,12 +207,14 @@ def time_linear(
     values: torch.dtype | None = None,
     device: str = "cpu",
     activations: torch.dtype | None = None,
+    reader: Reader | None = None,
 ) -> Row:
     """The median seconds of y = x Wᵀ with a packed random W [N, K] and with dense ones, called by turns.
 
     All go round copies of their weight in distinct memory, `total_bytes` each but MOST_COPIES at most, `repeats` times
     the packed ones. total_bytes: by default 1 GiB, on a GPU several times its second-level cache.
-    bandwidth: of the clock, measured if not given. pattern: N:M instead of zeros anywhere. values: int8 to store the
+    bandwidth: of the clock, measured if not given; with a reader that of the moment, as it reads as many bytes as the
+    weight has by turns with the calls. pattern: N:M instead of zeros anywhere. values: int8 to store the
     kept weights so; activations: int8 beside them as `Packed` has it. The dense layer beside them is in `dtype`, as x,
     or, on a CPU, in float32 if that is faster.
     ValueError if the kernel cannot run, K does not fit the pattern, the device is not here, or activations are to be
@@ -289,14 +227,17 @@ def time_linear(
     packed = replace(packed, activations=activations)
     x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(1)).to(timer.device, dtype)
     name = spmm.prepare(packed, "bench", kernel).choice(tokens, dtype)[0].name
-    sparse = [functools.partial(spmm.prepare(copy, "bench", kernel), x) for copy in copies(packed, total)]
+    sparse: list[Call] = [functools.partial(spmm.prepare(copy, "bench", kernel), x) for copy in copies(packed, total)]
     kinds = dict.fromkeys((dtype, torch.float32) if timer.device.type == "cpu" else (dtype,))
     dense = {str(kind).removeprefix("torch."): _dense(weight.to(kind), x.to(kind), total) for kind in kinds}
     rounds = max(repeats if timer.whole else repeats * len(sparse), LEAST_CALLS)
+    reads = {} if reader is None else {READ: reader.calls(packed.nbytes)}
     with torch.inference_mode():
-        found = list(itertools.islice(timer.rounds({"": sparse, **dense}), rounds))
+        found = list(itertools.islice(timer.rounds({"": sparse, **dense, **reads}), rounds))
     medians = {kind: statistics.median(one[kind] for one in found) for kind in found[0]}
     best = min(dense, key=medians.__getitem__)
+    if reads:
+        bandwidth = packed.nbytes / medians[READ]
     return Row(
         machine=str(timer.machine),
         threads=timer.threads,
@@ -348,12 +289,6 @@ def random_packed(
         return weight, formats.get("sbt").pack(weight, mask)
     integers, scale, _ = quantize.quantize(weight, mask)
     return weight, formats.get("sbt").pack(integers, mask, scale)
-
-
-def seconds_of(call: Callable[..., Tensor], *arguments: Tensor) -> float:
-    start = time.perf_counter()
-    call(*arguments)
-    return time.perf_counter() - start
 
 
 def copy_count(nbytes: int, total: int) -> int:

@@ -10,7 +10,7 @@ import sys
 import torch
 from rows import append
 
-from alphaprune import timing
+from alphaprune import bandwidth, timing
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     nbytes = int(args.gigabytes * (1 << 30))
     where = {"machine": timing.machine(), "threads": torch.get_num_threads(), "repeats": args.repeats}
-    rows = sorted(timing.read_loops(nbytes, args.repeats), key=lambda row: -row["bytes_per_second"])
+    rows = sorted(bandwidth.read_loops(nbytes, args.repeats), key=lambda row: -row["bytes_per_second"])
     if not args.json:
         print(f"{where['machine']}; {where['threads']} threads; {nbytes / 1e9:.1f} GB; best of {args.repeats}")
         print(f"{'loop':<34}{'pages':>8}{'streams':>9}{'GB/s':>8}")

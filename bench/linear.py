@@ -13,6 +13,7 @@ import torch
 from rows import append
 
 from alphaprune import timing
+from alphaprune.bandwidth import Reader
 
 COLUMNS = (
     "shape",
@@ -74,9 +75,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     held.hold(args.held)
     timing.check_activations(args.values and torch.int8, args.activations and torch.int8)
-    bandwidth = timing.read_bandwidth()
+    reader = Reader()
     if not args.json:
-        print(f"{timing.machine()}; {torch.get_num_threads()} threads; reads {bandwidth / 1e9:.1f} GB/s; {args.dtype}")
+        reads = f"reads {reader.bandwidth / 1e9:.1f} GB/s"
+        print(f"{timing.machine()}; {torch.get_num_threads()} threads; {reads}; {args.dtype}")
         print("  ".join(f"{name:>13}" for name in COLUMNS))
     for shape in args.shape.split(","):
         n, k = map(int, shape.split("x"))
@@ -90,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
                     args.kernel,
                     int(args.gigabytes * (1 << 30)),
                     args.repeats,
-                    bandwidth,
+                    reader=reader,
                     values=args.values and getattr(torch, args.values),
                     activations=args.activations and getattr(torch, args.activations),
                 )

@@ -77,7 +77,7 @@ def peers() -> str:
     found = newest(rows("peers.jsonl"))
     ours = [row for row in found if row["engine"] == "alphaprune"]
     shapes, sparsities, tokens = (list(dict.fromkeys(_key(row)[place] for row in ours)) for place in (0, 2, 1))
-    many = [count for count in tokens if count > 1]
+    many = sorted(count for count in tokens if count > 1)
     one_token = over_ours(found, {f"{n}×{k}": [((n, k), 1, s) for s in sparsities] for n, k in shapes})
     more = over_ours(found, {f"{count} tokens": [(shape, count, AT) for shape in shapes] for count in many})
     at, both = " / ".join(f"{s:.0%}" for s in sparsities), " / ".join(f"{n}×{k}" for n, k in shapes)

@@ -5,6 +5,7 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from alphaprune import timing
+from alphaprune import bandwidth, timing
 from alphaprune.formats import native
 
 ROOT = Path(__file__).parent.parent
@@ -88,11 +89,32 @@ def test_read_loops_refuse_what_they_cannot_read(native_only) -> None:
 
 
 def test_bandwidth_is_the_best_of_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert timing.read_bandwidth(1 << 20, 1) > 0
+    assert bandwidth.read_bandwidth(1 << 20, 1) > 0
     monkeypatch.setattr(native, "_find", lambda: (None, "no C++ compiler was found"))
-    assert timing.read_bandwidth(1 << 20, 1) > 0
+    reader = bandwidth.Reader(1 << 20, 1)
+    assert reader.bandwidth > 0 and all(call() is not None for call in reader.calls(1 << 18))
     with pytest.raises(ValueError, match="native code: not built: no C"):
-        next(timing.read_loops(1 << 20))
+        next(bandwidth.read_loops(1 << 20))
+
+
+def test_a_reader_goes_through_its_block(native_only) -> None:
+    """Every part sums ones: so many 64-bit words of them."""
+    word = 0x0101010101010101
+    calls = bandwidth.Reader(1 << 20, 1).calls((1 << 18) - 5)
+    assert [call() for call in calls] == [(1 << 18) // 8 * word % 2**64] * 4
+    (whole,) = bandwidth.Reader(1 << 12, 1).calls(1 << 30)
+    assert whole() == (1 << 12) // 8 * word % 2**64
+
+
+def test_the_bandwidth_of_the_moment_is_measured_by_turns() -> None:
+    class Slow:
+        def calls(self, nbytes: int) -> list:
+            asked.append(nbytes)
+            return [lambda: time.sleep(0.002)]
+
+    asked: list[int] = []
+    row = timing.time_linear((48, 130), 0.5, 1, torch.float32, "reference", 1 << 14, 1, reader=Slow())
+    assert asked == [row.nbytes] and row.nbytes / 0.2 < row.bandwidth <= row.nbytes / 0.002
 
 
 def test_the_bandwidth_script_writes_a_row_per_way_to_read(native_only, tmp_path: Path) -> None:
