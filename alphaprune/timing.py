@@ -214,9 +214,9 @@ def time_linear(
     All go round copies of their weight in distinct memory, `total_bytes` each but MOST_COPIES at most, `repeats` times
     the packed ones. total_bytes: by default 1 GiB, on a GPU several times its second-level cache.
     bandwidth: of the clock, measured if not given; with a reader that of the moment, as it reads as many bytes as the
-    weight has by turns with the calls. pattern: N:M instead of zeros anywhere. values: int8 to store the
-    kept weights so; activations: int8 beside them as `Packed` has it. The dense layer beside them is in `dtype`, as x,
-    or, on a CPU, in float32 if that is faster.
+    weight has by turns with the calls. pattern: N:M instead of zeros anywhere. values: int8 to store the kept weights
+    so; activations: int8 beside them as `Packed` has it. The dense layer beside them is in `dtype`, as x, or, on a CPU,
+    in float32 if that is faster.
     ValueError if the kernel cannot run, K does not fit the pattern, the device is not here, or activations are to be
     int8 beside floats.
     """
@@ -232,12 +232,9 @@ def time_linear(
     dense = {str(kind).removeprefix("torch."): _dense(weight.to(kind), x.to(kind), total) for kind in kinds}
     rounds = max(repeats if timer.whole else repeats * len(sparse), LEAST_CALLS)
     reads = {} if reader is None else {READ: reader.calls(packed.nbytes)}
-    with torch.inference_mode():
-        found = list(itertools.islice(timer.rounds({"": sparse, **dense, **reads}), rounds))
-    medians = {kind: statistics.median(one[kind] for one in found) for kind in found[0]}
+    medians = _medians(timer, {"": sparse, **dense, **reads}, rounds)
     best = min(dense, key=medians.__getitem__)
-    if reads:
-        bandwidth = packed.nbytes / medians[READ]
+    bandwidth = packed.nbytes / medians[READ] if reads else bandwidth
     return Row(
         machine=str(timer.machine),
         threads=timer.threads,
@@ -257,6 +254,13 @@ def time_linear(
         bandwidth=bandwidth or timer.bandwidth(),
         activations=activations and str(activations).removeprefix("torch."),
     )
+
+
+def _medians(timer: Clock, calls: dict[str, list[Call]], rounds: int) -> dict[str, float]:
+    """Seconds of each kind of calls, made by turns."""
+    with torch.inference_mode():
+        found = list(itertools.islice(timer.rounds(calls), rounds))
+    return {kind: statistics.median(one[kind] for one in found) for kind in calls}
 
 
 def check_activations(values: torch.dtype | None, activations: torch.dtype | None) -> None:
