@@ -90,9 +90,23 @@ struct Integer {
     }
   }
 
-  // Adds a group's sums to those of the tokens; `scales` of the rows.
+  // Adds a group's sums to those of the tokens; `scales` of the rows, where the weight has some of this group.
   template <int T>
-  static inline void fold(const Sums<T>& sum, const float* units, __m512 scales, float* sums) {
+  static inline void fold(const Sums<T>& sum, const float* units, const sbt::View& weight, int64_t row_tile, int64_t c,
+                          float* sums) {
+    if (T > 1 && !weight.grouped()) {  // of one token the code for both is the faster one
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        const __m512 unit = _mm512_set1_ps(units[t]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          float* to = sums + t * kSums + v * 16;
+          _mm512_store_ps(to, _mm512_fmadd_ps(total<kBytes>(sum[v][t]), unit, _mm512_load_ps(to)));
+        }
+      }
+      return;
+    }
+    const __m512 scales = weight.grouped() ? row_scales(weight, row_tile, c) : _mm512_set1_ps(1);
     const __m512i row_of_lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
@@ -104,9 +118,6 @@ struct Integer {
         _mm512_store_ps(to, _mm512_fmadd_ps(total<kBytes>(sum[v][t]), factor, _mm512_load_ps(to)));
       }
     }
-  }
-  static __m512 scales_of(const sbt::View& weight, int64_t row_tile, int64_t c) {
-    return weight.grouped() ? row_scales(weight, row_tile, c) : _mm512_set1_ps(1);
   }
 
   // Tokens whose sums are in registers, straight from the expansion.
@@ -127,7 +138,7 @@ struct Integer {
           const uint8_t* at = rounded.columns(p.x, c / 2, 0) + (i - c) * sbt::kTileCols;
           fresh(weights, [&](auto here) __attribute__((always_inline)) { tile<T>(here, at, sum); });
         }
-        fold<T>(sum, rounded.units(p.x, c / 2, 0), scales_of(p.weight, row_tile, c), sums);
+        fold<T>(sum, rounded.units(p.x, c / 2, 0), p.weight, row_tile, c, sums);
       }
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) store_sums(p, row_tile, t, sum_fours(Vectors<kVectors>(sums + t * kSums).v));
@@ -136,13 +147,13 @@ struct Integer {
 
   // The same from a panel of one group, for tokens that take turns: up to where transposing it pays.
   template <int T>
-  __attribute__((noinline)) static void turn(const uint8_t* panel, int64_t tiles, const Made& rounded, const void* x,
-                                             int64_t group, int64_t token, __m512 scales, float* sums) {
+  __attribute__((noinline)) static void turn(const uint8_t* panel, int64_t tiles, const Made& rounded, const Product& p,
+                                             int64_t row_tile, int64_t c, int64_t token, float* sums) {
     Sums<T> sum;
-    begin_sums<T>(rounded, x, group, token, sum);
+    begin_sums<T>(rounded, p.x, c / 2, token, sum);
     Stored stored{panel};
-    for (int64_t i = 0; i < tiles; ++i) tile<T>(stored, rounded.columns(x, group, token) + i * sbt::kTileCols, sum);
-    fold<T>(sum, rounded.units(x, group, token), scales, sums);
+    for (int64_t i = 0; i < tiles; ++i) tile<T>(stored, rounded.columns(p.x, c / 2, token) + i * sbt::kTileCols, sum);
+    fold<T>(sum, rounded.units(p.x, c / 2, token), p.weight, row_tile, c, sums);
   }
   static void turns(const Product& p, int64_t begin, int64_t end, void* scratch) {
     const Made rounded(p.weight, p.tokens);
@@ -163,10 +174,9 @@ struct Integer {
             for (int v = 0; v < 8; ++v) _mm512_store_si512(at + v * 64, _mm512_xor_si512(weights.next(v), flip()));
           }
         }
-        const __m512 scales = scales_of(p.weight, row_tile, c);
         for (int64_t t = 0; t < p.tokens; t += some) {
           known<1, kTurn>(std::min(some, p.tokens - t), [&](auto count) {
-            turn<decltype(count)::value>(panel, width, rounded, p.x, c / 2, t, scales, sums + t * kSums);
+            turn<decltype(count)::value>(panel, width, rounded, p, row_tile, c, t, sums + t * kSums);
           });
         }
       }
