@@ -10,7 +10,7 @@ namespace {
 // `Math` as Panel has it, with 8 vectors of weights per step of 16 columns, each two rows, of which a group is half;
 // but
 //   Value, narrow(mask), whether the words of a tile may be expanded from halves of vectors (values_at), and
-//   two<kHalf>(value, mask, vectors): from two mask words two vectors of weights, where `value` goes on;
+//   two<kNarrow>(value, mask, vectors): from two mask words two vectors of weights, where `value` goes on;
 //   finish(p, row_tile, token, v): stores the 16 sums of one token.
 template <class Math>
 struct Block {

@@ -19,7 +19,7 @@ struct Halves {
   using Places = const Value * [kTiles * sbt::kSteps];
 
   // A group of the rows of a tile. places: of each step, where the values of its second group begin.
-  template <int T, int kSecond, bool kHalf>
+  template <int T, int kSecond, bool kNarrow>
   __attribute__((always_inline)) static inline void tile(const Value* value, const Value** places, const uint32_t* mask,
                                                          const uint16_t* x, int64_t x_stride,
                                                          typename Of::template Sums<T>& sum, Asks& asks) {
@@ -34,7 +34,7 @@ struct Halves {
         const int word = kSecond * Of::kGroup + i;
         asks.word(word, value);
         asks.word(word + 1, value);
-        Math::template two<kHalf>(value, mask + word, w + i);
+        Math::template two<kNarrow>(value, mask + word, w + i);
       }
       if (!kSecond) {
         places[s] = value;

@@ -25,10 +25,10 @@ struct Integer {
   using Sums = __m512i[kVectors][T][kBytes];
 
   // Weights + 128, straight from the expansion and from a panel.
-  template <bool kHalf>
+  template <bool kNarrow>
   struct Fresh {
     explicit Fresh(Expanded& all) : weights(all) { all.apart(); }
-    __m512i next(int v) { return _mm512_xor_si512(weights.template next<kHalf>(v), flip()); }
+    __m512i next(int v) { return _mm512_xor_si512(weights.template next<kNarrow>(v), flip()); }
     Expanded& weights;
   };
   // use(Fresh) of the tile that the weights are at.

@@ -39,12 +39,12 @@ class Expansion {
     asm volatile("" : "+r"(mask_), "+r"(value_), "+r"(to_));
   }
   // The i-th and the next of the words to come.
-  template <bool kHalf>
+  template <bool kNarrow>
   inline void two(int i) {
     ahead_.word(i, value_);
     ahead_.word(i + 1, value_);
     __m512i w[2];
-    Math::template two<kHalf>(value_, mask_ + i, w);
+    Math::template two<kNarrow>(value_, mask_ + i, w);
     _mm512_store_si512(to_ + i * 32, w[0]);
     _mm512_store_si512(to_ + i * 32 + 32, w[1]);
   }
@@ -93,7 +93,7 @@ struct Pipeline {
                 "two blocks of tokens, each half after half, expand as many tiles as they multiply");
 
   // Half of the rows of a tile times T tokens; kWith: beside each step the next words are expanded.
-  template <int T, bool kWith, bool kHalf>
+  template <int T, bool kWith, bool kNarrow>
   __attribute__((always_inline)) static inline void tile(const Element* w, const Element* x, int64_t x_stride,
                                                          Sums<T>& sum, Further& further) {
 #pragma GCC unroll 4
@@ -101,20 +101,20 @@ struct Pipeline {
       __m512i here[Of::kGroup];
 #pragma GCC unroll 8
       for (int g = 0; g < Of::kGroup; ++g) here[g] = Math::weights(w + g * kVector);
-      if (kWith) further.template two<kHalf>(s * kAlong);
+      if (kWith) further.template two<kNarrow>(s * kAlong);
       Of::template step<T>(here, x + s * Math::kStep, x_stride, sum);
     }
     if (kWith) further.end(sbt::kSteps * kAlong);
   }
 
   // Several, while one is expanded.
-  template <int T, bool kHalf>
+  template <int T, bool kNarrow>
   __attribute__((always_inline)) static inline void tiles_along(const Element* w, const Element* x, int64_t x_stride,
                                                                 Sums<T>& sum, Further& further) {
     further.apart();
 #pragma GCC unroll 1
     for (int i = 0; i < kTilesAlong; ++i, w += Of::kTileElements, x += sbt::kTileCols)
-      tile<T, true, kHalf>(w, x, x_stride, sum, further);
+      tile<T, true, kNarrow>(w, x, x_stride, sum, further);
   }
 
   // kWith: while tiles of the next panel are left to be expanded.

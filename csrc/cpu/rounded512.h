@@ -1,9 +1,9 @@
 // How AVX-512 rounds the activations of int8 weights to integers, and what its products of them share.
 //
 // An expansion, Expanded(weight, begin, end, notes), goes once through macro tiles [begin, end); `notes` is its memory.
-// After start(tile), for each in order, next<kHalf>(v) gives the weights of the next two words, 4 rows x 16 columns,
-// where v counts from 0 to 7, twice, and is known to the compiler; kHalf, which may be the faster one, of all words of
-// a tile of which narrow() says so. apart() hides from the compiler what both kinds of tiles have alike: it would do
+// After start(tile), for each in order, next<kNarrow>(v) gives the weights of the next two words, 4 rows x 16 columns,
+// where v counts from 0 to 7, twice, and is known to the compiler; kNarrow, which may be the faster one, of all words
+// of a tile of which narrow() says so. apart() hides from the compiler what both kinds of tiles have alike: it would do
 // that before the branch, and keep it in memory.
 #pragma once
 

@@ -57,12 +57,12 @@ struct PairsOfBfloat16 {
   }
   using Value = uint16_t;
   static bool narrow(const uint32_t* mask) { return narrow_words(mask); }
-  template <bool kHalf>
+  template <bool kNarrow>
   static void two(const uint16_t*& value, const uint32_t* mask, __m512i* w) {
     const Kept kept(mask);
     const TwoMasks masks(mask);
-    w[0] = expanded16<kHalf>(value, masks.of[0]);
-    w[1] = expanded16<kHalf>(value + kept.of[0], masks.of[1]);
+    w[0] = expanded16<kNarrow>(value, masks.of[0]);
+    w[1] = expanded16<kNarrow>(value + kept.of[0], masks.of[1]);
     value += kept.of[0] + kept.of[1];
   }
   static void finish(const Product& p, int64_t row_tile, int64_t token, const float* sums) {
@@ -76,9 +76,9 @@ struct PairsOfBfloat16 {
 struct PairsOfIntegers : PairsOfBfloat16 {
   using Value = uint8_t;
   static bool narrow(const uint32_t* mask) { return NarrowBytes::narrow(mask); }
-  template <bool kHalf>
+  template <bool kNarrow>
   static void two(const uint8_t*& value, const uint32_t* mask, __m512i* w) {
-    const __m512i bytes = expand8<kHalf>(value, mask);
+    const __m512i bytes = expand8<kNarrow>(value, mask);
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
       const __m512bh half = _mm512_cvtne2ps_pbh(quarter(bytes, 2 * i + 1), quarter(bytes, 2 * i));

@@ -65,7 +65,7 @@ class ShuffledBytes {
 
   static constexpr bool narrow() { return false; }
   void apart() {}
-  template <bool kHalf = false>
+  template <bool kNarrow = false>
   __m512i next(int vector) {
     // One half ahead, so that nothing waits for the way through memory.
     if (vector == 0) take();

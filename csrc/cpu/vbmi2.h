@@ -17,10 +17,11 @@ inline __m512i fresh_zeros() {
   return zeros;
 }
 
-// On a Zen 5 an expansion takes both units that shuffle, and the products beside it go to one of them every second time,
-// whatever waits there. So a word takes 1 cycle, what fills its mask register from memory one half, and each product one
-// half more: of 1024 weights 40 + 16 cycles a token as it is here, which is what was measured up to 16 tokens. Loads,
-// two a cycle, are as many: that of a whole vector of values takes both where it crosses a cache line.
+// On a Zen 5 an expansion takes both units that shuffle, and every second product beside it goes to one of them,
+// whatever waits there. So a word takes 1 cycle, what fills its mask register from memory half a one, and each product
+// half a one more: with one load for two masks 1024 weights take 40 cycles and 16 for each token, which fits what up to
+// 6 tokens were measured to take (bench/in_cache.py). Loads, two a cycle, are as many: that of a whole vector of values
+// takes both where it crosses a cache line.
 
 // How many weights two words keep, by one load.
 struct Kept {
@@ -53,11 +54,11 @@ struct TwoMasks {
   }
 };
 
-// What an expansion takes its values from. Half: 32 bytes, which cross a cache line half as often, for a word that
+// What an expansion takes its values from. Narrow: 32 bytes, which cross a cache line half as often, for a word that
 // keeps no more than 16 of 16 bits, or two that keep no more than 32 of 8; what lies behind them is anything.
-template <bool kHalf>
+template <bool kNarrow>
 inline __m512i values_at(const void* value) {
-  if (!kHalf) return _mm512_loadu_si512(value);
+  if (!kNarrow) return _mm512_loadu_si512(value);
 #if defined(__AVX512F__)
   __m512i values;  // by an instruction that knows all registers; the compiler's does not, and copies
   asm("vmovdqu64 %1, %t0" : "=v"(values) : "m"(*static_cast<const uint8_t (*)[32]>(value)));
@@ -69,9 +70,9 @@ inline __m512i values_at(const void* value) {
 
 // The 32 weights of a word, zeros where the mask has none. The load is a whole vector, or half of one: the values end
 // in a readable tail of 64 bytes.
-template <bool kHalf = false>
+template <bool kNarrow = false>
 inline __m512i expanded16(const uint16_t* value, __mmask32 mask) {
-  return _mm512_mask_expand_epi16(fresh_zeros(), mask, values_at<kHalf>(value));
+  return _mm512_mask_expand_epi16(fresh_zeros(), mask, values_at<kNarrow>(value));
 }
 inline __m512i expand16(const uint16_t*& value, uint32_t mask) {
   const __m512i dense = expanded16(value, mask);
@@ -87,11 +88,11 @@ inline __m512i expand32(const uint32_t*& value, uint32_t mask) {
 }
 
 // The 64 weights of two words of int8: 4 rows x 16 columns.
-template <bool kHalf = false>
+template <bool kNarrow = false>
 inline __m512i expand8(const uint8_t*& value, const uint32_t* words) {
   uint64_t mask;
   std::memcpy(&mask, words, 8);
-  const __m512i dense = _mm512_mask_expand_epi8(fresh_zeros(), mask, values_at<kHalf>(value));
+  const __m512i dense = _mm512_mask_expand_epi8(fresh_zeros(), mask, values_at<kNarrow>(value));
   value += __builtin_popcountll(mask);
   return dense;
 }
@@ -122,10 +123,10 @@ class ExpandedBytes {
     asks_.apart();
     asm volatile("" : "+r"(mask_), "+r"(value_));
   }
-  template <bool kHalf = false>
+  template <bool kNarrow = false>
   __m512i next(int vector) {
     asks_.word(2 * vector, value_);
-    const __m512i w = expand8<kHalf>(value_, mask_);
+    const __m512i w = expand8<kNarrow>(value_, mask_);
     mask_ += 2;
     return w;
   }
@@ -144,8 +145,8 @@ using NearBytes = ExpandedBytes<AsksNear<>>;
 // the values in L2.
 constexpr int fused_words(int tokens) { return tokens <= 4 ? 8 : 4; }
 
-// A macro tile times a few tokens straight from the expanded registers; `value` goes on. kHalf: see values_at.
-template <class Math, int T, int Words, int First, bool kHalf, class Asks>
+// A macro tile times a few tokens straight from the expanded registers; `value` goes on. kNarrow: see values_at.
+template <class Math, int T, int Words, int First, bool kNarrow, class Asks>
 __attribute__((always_inline)) inline void fused_tile(const uint32_t* mask, const uint16_t* value, Asks& asks,
                                                       const typename Math::Element* x, int64_t x_stride,
                                                       __m512 (&sum)[Words][T]) {
@@ -168,7 +169,7 @@ __attribute__((always_inline)) inline void fused_tile(const uint32_t* mask, cons
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
         if (First == 0 || Asks::kAgain) asks.word(two + i, value);
-        const auto w = Math::dense(expanded16<kHalf>(value, masks.of[i]));
+        const auto w = Math::dense(expanded16<kNarrow>(value, masks.of[i]));
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) sum[two + i][t] = Math::multiply(w, a[t], sum[two + i][t]);
         value += kept.of[i];
