@@ -232,9 +232,9 @@ def time_linear(
     dense = {str(kind).removeprefix("torch."): _dense(weight.to(kind), x.to(kind), total) for kind in kinds}
     rounds = max(repeats if timer.whole else repeats * len(sparse), LEAST_CALLS)
     reads = {} if reader is None else {READ: reader.calls(packed.nbytes)}
-    medians = _medians(timer, {"": sparse, **dense, **reads}, rounds)
-    best = min(dense, key=medians.__getitem__)
-    bandwidth = packed.nbytes / medians[READ] if reads else bandwidth
+    found = medians(timer, {"": sparse, **dense, **reads}, rounds)
+    best = min(dense, key=found.__getitem__)
+    bandwidth = packed.nbytes / found[READ] if reads else bandwidth
     return Row(
         machine=str(timer.machine),
         threads=timer.threads,
@@ -246,8 +246,8 @@ def time_linear(
         kernel=name,
         calls=rounds * (len(sparse) if timer.whole else 1),
         rotated=len(sparse) * packed.nbytes,
-        seconds=medians[""],
-        dense_seconds=medians[best],
+        seconds=found[""],
+        dense_seconds=found[best],
         dense_dtype=best,
         nbytes=packed.nbytes,
         dense_nbytes=weight.numel() * getattr(torch, best).itemsize,
@@ -256,7 +256,7 @@ def time_linear(
     )
 
 
-def _medians(timer: Clock, calls: dict[str, list[Call]], rounds: int) -> dict[str, float]:
+def medians(timer: Clock, calls: dict[str, list[Call]], rounds: int) -> dict[str, float]:
     """Seconds of each kind of calls, made by turns."""
     with torch.inference_mode():
         found = list(itertools.islice(timer.rounds(calls), rounds))

@@ -1,8 +1,6 @@
 """What benchmarks of calls on a CPU share that go round copies in distinct memory: options, facts, medians by turns."""
 
 import argparse
-import itertools
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,4 @@ def here() -> dict[str, Any]:
 def medians(calls: dict[str, list[timing.Call]], rounds: int) -> dict[str, float]:
     """Seconds of each kind, whose calls are one for every copy, so many times round them."""
     copies = max(map(len, calls.values()))
-    with torch.inference_mode():
-        found = list(itertools.islice(timing.CpuClock().rounds(calls), max(rounds * copies, timing.LEAST_CALLS)))
-    return {name: statistics.median(one[name] for one in found) for name in calls}
+    return timing.medians(timing.CpuClock(), calls, max(rounds * copies, timing.LEAST_CALLS))
