@@ -35,6 +35,8 @@ MOST_TOKENS = {
 # Densities up to which zeros are skipped.
 SKIP = {"avx512bf16": 0.55, "avx512": 0.4, "avx512vnni": 0.4, "avx512bw": 0.4}
 ISA_FLAGS = {"avx2", "avx512f"}  # of CPUs for which `fast_in_torch` knows the answer
+# Limits of oneDNN, which multiplies 16-bit floats for torch, that leave it no instructions for them.
+SLOW_LIMITS = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"}
 
 
 def missing(isa: str) -> str | None:
@@ -131,6 +133,8 @@ def fast_in_torch(dtype: torch.dtype) -> bool:
         return True
     if dtype == torch.float32:
         return hardware.maker() != "AuthenticAMD"
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in SLOW_LIMITS:
+        return False
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     return f"avx512_{name}" in sets or f"amx_{name}" in sets
 

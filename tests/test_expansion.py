@@ -71,3 +71,13 @@ def test_what_is_fast_in_torch(
     cpu.fast_in_torch.cache_clear()
     assert [dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if cpu.fast_in_torch(dtype)] == fast
     cpu.fast_in_torch.cache_clear()
+
+
+def test_what_onednn_is_held_to_is_not_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A benchmark held to AVX2 chooses as a CPU that has no more: bfloat16 is not expanded for a slow product."""
+    monkeypatch.setattr(hardware, "instruction_sets", lambda: ["avx2", "avx512f", "avx512_bf16"])
+    for limit, fast in (("AVX2", False), ("avx512_core_vnni", False), ("AVX512_CORE_BF16", True), ("DEFAULT", True)):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        cpu.fast_in_torch.cache_clear()
+        assert cpu.fast_in_torch(torch.bfloat16) == fast
+    cpu.fast_in_torch.cache_clear()

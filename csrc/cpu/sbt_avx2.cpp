@@ -96,8 +96,8 @@ struct Sparse {
 using Many = nonzeros::Nonzeros<Sparse>;
 
 // Up to so many tokens the product straight from registers is the fastest, of integers up to so many: as measured on a
-// Zen 5. With 4 of bfloat16 the panel takes 1.6 times as long, with 8 as long.
-constexpr int kMostFused = 8;
+// Zen 5. With 7 of bfloat16 the panel takes 1.2 times as long, with 8 less.
+constexpr int kMostFused = 7;
 constexpr int64_t kMostFusedIntegers = 3;
 
 // In cycles per 8 weights, as measured on a Zen 5: a panel costs 3 and 0.55 per token, of integers 1.6 and 0.33.
