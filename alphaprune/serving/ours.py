@@ -22,24 +22,12 @@ from alphaprune.files import first_line
 from alphaprune.graphs import BUCKETS, Recorder, Steps, fetch
 from alphaprune.ragged import Ragged
 from alphaprune.sampling import NOT_FINITE, Kind, sound
-from alphaprune.serving.jobs import Job
+from alphaprune.serving.jobs import Job, Output
 from alphaprune.serving.kv import KV
 from alphaprune.serving.shortage import BATCH_TOKENS, fewer
 
 IDLE_SECONDS = 5
 NO_TOKEN = -1  # where scores are not finite
-
-
-@dataclass
-class Output:
-    """What a request has so far; error: one sentence if it failed."""
-
-    generated_tokens: list[int]
-    finished: bool = False
-    error: str | None = None
-
-    def is_finished(self) -> bool:
-        return self.finished
 
 
 @dataclass(eq=False)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alphaprune.sampling import Sampling
+from alphaprune.sampling import Sampling, sound
 
 LARGEST_SEED = 2**63 - 1
 
@@ -54,6 +54,7 @@ class Sampler:
     """What transformers' batching takes for its list of logits processors: each request has its own `Sampling`.
 
     Its own list knows one temperature for all requests, that of the first. The batch is sampled greedily afterwards.
+    `broken` says for which requests of the last step scores were not finite, and how many tokens they had before.
     """
 
     do_processing = True
@@ -61,6 +62,7 @@ class Sampler:
 
     def __init__(self) -> None:
         self._states: list[Any] = []
+        self._sound: Tensor | None = None  # bool [states]
 
     def check_kwargs(self, keywords: dict[str, Any]) -> None: ...
 
@@ -72,11 +74,21 @@ class Sampler:
 
     def __call__(self, tokens: Tensor, scores: Tensor, arguments: Tensor) -> Tensor:
         """scores [rows, vocabulary]; the first rows belong to the requests that get a token in this step, in order."""
+        self._sound = sound(scores[: len(self._states)])
         for row, state in enumerate(self._states):
             sampling = state.logit_processor_kwargs["sampling"]
             if not sampling.plain:
-                # A request that lost its cache starts anew with what it had generated as part of its prompt.
-                length = state._true_initial_tokens or len(state.initial_tokens)
-                new = state.initial_tokens[length:] + state.generated_tokens
-                scores[row] = adjust(scores[row], sampling, state.initial_tokens[:length], new)
+                scores[row] = adjust(scores[row], sampling, *_prompt_and_new(state))
         return scores
+
+    def broken(self) -> dict[str, int]:
+        if self._sound is None:
+            return {}
+        rows = zip(self._states, self._sound.tolist(), strict=True)
+        return {state.request_id: len(_prompt_and_new(state)[1]) for state, fine in rows if not fine}
+
+
+def _prompt_and_new(state: Any) -> tuple[list[int], list[int]]:
+    """A request that lost its cache starts anew with what it had generated as part of its prompt."""
+    length = state._true_initial_tokens or len(state.initial_tokens)
+    return state.initial_tokens[:length], state.initial_tokens[length:] + state.generated_tokens

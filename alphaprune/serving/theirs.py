@@ -16,9 +16,9 @@ from transformers import AttentionInterface, ContinuousBatchingConfig, Generatio
 from transformers.generation.continuous_batching.cache import group_layers_by_attn_type
 
 from alphaprune import memory
-from alphaprune.sampling import Sampling
+from alphaprune.sampling import NOT_FINITE, Sampling
 from alphaprune.serving import attention
-from alphaprune.serving.jobs import Job
+from alphaprune.serving.jobs import Job, Output
 from alphaprune.serving.kv import KV
 from alphaprune.serving.sampling import Sampler
 from alphaprune.serving.shortage import BATCH_TOKENS, fewer
@@ -43,6 +43,8 @@ class Theirs:
             **QUIET_SETTINGS,
         )
         self._cb: Any = None
+        self._sampler = Sampler()
+        self._broken: dict[str, int] = {}  # requests whose scores were not finite, after how many tokens
 
     def start(self) -> None:
         """Starts the thread and generates a token; ValueError if it cannot."""
@@ -52,7 +54,7 @@ class Theirs:
             raise ValueError(self._refusal("it leaves the cap on attention scores out, attn_logit_softcapping"))
         with torch.inference_mode():
             self._cb = self.model.init_continuous_batching(alone, self._batching)
-            self._cb.logit_processor = Sampler()
+            self._cb.logit_processor = self._sampler
             self._cb._generation_step = self._step
             if set(group_layers_by_attn_type(config)) == {"full_attention"}:
                 AttentionInterface.register(attention.NAME, attention.Paged())
@@ -99,7 +101,7 @@ class Theirs:
     def submit(self, job: Job) -> bool:
         """Queues a request, in its event loop; False if generation has stopped."""
         # Before the request, not after it: a request of one token may be done by then.
-        self._cb.register_result_handler(job.id, job.take)
+        self._cb.register_result_handler(job.id, lambda output: job.take(self._checked(job.id, output)))
         taken = self._cb.add_request(
             job.prompt,
             request_id=job.id,
@@ -110,7 +112,15 @@ class Theirs:
         )
         return taken is not None
 
+    def _checked(self, request_id: str, output: Any) -> Any:
+        """What is handed to a request: no token whose scores meant nothing, or that came after one."""
+        whole = self._broken.get(request_id)
+        if whole is None or len(output.generated_tokens) <= whole:
+            return output
+        return Output(output.generated_tokens[:whole], error=NOT_FINITE)
+
     def forget(self, request_id: str) -> None:
+        self._broken.pop(request_id, None)
         with self._cb.output_router._lock:  # cancelled requests are never finished, so it would keep their handlers
             self._cb.output_router.result_handlers.pop(request_id, None)
         self._cb.cancel_request(request_id)
@@ -127,6 +137,9 @@ class Theirs:
             made.retrieve_device_outputs()  # waits until the device has done the part that it was given
         else:
             answering = sum(one.has_new_token for one in made.requests_in_batch)
+            for request_id, tokens in self._sampler.broken().items():
+                if request_id in self._cb.output_router.result_handlers:  # it may have been cancelled
+                    self._broken.setdefault(request_id, tokens)
         if not scheduler.waiting_requests and not any(
             s.remaining_prefill_tokens for s in scheduler.active_requests.values()
         ):
