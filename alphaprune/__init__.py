@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # the names below, for those who read types
     from alphaprune.checkpoint import save as save
     from alphaprune.compressions import CompressionPlan as CompressionPlan
     from alphaprune.compressions import compress as compress
+    from alphaprune.head import round_head as round_head
     from alphaprune.hf import AlphaPruneConfig as AlphaPruneConfig
     from alphaprune.hf import load as load
     from alphaprune.layer import SparseLinear as SparseLinear
@@ -46,6 +47,7 @@ _PUBLIC = {
     "save": "checkpoint",
     "load": "hf",
     "round_activations": "layer",
+    "round_head": "head",
     "huge_pages": "pages",
     "AlphaPruneConfig": "hf",
     "TextGeneration": "textgen",

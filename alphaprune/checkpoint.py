@@ -3,14 +3,15 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from alphaprune import formats, ranks, shapes, shards
-from alphaprune.formats import PACKED_SUFFIXES, Packed
+from alphaprune import formats, head, ranks, shapes, shards
+from alphaprune.formats import PACKED_SUFFIXES, Packed, quantize
 from alphaprune.formats.quantize import Error
 from alphaprune.layer import SparseLinear, pack_weight, worth_packing
 from alphaprune.model import Block, LiveSource, Source
@@ -21,26 +22,58 @@ SETTINGS = {"quant_method": "alphaprune", "format": "sbt", "format_version": for
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "tokenizer*")
 
 
+@dataclass(frozen=True)
+class Storage:
+    """How a directory holds its layers.
+
+    packed: SBT where it is smaller than dense; otherwise everything dense, with its zeros.
+    values, group: as SparseLinear.from_linear has them; what each layer loses is remembered in the recipe.
+    rounded_head: whether the output layer gets int8 values, too, see head.py; one that has them keeps them, if packed.
+    """
+
+    packed: bool = True
+    values: str | None = None
+    group: int | None = None
+    rounded_head: bool = False
+
+    @property
+    def of_blocks(self) -> tuple[str | None, int | None]:
+        """Values and group of the layers inside the blocks."""
+        return self.values, self.group if self.values else None
+
+    def check(self) -> None:
+        """ValueError if these do not go together."""
+        quantize.check(self.values or ("int8" if self.rounded_head else None), self.group)
+        if not self.packed and (self.values is not None or self.rounded_head):
+            raise ValueError("int8 values are a way to pack weights: leave them out where everything becomes dense")
+
+    def identity(self) -> dict[str, Any]:
+        """What it makes a run be known by, and recipes say of it."""
+        made = {"format": "sbt" if self.packed else "dense", "values": self.values, "group": self.group}
+        return made | ({"head": "int8"} if self.rounded_head else {})
+
+
+PACKED = Storage()
+
+
 def write_pruned(
     source: Source,
     out: "str | Path",
     identity: dict[str, Any],
     recipe: dict[str, Any],
     prune: Callable[[Restore, Finish], Iterator[PrunedBlock]],
-    packed: bool = True,
-    values: str | None = None,
-    group: int | None = None,
+    storage: Storage = PACKED,
     again: bool = False,
+    stored: Callable[[str], Packed | None] | None = None,
 ) -> Written:
     """Writes the directory OUT from the blocks that `prune` yields; continues an interrupted run of the same identity.
 
     prune: given `restore` and `finish` (see pruning.prune_blocks), yields finished blocks.
-    packed: SBT where it is smaller than dense; otherwise everything dense, with its zeros.
-    values, group: as SparseLinear.from_linear has them; what each layer loses is remembered in the recipe.
     again: `prune` adds to the recipe, so it is asked even where all its blocks are there and only the name is missing.
+    stored: of a layer that is not changed what is written of it; where it gives None, the layer is packed.
     Of several processes (ranks.py) the first one reads and writes OUT, and the others need not see it.
     """
-    blocks, identity = source.block_count(), identified(identity, source.stamps())
+    blocks, identity, values = source.block_count(), identified(identity, source.stamps()), storage.values
     writer = Writer(out, identity, blocks, source.family.stored_name) if ranks.world().leads else None
     found = None if writer is None else (writer.stage, [index for index in range(blocks) if writer.has(index)])
     stage, there = ranks.share(found)
@@ -50,22 +83,25 @@ def write_pruned(
     def restore(block: Block) -> "dict[str, Tensor] | None":
         if block.index not in there:
             return None
-        masks = {}
-        if writer is not None:
-            masks = restore_block(block, writer.work / writer.file(block.index), writer.stored_name)
-        return share_block(block, masks)
+        if writer is None:
+            return share_block(block, {})
+        return share_block(block, restore_block(block, writer.work / writer.file(block.index), writer.stored_name))
 
     def finish(block: Block, masks: dict[str, Tensor]) -> None:
         made.clear()
         errors.clear()
-        for name, mask in masks.items() if packed and (writer is not None or values is not None) else ():
+        for name, mask in masks.items() if storage.packed and (writer is not None or values is not None) else ():
             layer = block.linears[name]
-            if worth_packing(layer.weight, mask, values, group):
-                made[name], error = pack_weight(layer.weight.detach(), mask, values, group)
+            if stored is not None and (as_it_is := stored(name)) is not None:
+                made[name] = as_it_is
+            elif worth_packing(layer.weight, mask, *storage.of_blocks):
+                made[name], error = pack_weight(layer.weight.detach(), mask, *storage.of_blocks)
                 if error is not None:
                     errors[name] = error
                     put_back(layer, made[name])
 
+    if storage.rounded_head and writer is not None:  # first, as NaN in it would be found too late
+        _write_outside(writer, source, storage)
     asked = stage == "blocks" or (again and stage == "finishing")
     for pruned in prune(restore, finish) if asked else ():
         if writer is not None and not pruned.restored:
@@ -73,14 +109,20 @@ def write_pruned(
             writer.write(pruned.block.index, block_tensors(pruned.block, made), errors)
     if writer is None:
         return ranks.share(None)
-    if not writer.has(blocks):
-        writer.write(blocks, dict(source.outside_tensors()))
+    _write_outside(writer, source, storage)
     source.check_unchanged()
     written = _summary(writer, source)
     if stage != "finished":
-        config = output_config(source, packed, values if writer.errors else None)
-        writer.finish(config, recipe | writer.losses(), lambda folder: copy_companions(source, folder))
+        config, made_how = _config(writer, source, storage.packed), recipe | writer.losses()
+        writer.finish(config, made_how, lambda folder: copy_companions(source, folder))
     return ranks.share(written)
+
+
+def _write_outside(writer: Writer, source: Source, storage: Storage) -> None:
+    """Stores what is outside of the blocks, unless it is there."""
+    if not writer.has(source.block_count()):
+        found = head.outside_tensors(source, storage.packed, storage.rounded_head, storage.group)
+        writer.write(source.block_count(), *found)
 
 
 def share_block(block: Block, masks: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -152,7 +194,7 @@ def save(model: nn.Module, path: "str | Path", tokenizer: Any = None) -> Written
         state |= {f"{name}.{suffix}": tensor for suffix, tensor in packed.tensors.items()}
     for index, (child, _) in enumerate(model.get_submodule(prefix).named_children()):
         writer.write(index, {n: t for n, t in state.items() if n.startswith(f"{prefix}.{child}.")})
-    writer.write(source.block_count(), dict(source.outside_tensors()))
+    writer.write(source.block_count(), dict(source.outside_tensors(packed=True)))
     sparse = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
     writer.errors |= {n: m.quantization_error for n, m in sparse.items() if m.quantization_error is not None}
     written = _summary(writer, source)
@@ -165,8 +207,7 @@ def save(model: nn.Module, path: "str | Path", tokenizer: Any = None) -> Written
         elif source.name and Path(source.name).is_dir():
             copy_companions(source, folder)
 
-    values = "int8" if any(module.weight_scale is not None for module in sparse.values()) else None
-    config = output_config(source, bool(sparse) or bool(expanded), values)
+    config = _config(writer, source, bool(sparse) or bool(expanded))
     config["dtype"] = shards.dtype_name(next(model.parameters()).dtype)  # a model that was cast since it was loaded
     writer.finish(config, {"saved_from": source.name} | writer.losses(), companions)
     return written
@@ -198,6 +239,13 @@ def copy_companions(source: Source, folder: Path) -> None:
         for file in sorted(origin.glob(pattern)):
             if file.name not in ("config.json", shards.INDEX, RECIPE) and file.is_file():
                 shutil.copyfile(file, folder / file.name)
+
+
+def _config(writer: Writer, source: Source, packed: bool) -> dict[str, Any]:
+    """config.json of what was written."""
+    *blocks, outside = [writer.done[writer.file(index)] for index in range(source.block_count() + 1)]
+    rounded = any(name.endswith(f".{PACKED_SUFFIXES[3]}") for names in blocks for name in names)
+    return head.described(output_config(source, packed, "int8" if rounded else None), source, outside)
 
 
 def _summary(writer: Writer, source: Source) -> Written:

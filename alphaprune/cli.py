@@ -113,7 +113,8 @@ def _prune_command(sub) -> None:
     )
     prune.add_argument("--device", help="where blocks are calibrated and pruned: cpu, cuda or cuda:N")
     prune.add_argument("--values", choices=("int8",), help="round kept weights to 8 bits; without it they keep theirs")
-    prune.add_argument("--group", type=int, choices=(128,), help="with --values int8: a scale per so many columns")
+    prune.add_argument("--group", type=int, choices=(128,), help="of int8 values: a scale per so many columns")
+    prune.add_argument("--head", choices=("int8",), help="round the output layer to 8 bits, too; it is not pruned")
     prune.add_argument("--format", choices=("sbt", "dense"), default="sbt", help="packed, or dense with zeros")
     prune.add_argument("--json", action="store_true")
 
@@ -255,7 +256,8 @@ def _convert_command(sub) -> None:
     convert.add_argument("new", metavar="NEW", help="folder that does not exist yet; of a plan a YAML or JSON file")
     convert.add_argument("--format", choices=("sbt", "dense"), help="packed (default), or dense with zeros")
     convert.add_argument("--values", choices=("int8",), help="round kept weights to 8 bits; else they keep theirs")
-    convert.add_argument("--group", type=int, choices=(128,), help="with --values int8: a scale per so many columns")
+    convert.add_argument("--group", type=int, choices=(128,), help="of int8 values: a scale per so many columns")
+    convert.add_argument("--head", choices=("int8",), help="round the output layer to 8 bits, too")
     convert.add_argument(
         "--negative-zeros", choices=("keep", "drop"), help="whether -0 in dense layers is kept bit by bit (default)"
     )

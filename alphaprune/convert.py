@@ -11,9 +11,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from alphaprune import __version__, checkpoint, hf, stored, unfinished
+from alphaprune import __version__, checkpoint, head, hf, stored, unfinished
 from alphaprune import model as models
-from alphaprune.formats import quantize
+from alphaprune.checkpoint import Storage
 from alphaprune.layer import worth_packing
 from alphaprune.pruning import Finish, PrunedBlock, Restore
 from alphaprune.shards import checkpoint_files, read_header
@@ -116,42 +116,41 @@ def convert(
     group: int | None = None,
     negative_zeros: bool = True,
     progress: Callable[[str], None] | None = None,
+    rounded_head: bool = False,
 ) -> Converted:
     """Writes NEW from the checkpoint OLD, a folder or hub id; an interrupted run goes on where it was.
 
-    packed: SBT where that is smaller; otherwise everything dense, with its zeros. values, group: as
-    SparseLinear.from_linear has them. negative_zeros: -0 in a dense layer is a weight like any other, so that every bit
-    comes back; otherwise, and as int8, it is dropped as +0 is.
+    packed, values, group, rounded_head: as `checkpoint.Storage` has them. negative_zeros: -0 in a dense layer is a
+    weight like any other, so that every bit comes back; otherwise, and as int8, it is dropped as +0 is.
     ValueError in one sentence if OLD cannot be read, NEW exists, nothing would change, or int8 is asked of NaN; nothing
     is left of NEW then.
     """
-    quantize.check(values, group)
-    if values is not None and not packed:
-        raise ValueError(f"values {values} is a way to pack weights: leave it out where everything becomes dense")
+    storage = Storage(packed, values, group, rounded_head)
+    storage.check()
     unfinished.check_free(Path(new))
     source = old if isinstance(old, StoredSource) else open_stored(old)
     layouts = Counter(source.shards.layout(name) for name in source.layers())
-    _check_change(source, layouts, packed, values)
-    if packed:
-        _check_gain(source, _Masks(source, negative_zeros, values), values, group)
-    masks = _Masks(source, negative_zeros, values)
+    _check_change(source, layouts, storage)
+    if storage.packed and not storage.rounded_head:
+        _check_gain(source, _Masks(source, negative_zeros, storage.values), storage)
+    masks = _Masks(source, negative_zeros, storage.values)
 
     def run(restore: Restore, finish: Finish) -> Iterator[PrunedBlock]:
         for block in source.blocks():
             kept = restore(block)
             restored = kept is not None
             if not restored:
-                kept = masks.of(block) if packed else {}
+                kept = masks.of(block) if storage.packed else {}
                 finish(block, kept)
             if progress is not None:
                 progress(block.name)
             yield PrunedBlock(block, kept, restored)
 
-    identity = {"checkpoint": source.fingerprint(), "format": "sbt" if packed else "dense", "values": values}
-    identity |= {"group": group, "negative_zeros": negative_zeros}
+    identity = {"checkpoint": source.fingerprint(), "negative_zeros": negative_zeros, **storage.identity()}
     recipe = {"alphaprune": __version__, "converted_from": source.name, "layouts": dict(layouts), **identity}
     with unfinished.nothing_left(new):
-        written = checkpoint.write_pruned(source, new, identity, recipe, run, packed, values, group)
+        kept = source.shards.packed_layer if values is None else None
+        written = checkpoint.write_pruned(source, new, identity, recipe, run, storage, stored=kept)
     return Converted(written, dict(layouts), masks.count)
 
 
@@ -160,22 +159,25 @@ def open_stored(old: "str | Path", progress: Callable[[str], None] | None = None
     return StoredSource(models.resolve(old), progress)
 
 
-def _check_change(source: StoredSource, layouts: Counter, packed: bool, values: str | None) -> None:
+def _check_change(source: StoredSource, layouts: Counter, storage: Storage) -> None:
     """ValueError if NEW would be what OLD is, or would round a second time."""
-    if not packed and set(layouts) == {"dense"}:
+    whole = head.name_of(source.skeleton) or ""
+    if storage.rounded_head and source.shards.is_rounded(whole):
+        raise ValueError(f"{source.name}: the values of its output layer {whole} are int8 already")
+    if not storage.packed and {*layouts, source.shards.layout(whole)} == {"dense"}:
         raise ValueError(f"{source.name}: dense already; leave out --format dense to pack it")
-    if packed and set(layouts) <= {"sbt", "dense"} and layouts["sbt"]:
-        if values is None:
+    if storage.packed and set(layouts) <= {"sbt", "dense"} and layouts["sbt"]:
+        if storage.values is None and not storage.rounded_head:
             raise ValueError(f"{source.name}: packed already; give --format dense to expand it, or --values int8")
-        if any(source.shards.is_rounded(name) for name in source.layers()):
+        if storage.values is not None and any(source.shards.is_rounded(name) for name in source.layers()):
             raise ValueError(f"{source.name}: its values are int8 already")
 
 
-def _check_gain(source: StoredSource, masks: _Masks, values: str | None, group: int | None) -> None:
+def _check_gain(source: StoredSource, masks: _Masks, storage: Storage) -> None:
     """ValueError unless one layer at least gets smaller; reads no further than to the first that does."""
     for block in source.blocks():
         kept = masks.of(block)
-        if any(worth_packing(layer.weight, kept[name], values, group) for name, layer in block.linears.items()):
+        if any(worth_packing(layer.weight, kept[name], *storage.of_blocks) for name, layer in block.linears.items()):
             return
     remedy = "give --negative-zeros drop" if masks.count else "prune it first, or ask for --values int8"
     if source.shards.bitmasks:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from alphaprune import formats, generate, pages, stepping, timing
 from alphaprune import model as models
 from alphaprune.decoder import Decoder
+from alphaprune.head import round_head
 from alphaprune.layer import SparseLinear
 from alphaprune.memory import free as free_memory
 from alphaprune.pattern import Pattern
@@ -28,6 +29,10 @@ _LLAMA3 = {
     **{"vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 8192},
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }
+_LLAMA3_1B = {
+    **{"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64},
+    "tie_word_embeddings": True,
+}
 _MISTRAL = {
     **{"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 32768},
     "sliding_window": 4096,
@@ -43,6 +48,7 @@ _SMALL = {
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2-7b": ("llama", _LLAMA2),
     "llama3-8b": ("llama", {**_LLAMA2, **_LLAMA3}),
+    "llama3.2-1b": ("llama", {**_LLAMA2, **_LLAMA3, **_LLAMA3_1B}),
     "mistral-7b": ("mistral", {**_LLAMA2, **_MISTRAL}),
     "tinyllama-1.1b": ("llama", {**_LLAMA2, **_TINYLLAMA}),
     "small": ("llama", _SMALL),  # for trying things out: 100 M weights
@@ -81,12 +87,13 @@ def random_model(
     pattern: Pattern = UNSTRUCTURED,
     device: str = "cpu",
     activations: torch.dtype | None = None,
+    rounded_head: bool = False,
 ) -> nn.Module:
     """A model in the shapes of `name`: blocks dense in `dtype`, or with a `sparsity` packed with `values`.
 
     Layers of one shape are copies of one another in distinct memory, so that a step reads all of them.
-    pattern: of the packed weights; activations: as `Packed` has it. ValueError naming the bytes if they do not fit into
-    the memory of the device.
+    pattern: of the packed weights; activations: as `Packed` has it. rounded_head: gives the output layer int8 values.
+    ValueError naming the bytes if they do not fit into the memory of the device.
     """
     config = config_of(name)
     needed, free = nbytes(config, sparsity, dtype, values), memory(device)
@@ -117,6 +124,8 @@ def random_model(
                 if len(shape) > 1:
                     value.normal_(0, DEVIATION, generator=generator)
                 setattr(module, key, nn.Parameter(value, requires_grad=False))
+    if rounded_head:
+        round_head(model)
     return pages.huge_pages(model.to(device))
 
 

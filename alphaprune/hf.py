@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import __version__ as transformers_version
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from alphaprune import bitmask, devices, families, formats, hf_parallel, memory, pages, shapes
+from alphaprune import bitmask, devices, families, hf_parallel, memory, pages, shapes
 from alphaprune.experts import FUSED, separate
 from alphaprune.files import first_line
-from alphaprune.formats import quantize
+from alphaprune.head import round_head
+from alphaprune.hf_config import AlphaPruneConfig
 from alphaprune.kernels import base
 from alphaprune.layer import (
     SparseLinear,
@@ -37,58 +37,6 @@ from alphaprune.stored import check_entries, check_generation, check_version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@register_quantization_config("alphaprune")
-class AlphaPruneConfig(QuantizationConfigMixin):
-    """`quantization_config` of a packed directory: {"quant_method": "alphaprune", "format": "sbt", …}.
-
-    Given to `from_pretrained` with a dense directory, it packs the linear layers of the decoder blocks while they are
-    loaded, where that is smaller.
-    values: "int8" where layers are rounded; of a packed directory it informs, the tensors say for themselves what they
-    hold. group: 128, or None for one scale per row. modules_to_not_convert: names of layers to leave dense, or patterns
-    as transformers has them. kv_heads, channels, ranks: of a directory whose blocks have other sizes than its config
-    says, see shapes.py; format "dense" where nothing but these is ours. ValueError on a setting that it does not know,
-    or of a wrong type.
-    """
-
-    values: str | None = None
-    group: int | None = None
-    modules_to_not_convert: list[str] | None = None
-    kv_heads: list[int] | None = None
-    channels: list[int] | None = None
-    ranks: dict[str, int] | None = None
-
-    def __init__(
-        self,
-        format: str = "sbt",  # noqa: A002
-        format_version: int = formats.VERSION,
-        values: str | None = None,
-        group: int | None = None,
-        modules_to_not_convert: list[str] | None = None,
-        kv_heads: list[int] | None = None,
-        channels: list[int] | None = None,
-        ranks: dict[str, int] | None = None,
-        quant_method: str = "alphaprune",
-        **unknown: Any,
-    ) -> None:
-        self.quant_method = "alphaprune"  # type: ignore[assignment]  # the enum of transformers names its own only
-        self.format = format
-        self.format_version = format_version
-        given: dict[str, Any] = {"values": values, "group": group, "modules_to_not_convert": modules_to_not_convert}
-        given |= {"kv_heads": kv_heads, "channels": channels, "ranks": ranks}
-        vars(self).update({name: value for name, value in given.items() if value is not None})
-        if type(format_version) is not int or format_version < 1:
-            raise ValueError(f"quantization_config: format_version {format_version!r}: wanted a whole number from 1")
-        if format_version > formats.VERSION:
-            return  # its settings are not known here; `validate_environment` says so
-        if unknown:
-            known = ", ".join(("format", "format_version", *given))
-            raise ValueError(f"quantization_config: no setting is called {', '.join(unknown)}; there are: {known}")
-        quantize.check(values, group)
-        names = modules_to_not_convert
-        if names is not None and not (isinstance(names, list | tuple) and all(isinstance(n, str) for n in names)):
-            raise ValueError(f"quantization_config: modules_to_not_convert {names!r}: wanted a list of layer names")
 
 
 class PackWeight(ConversionOps):
@@ -223,6 +171,8 @@ class AlphaPruneQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         if self.refused:
             raise ValueError(self.refused[0])
+        if not self.pre_quantized and self.quantization_config.head is not None:
+            round_head(model, self.quantization_config.group)
         if not self.pre_quantized and not any(isinstance(module, SparseLinear) for module in model.modules()):
             base.log.warning("no layer has enough zeros to be smaller packed: all stay dense; prune the model first")
         return model

@@ -12,6 +12,7 @@ from alphaprune import model as models
 from alphaprune.console import size
 from alphaprune.experts import named_shards
 from alphaprune.formats import PACKED_SUFFIXES, Packed
+from alphaprune.head import name_of
 from alphaprune.kernels import base, cuda, predicted, spmm, table
 from alphaprune.kernels.table import DENSE
 from alphaprune.layer import check_activations
@@ -29,6 +30,7 @@ def describe_model(
 ) -> dict[str, Any]:
     """Per prunable layer: shape, how it is stored, sparsity, bytes, kernel for so many tokens and why; and totals.
 
+    head: the same of the output layer, which is in no total; None where it is the matrix of embeddings.
     seconds: of one call with the kernel, dense_seconds: of the dense layer, as the time table predicts them; None
     without one. device: that the layers are to run on. activations: "int8" where kernels may round x beside int8
     values, as `round_activations` allows it.
@@ -44,20 +46,25 @@ def describe_model(
     hf.check_config(config)
     family = models.find_family(config, str(folder))
     prefix, shards = family.blocks, named_shards(folder, family)
-    names, layers = set(shards.names()), []
+    names = set(shards.names())
     plain = getattr(config, "dtype", None) or torch.float32  # of int8 layers when they were dense
     skeleton = models.make_skeleton(config)
-    models.check_shapes(Stored(shards, skeleton, plain), skeleton, prefix, str(folder))
+    stored = Stored(shards, skeleton, plain)
+    models.check_shapes(stored, skeleton, prefix, str(folder))
     linears = models.prunable(skeleton, prefix)
-    check_activations(activations, any(f"{name}.{PACKED_SUFFIXES[3]}" in names for name in linears))
-    for name, linear in linears.items():
-        packed = f"{name}.weight_mask" in names
-        if packed:
-            layers.append(_packed_layer(name, shards, linear, plain, tokens, where, activations))
-        else:
-            layers.append(_dense_layer(name, shards, tokens, where))
+    whole = name_of(skeleton)
+    check_activations(activations, any(f"{name}.{PACKED_SUFFIXES[3]}" in names for name in (*linears, whole)))
+
+    def describe(name: str, linear: torch.nn.Linear) -> dict[str, Any]:
+        if f"{name}.weight_mask" in names:
+            return _packed_layer(name, shards, linear, plain, tokens, where, activations)
+        return _dense_layer(name, shards, tokens, where)
+
+    layers = [describe(name, linear) for name, linear in linears.items()]
+    own = whole is not None and f"{whole}.weight" in names
+    above = describe(whole, skeleton.get_submodule(whole)) if own else None
     inside = sum(row["weights"] for row in layers)
-    outside = sum(torch.Size(shards.shape(n)).numel() for n in names if not n.startswith(prefix + "."))
+    everything = sum(torch.Size(stored.shape(name)).numel() for name in stored.names())
     zeros = sum(row["zeros"] for row in layers)
     return {
         "model": str(folder),
@@ -67,9 +74,10 @@ def describe_model(
         "activations": activations,
         "times": _source(where),
         "layers": layers,
+        "head": above,
         "prunable_weights": inside,
         "sparsity": zeros / inside,
-        "whole_model_sparsity": zeros / (inside + outside),
+        "whole_model_sparsity": zeros / everything,
         "linears_bytes": sum(row["bytes"] for row in layers),
         "linears_dense_bytes": sum(row["dense_bytes"] for row in layers),
         "file_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
@@ -173,12 +181,13 @@ def model_summary(found: dict[str, Any]) -> str:
     """Totals in words, and what the predicted seconds are from."""
     summed = [sum(row[name] or 0 for row in found["layers"]) for name in ("seconds", "dense_seconds")]
     predicted = f", predicted {summed[0]:.1e} s in all, {summed[1]:.1e} s dense" if summed[0] else ""
-    asked = found.get("activations")  # files of earlier releases have none
+    asked, head = found.get("activations"), found.get("head")  # files of earlier releases have none
+    beside = f", {head['name']} {head['stored']} {head['bytes']:,} of {head['dense_bytes']:,} bytes" if head else ""
     rounded = f", x in {asked} where kernels can" if asked else ""
     return (
         f"{found['model']}: {found['model_type']}, {found['prunable_weights']:,} prunable weights, "
         f"sparsity {found['sparsity']:.4f} ({found['whole_model_sparsity']:.4f} of the whole model), "
-        f"linears {found['linears_bytes']:,} of {found['linears_dense_bytes']:,} bytes, "
+        f"linears {found['linears_bytes']:,} of {found['linears_dense_bytes']:,} bytes{beside}, "
         f"files {found['file_bytes']:,} bytes\n"
         f"{found['tokens']} tokens on {found['device']}{rounded}{predicted}; times: {found['times']}"
     )

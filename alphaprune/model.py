@@ -76,8 +76,8 @@ class Source(ABC):
         return f"{self.prefix}.{index}"
 
     @abstractmethod
-    def outside_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and values of all that is stored outside the blocks: embeddings, final norm, untied head."""
+    def outside_tensors(self, packed: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Name and values of all outside the blocks: embeddings, final norm, untied head, as in files if packed."""
 
     def check_unchanged(self) -> None:  # noqa: B027 - a live model has no files
         """ValueError if what the blocks come from was changed since it was opened."""
@@ -155,7 +155,7 @@ class LiveSource(Source):
         """Where its weights are."""
         return next(self.skeleton.parameters()).device
 
-    def outside_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def outside_tensors(self, packed: bool = False) -> Iterator[tuple[str, Tensor]]:
         inside = self.prefix + "."
         tied = set(getattr(self.skeleton, "all_tied_weights_keys", None) or ())
         for name, tensor in self.skeleton.state_dict().items():
@@ -190,11 +190,11 @@ class DirectorySource(Source):
         self.shards.check_floating(self.family.is_text)
         check_shapes(self.shards, self.skeleton, self.prefix, self.name)
 
-    def outside_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def outside_tensors(self, packed: bool = False) -> Iterator[tuple[str, Tensor]]:
         inside = self.prefix + "."
-        for name in self.shards.names():
+        for name in self.shards.names(packed):
             if not name.startswith(inside):
-                yield name, self.shards.tensor(name)
+                yield name, self.shards.tensor(name, packed)
 
     def check_unchanged(self) -> None:
         self.shards.check_unchanged()

@@ -21,9 +21,9 @@ from alphaprune import __version__, checkpoint, devices, evaluate, hf, memory, s
 from alphaprune import model as models
 from alphaprune.data import Text
 from alphaprune.files import explained
-from alphaprune.formats import quantize, sbt
-from alphaprune.layer import SparseLinear, names_of, put, replace_each
+from alphaprune.layer import SparseLinear, names_of, put
 from alphaprune.pruning import PrunedBlock
+from alphaprune.recovery_masks import check_masks, masks_of, packed_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,7 +105,7 @@ def recover(
     settings.check()
     check_peft()
     tokens = check_tokens(tokens, settings.batch)
-    packed = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    packed = packed_of(model)
     masks = masks_of(model) if masks is None else masks
     check_masks(model, masks, settings.rank)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -131,18 +131,6 @@ def recover(
     return losses
 
 
-def masks_of(model: nn.Module) -> dict[str, Tensor]:
-    """{prunable layer: [N, K] bool, True = keep}: what packed layers say, and what is not 0 in dense ones."""
-    found = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, SparseLinear):
-            sbt.validate(layer.packed, name)
-            found[name] = sbt.unpack(layer.packed)[1]
-    for block in models.open_source(model).blocks():
-        found |= {name: layer.weight.detach() != 0 for name, layer in block.linears.items()}
-    return found
-
-
 def check_peft() -> None:
     """ValueError where PEFT is not installed."""
     if importlib.util.find_spec("peft") is None:
@@ -160,31 +148,6 @@ def check_tokens(tokens: Tensor | None, batch: int) -> Tensor:
             f"{batch}; give more text, or a smaller batch or length"
         )
     return tokens
-
-
-def check_masks(model: nn.Module, masks: dict[str, Tensor], rank: int) -> None:
-    """ValueError naming the first layer whose mask or rank does not fit, or if there is no zero in any."""
-    modules = dict(model.named_modules())
-    for name, mask in masks.items():
-        layer = modules.get(name)
-        if not isinstance(layer, nn.Linear | SparseLinear):
-            raise ValueError(f"{name}: the mask names a layer that is no nn.Linear or SparseLinear of this model")
-        shape = (layer.out_features, layer.in_features)
-        if tuple(mask.shape) != shape or mask.dtype != torch.bool:
-            raise ValueError(f"{name}: wanted a mask of bool {shape}, got {mask.dtype} {tuple(mask.shape)}")
-        if rank > min(shape):
-            raise ValueError(
-                f"{name}: rank {rank} is more than a layer of {shape[0]}×{shape[1]} has: at most {min(shape)}"
-            )
-        if isinstance(layer, SparseLinear) and layer.weight_scale is not None:
-            raise ValueError(
-                f"{name}: int8 values do not train; recover the model before it is rounded, or expand it with "
-                f"model.dequantize() and round it again afterwards"
-            )
-        if isinstance(layer, nn.Linear) and bool((layer.weight.detach()[~mask.to(layer.weight.device)] != 0).any()):
-            raise ValueError(f"{name}: the mask drops weights that are not 0; prune the model by it first")
-    if all(bool(mask.all()) for mask in masks.values()):
-        raise ValueError("no layer of this model has a zero, so there is nothing to recover; prune it first")
 
 
 @contextmanager
@@ -325,9 +288,7 @@ def write(
     settings: Settings,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
-    packed: bool = True,
-    values: str | None = None,
-    group: int | None = None,
+    storage: checkpoint.Storage = checkpoint.PACKED,
     save_seconds: float = 60.0,
     progress: Progress | None = None,
     teacher: nn.Module | None = None,
@@ -336,15 +297,15 @@ def write(
 
     tokens, settings, dtype, teacher: as `recover` has them.   held_out: text, length and number of windows to judge by.
     identity: what else makes this run this run; an interrupted one goes on where it was, another is refused.
-    values, group: as `alphaprune prune` has them; they are also the consent to train int8 values as floats.
+    storage: its values are also the consent to train int8 values as floats.
     """
     settings.check()
     check_peft()
     devices.named(device)
     unfinished.check_free(Path(out))
-    quantize.check(values, group)
+    storage.check()
     check_tokens(tokens, settings.batch)
-    model, masks, fingerprint = _open(folder, device, values)
+    model, masks, fingerprint = _open(folder, device, storage.values)
     check_masks(model, masks, settings.rank)
     source = models.open_source(model)
     for block in source.blocks():
@@ -352,7 +313,7 @@ def write(
     source.name = str(folder)
     identity = {**identity, "model": fingerprint, **asdict(settings), "dtype": shards.dtype_name(dtype or model.dtype)}
     identity |= {"teacher": None if teacher is None else models.describe(teacher).fingerprint}
-    identity |= {"format": "sbt" if packed else "dense", "values": values, "group": group}
+    identity |= storage.identity()
     before = _judge(model, held_out, dtype)
     recipe = {"alphaprune": __version__, "recovered_from": source.name, **identity}
     found: dict[str, Any] = {}
@@ -371,7 +332,7 @@ def write(
         recipe["loss"] = {"before": math.log(before.perplexity), "after": math.log(found["after"].perplexity)}
 
     with unfinished.nothing_left(out):
-        written = checkpoint.write_pruned(source, out, identity, recipe, run, packed, values, group, again=True)
+        written = checkpoint.write_pruned(source, out, identity, recipe, run, storage, again=True)
     if "after" not in found:  # the run before this one was cut off when everything was there
         found = {"after": _judge(hf.load(out, device=device, tokens=None), held_out, dtype), "losses": []}
     return Recovered(written, before, found["after"], found["losses"])
@@ -381,15 +342,17 @@ def _open(folder: "str | Path", device: str, values: str | None) -> tuple["PreTr
     """The dense model of a folder, the masks of its prunable layers, and its fingerprint."""
     models.open_source(folder)  # refuses what transformers would read as something else, such as single layers in fp8
     model = hf.load(folder, tokens=None)
-    rounded = [n for n, m in model.named_modules() if isinstance(m, SparseLinear) and m.weight_scale is not None]
+    packed, names = packed_of(model), names_of(model)
+    rounded = [name for name, layer in packed.items() if layer.weight_scale is not None]
     if rounded and values is None:
         raise ValueError(
             f"{folder}: {rounded[0]} has int8 values, which do not train; recover the model before it is rounded, or "
             f"give --values int8 to train them as {shards.dtype_name(model.dtype)} and round the result again"
         )
     masks, dtype = masks_of(model), model.dtype
-    # These alone: model.dequantize() would multiply factors, too.
-    replace_each(model, SparseLinear, lambda layer: layer.to_linear(dtype))
+    # These alone: model.dequantize() would multiply factors, too, and expand the output layer.
+    for layer in packed.values():
+        put(model, names[layer], layer.to_linear(dtype))
     fingerprint = models.describe(model).fingerprint
     memory.moved(model, device, str(folder))
     return model, {name: mask.to(device) for name, mask in masks.items()}, fingerprint

@@ -47,17 +47,23 @@ class Stored:
         for name, layer in self.packed.items():
             check_entries(name, layer, self._entries(name))
 
-    def names(self) -> list[str]:
+    def names(self, packed: bool = False) -> list[str]:
+        """Of all tensors; packed: those that packed layers consist of, and not the dense ones."""
+        dense = self.bitmasks if packed else (*self.bitmasks, *self.packed)
         parts = {f"{stem}.{part}" for stem in self.bitmasks.values() for part in bitmask.PARTS}
-        parts |= {f"{name}.{suffix}" for name in self.packed for suffix in PACKED_SUFFIXES}
+        parts |= {f"{name}.{suffix}" for name in dense if name in self.packed for suffix in PACKED_SUFFIXES}
         plain = [name for name in self.raw.names() if name not in parts]
-        return [*plain, *(f"{name}.weight" for name in (*self.bitmasks, *self.packed))]
+        return [*plain, *(f"{name}.weight" for name in dense)]
 
     def layout(self, layer: str) -> str:
         """How the weight of a layer is stored."""
         if layer in self.bitmasks:
             return "sparse-24-bitmask" if bitmask.is_pairs(self.raw, self.bitmasks[layer]) else "sparse-bitmask"
         return "sbt" if layer in self.packed else "dense"
+
+    def packed_layer(self, layer: str) -> Packed | None:
+        """A layer as it lies in the files, if it is packed there by this package."""
+        return self._packed(layer) if layer in self.packed else None
 
     def is_rounded(self, layer: str) -> bool:
         """Whether a layer is packed with int8 values."""
@@ -71,10 +77,10 @@ class Stored:
             return self.packed[layer].out_features, self.packed[layer].in_features
         return self.raw.shape(name)
 
-    def tensor(self, name: str) -> Tensor:
-        """The dense values; of a dense tensor mapped from the file."""
+    def tensor(self, name: str, packed: bool = False) -> Tensor:
+        """The dense values; of a dense tensor mapped from the file. packed: of `names(packed)`."""
         layer = name.removesuffix(".weight")
-        plain = layer not in self.bitmasks and layer not in self.packed
+        plain = layer not in self.bitmasks and (packed or layer not in self.packed)
         return self.raw.tensor(name) if plain else self.tensor_and_mask(name)[0]
 
     def tensor_and_mask(self, name: str) -> tuple[Tensor, Tensor | None]:

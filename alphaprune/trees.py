@@ -93,7 +93,7 @@ class Tree(Source):
     def block_name(self, index: int) -> str:
         return list(self.parts)[index]
 
-    def outside_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def outside_tensors(self, packed: bool = False) -> Iterator[tuple[str, Tensor]]:
         inside = {f"{name}." for name in self.parts}
         for name, tensor in self.skeleton.state_dict().items():
             if not any(name.startswith(prefix) for prefix in inside):

@@ -49,6 +49,7 @@ try:
     from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 except ImportError as error:
     raise ImportError(_moved(error)) from error
 
@@ -61,7 +62,7 @@ class AlphaPruneVllmConfig(QuantizationConfig):
         hf.AlphaPruneQuantizer(hf.AlphaPruneConfig(**settings)).validate_environment()
         if shapes.read({**settings, "quant_method": "alphaprune"}):
             raise ValueError("blocks have sizes of their own, which vLLM does not know; use `alphaprune serve`")
-        self.rounded = settings.get("values") == "int8"
+        self.rounded, self.rounded_head = (settings.get(name) == "int8" for name in ("values", "head"))
         self.sizes: dict[str, int] = {}  # that ranks share, by what they are
 
     @classmethod
@@ -94,6 +95,8 @@ class AlphaPruneVllmConfig(QuantizationConfig):
         check_ranks(self.sizes, get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank())
         if type(layer).__name__ in EXPERTS:
             raise ValueError(f"{prefix}: packed experts of mixtures do not run in vLLM; use `alphaprune serve`")
+        if isinstance(layer, ParallelLMHead):
+            return AlphaPruneHeadMethod(prefix, rounded=True) if self.rounded_head else None
         return AlphaPruneLinearMethod(prefix, self.rounded) if isinstance(layer, LinearBase) else None
 
 
@@ -201,6 +204,29 @@ class AlphaPruneLinearMethod(LinearMethodBase):
         if torch.compiler.is_compiling():
             return torch.ops.alphaprune.vllm_linear(x, self.parts.name, self.parts.rows, bias)
         return self.parts(x, bias)
+
+
+class AlphaPruneHeadMethod(AlphaPruneLinearMethod):
+    """How the output layer is loaded and run: of its rows each rank has those of its share of the vocabulary.
+
+    vLLM counts up to a multiple of 64 tokens per rank; scores of those that there are not are 0, and it drops them.
+    """
+
+    def cut(self, part: Any, tensors: dict[str, Tensor], layer: nn.Module) -> Packed | Tensor:
+        own = layer.shard_indices
+        if layer.num_added_embeddings:
+            raise ValueError("has int8 values, and no place for tokens that an adapter adds; leave them out")
+        whole = self.whole(tensors, (layer.org_vocab_size, self.columns))
+        first, last = own.org_vocab_start_index, own.org_vocab_end_index
+        if isinstance(whole, Tensor):
+            return whole[first:last].contiguous()
+        return whole if (first, last) == (0, whole.shape[0]) else slices.rows(whole, first, last)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Scores [..., tokens of this rank's share] in x's dtype."""
+        missing = sum(self.own_rows) - self.parts.rows
+        held = bias if bias is None or not missing else bias[: self.parts.rows]
+        return functional.pad(super().apply(layer, x, held), (0, missing))
 
 
 class Parts:

@@ -11,6 +11,7 @@ system has them. Rows, one JSON object each, seconds and bytes throughout:
 machine, threads, torch   where it ran
 model, blocks             the shapes, and how many decoder blocks
 weights, values           dense or packed, and the dtype of the values; x and dense layers are bfloat16
+head                      int8 where the output layer has such values; otherwise null, it is in bfloat16
 activations               int8 where kernels may round x so beside int8 values; otherwise null
 sparsity                  zeros / weights inside the blocks; 0 for dense
 pair                      which process of its kind it was, from 0
@@ -42,7 +43,13 @@ COLUMNS = ("model", "sparsity", "values", "decoder", "tokens/s", "step s", "over
 
 
 def measure(
-    model: str, sparsity: float | None, values: str, new: int, bandwidth_bytes: int, activations: str | None = None
+    model: str,
+    sparsity: float | None,
+    values: str,
+    new: int,
+    bandwidth_bytes: int,
+    activations: str | None = None,
+    head: str | None = None,
 ) -> list[dict[str, Any]]:
     """The rows of one process: of a packed model one, of a dense model two, transformers' decoder and ours."""
     import torch
@@ -50,7 +57,8 @@ def measure(
     from alphaprune import decoding, timing
 
     allowed = activations and getattr(torch, activations)
-    made = decoding.random_model(model, sparsity, values=getattr(torch, values), activations=allowed)
+    kinds = {"values": getattr(torch, values), "activations": allowed, "rounded_head": head is not None}
+    made = decoding.random_model(model, sparsity, **kinds)
     tensors = [tensor for name, tensor in made.state_dict().items() if "embed_tokens" not in name]
     common = {
         "machine": timing.machine(),
@@ -60,6 +68,7 @@ def measure(
         "blocks": made.config.num_hidden_layers,
         "weights": "dense" if sparsity is None else "packed",
         "values": values,
+        "head": head,
         "activations": activations,
         "sparsity": sparsity or 0.0,
         "new": new,
@@ -74,9 +83,11 @@ def measure(
     return rows
 
 
-def in_process(options: argparse.Namespace, sparsity: float | None, values: str) -> list[dict[str, Any]]:
+def in_process(
+    options: argparse.Namespace, sparsity: float | None, values: str, head: str | None = None
+) -> list[dict[str, Any]]:
     """`measure` in a process of its own, whose memory is free again afterwards."""
-    asked = {"model": options.model, "sparsity": sparsity, "values": values, "new": options.new}
+    asked = {"model": options.model, "sparsity": sparsity, "values": values, "head": head, "new": options.new}
     asked["bandwidth_bytes"] = int(options.gigabytes * 1e9)
     asked["activations"] = options.activations if values == "int8" else None
     asking = [sys.executable, __file__, "--measure", json.dumps(asked)]
@@ -93,7 +104,7 @@ def summary(pairs: list[tuple[list[dict[str, Any]], dict[str, Any]]]) -> dict[st
     rates = [row["tokens_per_second"] for _, row in pairs]
     ratios = [rate / dense["transformers"] for rate, dense in zip(rates, by_decoder, strict=True)]
     weights = [rate / dense["alphaprune"] for rate, dense in zip(rates, by_decoder, strict=True)]
-    kept = ("machine", "threads", "torch", "model", "blocks", "values", "activations", "sparsity")
+    kept = ("machine", "threads", "torch", "model", "blocks", "values", "head", "activations", "sparsity")
     return {name: packed[name] for name in kept} | {
         "ratio": statistics.median(ratios),
         "ratio_of_weights": statistics.median(weights),
@@ -105,6 +116,7 @@ def summary(pairs: list[tuple[list[dict[str, Any]], dict[str, Any]]]) -> dict[st
 def line(row: dict[str, Any]) -> str:
     """A row of the table; a summary is a sentence."""
     values = row["values"] + (f", x in {row['activations']}" if row["activations"] else "")
+    values += f", head in {row['head']}" if row["head"] else ""
     if "ratio" in row:
         return (
             f"{row['model']} at {row['sparsity']:.0%}, {values}: {row['ratio']:.2f} times transformers' dense "
@@ -144,6 +156,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--values", default="bfloat16", help="of the packed weights: bfloat16, int8, or both by a comma"
     )
+    heads = "of the output layer of packed models: none leaves it in bfloat16; both by a comma"
+    parser.add_argument("--head", default="none", choices=("none", "int8", "none,int8"), help=heads)
     parser.add_argument("--activations", choices=("int8",), help="of x beside int8 values, where kernels can")
     parser.add_argument("--pairs", type=int, default=3, help="rounds of a dense process and the packed ones")
     parser.add_argument("--new", type=int, default=32, help="tokens timed in each")
@@ -197,14 +211,15 @@ def main(arguments: list[str] | None = None) -> int:
 
     if not options.json:
         print("  ".join(f"{name:>12}" for name in COLUMNS))
-    asked = itertools.product(options.values.split(","), map(float, options.sparsity.split(",")))
-    pairs: dict[tuple[str, float], list] = {one: [] for one in asked}
+    heads = [None if head == "none" else head for head in options.head.split(",")]
+    asked = itertools.product(options.values.split(","), map(float, options.sparsity.split(",")), heads)
+    pairs: dict[tuple[str, float, str | None], list] = {one: [] for one in asked}
     for pair in range(options.pairs):
         dense = [row | {"pair": pair} for row in in_process(options, None, "bfloat16")]
         for row in dense:
             show(row)
-        for (values, sparsity), found in pairs.items():
-            packed = in_process(options, sparsity, values)[0] | {"pair": pair}
+        for (values, sparsity, head), found in pairs.items():
+            packed = in_process(options, sparsity, values, head)[0] | {"pair": pair}
             show(packed)
             found.append((dense, packed))
     for found in pairs.values():

@@ -165,7 +165,7 @@ def decode() -> str:
         [
             r["model"],
             f"{r['sparsity']:.0%}",
-            values_of(r),
+            values_of(r) + (", head in int8" if r.get("head") else ""),
             *(f"{r[name]:.2f}×" for name in ("ratio", "ratio_of_weights")),
             " / ".join(f"{ratio:.2f}" for ratio in r["ratios"]),
         ]

@@ -139,7 +139,7 @@ def prune_folder(folder: Path, out: Path, recipe: Recipe, plan: Any, packed: boo
         {"seed": 0},
         {"made": "here"},
         lambda restore, finish: prune_blocks(source, plan, recipe, TOKENS, restore=restore, finish=finish),
-        packed,
+        checkpoint.Storage(packed),
     )
 
 

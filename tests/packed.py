@@ -38,9 +38,12 @@ def write_zeros(folder: Path, **changes) -> Path:
     return folder
 
 
-def write_packed(folder: Path, values: str | None = None, group: int | None = None, **changes) -> Path:
-    """The same packed."""
-    alphaprune.save(alphaprune.sparsify(zeros_model(**changes), values=values, group=group), folder)
+def write_packed(
+    folder: Path, values: str | None = None, group: int | None = None, head: bool = False, **changes
+) -> Path:
+    """The same packed; head: with an output layer of int8 values."""
+    model = alphaprune.sparsify(zeros_model(**changes), values=values, group=group)
+    alphaprune.save(alphaprune.round_head(model) if head else model, folder)
     write_tokenizer(folder)
     return folder
 

@@ -31,6 +31,7 @@ def write(
     packed: bool = True,
     values: str | None = None,
     group: int | None = None,
+    head: bool = False,
     **identity,
 ):
     source = open_source(directory)
@@ -44,7 +45,9 @@ def write(
             yield block
 
     identity = {"seed": 0, **identity}
-    return checkpoint.write_pruned(source, out, identity, {"made": "here"}, run, packed, values, group)
+    return checkpoint.write_pruned(
+        source, out, identity, {"made": "here"}, run, checkpoint.Storage(packed, values, group, head)
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -331,7 +331,7 @@ def test_what_is_quantized_by_others_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_dense_has_no_values_of_its_own(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="int8 is a way to pack weights"):
+    with pytest.raises(ValueError, match="int8 values are a way to pack weights"):
         convert.convert(tmp_path / "old", tmp_path / "new", packed=False, values="int8")
 
 

@@ -70,12 +70,13 @@ def test_what_does_not_fit_is_a_row_with_the_reason(monkeypatch: pytest.MonkeyPa
     assert [row["sparsity"] for row in rows] == [0.5, None] and all("GB are free" in row["skipped"] for row in rows)
 
 
-def test_the_script_alternates_and_sums_up(script: ModuleType, tmp_path: Path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("head", [None, "int8"])
+def test_the_script_alternates_and_sums_up(script: ModuleType, head, tmp_path: Path, monkeypatch, capsys) -> None:
     asked = []
 
-    def here(options, sparsity, values) -> list[dict]:
-        asked.append((sparsity, values))
-        rows = script.measure(options.model, sparsity, values, options.new, 1 << 20)
+    def here(options, sparsity, values, head=None) -> list[dict]:
+        asked.append((sparsity, values, head))
+        rows = script.measure(options.model, sparsity, values, options.new, 1 << 20, head=head)
         for row in rows:
             row["tokens_per_second"] = {(0.0, "transformers"): 2.0, (0.0, "alphaprune"): 4.0}.get(
                 (row["sparsity"], row["decoder"]), 5.0 + len(asked)
@@ -85,10 +86,12 @@ def test_the_script_alternates_and_sums_up(script: ModuleType, tmp_path: Path, m
     monkeypatch.setattr(script, "in_process", here)
     out = tmp_path / "rows.jsonl"
     options = ["--model=tiny", "--sparsity=0.5", "--values=int8", "--pairs=3", "--new=4", f"--out={out}"]
+    options += ["--head=int8"] if head else []
     assert script.main([*options, "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert rows == [json.loads(line) for line in out.read_text().splitlines()]
-    assert asked == [(None, "bfloat16"), (0.5, "int8")] * 3
+    assert asked == [(None, "bfloat16", None), (0.5, "int8", head)] * 3
+    assert [row["head"] for row in rows] == [None, None, head] * 3 + [head]
     assert [row["decoder"] for row in rows[:-1]] == ["transformers", "alphaprune", "alphaprune"] * 3
     assert [row["pair"] for row in rows[:-1]] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert rows[-1]["ratios"] == [3.5, 4.5, 5.5] and rows[-1]["ratio"] == 4.5 and rows[-1]["ratio_of_weights"] == 2.25
@@ -96,6 +99,7 @@ def test_the_script_alternates_and_sums_up(script: ModuleType, tmp_path: Path, m
     assert all(row["bandwidth"] > 0 and row["step_seconds"] > 0 for row in rows[:-1])
     assert rows[0]["weight_bytes"] > rows[2]["weight_bytes"]
     assert "4.50 times transformers'" in script.line(rows[-1])
+    assert ("head in int8" in script.line(rows[-1])) is (head is not None)
 
 
 def test_the_script_says_what_it_cannot_measure(script: ModuleType, capsys) -> None:

@@ -11,10 +11,11 @@ FLOW = """
     formats stored families experts shapes model data scores mask gram calibrate trees timm_models
     tridiagonal_triton tridiagonal cusolver two_stage spectrum alpha metrics farms sketches activity weight_stats
     analysis curves counts knapsack allocators plan_file nm_planning speed_planning planning llm_compressor refit
-    pruners permute pruning kernels layer peft_adapter masked_lora unfinished checkpoint hf_parallel hf compressions
-    convert blocks decoder sampling ragged graphs rollout generate detokenize text_request textgen chat evaluate
-    recovery tasks observed curves_measure candidates compare picture bandwidth timing stepping decoding tuning
-    layer_times inspection throughput benchmark report serving demo commands cli vllm_plugin
+    pruners permute pruning kernels layer peft_adapter masked_lora head unfinished checkpoint hf_parallel hf_config
+    hf compressions convert blocks decoder sampling ragged graphs rollout generate detokenize text_request textgen
+    chat evaluate recovery_masks recovery tasks observed curves_measure candidates compare picture bandwidth timing
+    stepping decoding tuning layer_times inspection throughput benchmark report serving demo commands cli
+    vllm_plugin
 """.split()  # noqa: SIM905
 SOURCES = sorted((ROOT / "alphaprune").rglob("*.py")) + sorted((ROOT / "kernels").glob("*.py"))
 SOURCES = [s for s in SOURCES if not s.is_relative_to(ROOT / "alphaprune/kernels")]

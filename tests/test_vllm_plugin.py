@@ -40,6 +40,9 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
             "LinearBase": type("LinearBase", (nn.Module,), {}),
             "LinearMethodBase": type("LinearMethodBase", (), {}),
         },
+        "vllm.model_executor.layers.vocab_parallel_embedding": {
+            "ParallelLMHead": type("ParallelLMHead", (nn.Module,), {}),
+        },
         "vllm.model_executor.layers.quantization": {"register_quantization_config": register},
         "vllm.model_executor.layers.quantization.base_config": {
             "QuantizationConfig": type("QuantizationConfig", (), {})
@@ -100,6 +103,41 @@ def built(
         delattr(layer, forget)
     method.process_weights_after_loading(layer)
     return layer, method
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("vocabulary", [256, 250, 197])
+def test_the_output_layer_is_shared_by_tokens(plugin: types.ModuleType, vocabulary: int, ranks: int) -> None:
+    """Of 197 tokens in 256 places the last of four ranks has five."""
+    (weight,) = weights([vocabulary], 3)
+    whole, tensors = rounded(weight)
+    x, bias = torch.randn(3, K), torch.randn(vocabulary)
+    places = -(-vocabulary // 64) * 64
+    found, added = [], []
+    for rank in range(ranks):
+        layer = sys.modules["vllm.model_executor.layers.vocab_parallel_embedding"].ParallelLMHead()
+        layer.org_vocab_size, layer.num_added_embeddings = vocabulary, 0
+        share = [min(vocabulary, place) for place in (places // ranks * rank, places // ranks * (rank + 1))]
+        layer.shard_indices = types.SimpleNamespace(org_vocab_start_index=share[0], org_vocab_end_index=share[1])
+        assert config(plugin).get_quant_method(layer, "lm_head") is None
+        method = config(plugin, head="int8").get_quant_method(layer, "lm_head")
+        method.create_weights(layer, K, [places // ranks], K, places, torch.float32, weight_loader=None)
+        assert layer.weight.dtype == torch.int8
+        for suffix, tensor in tensors.items():
+            layer.get_parameter(suffix).weight_loader(layer.get_parameter(suffix), tensor)
+        method.process_weights_after_loading(layer)
+        found.append(method.apply(layer, x))
+        own = torch.nn.functional.pad(bias, (0, places - vocabulary)).chunk(ranks)[rank]
+        added.append(method.apply(layer, x, own))
+        assert found[-1].shape == (3, places // ranks)
+    for scores, b in ((found, None), (added, bias)):
+        together = torch.cat(scores, -1)
+        assert_product(together[:, :vocabulary].contiguous(), x, whole, b)
+        assert not together[:, vocabulary:].any()
+    layer.num_added_embeddings = 1
+    method.parts, method.found = None, {None: tensors}
+    with pytest.raises(ValueError, match="lm_head: has int8 values, and no place for tokens that an adapter adds"):
+        method.process_weights_after_loading(layer)
 
 
 def packed(weight: torch.Tensor) -> tuple[torch.Tensor, dict]:

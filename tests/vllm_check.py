@@ -43,6 +43,12 @@ SIZES = {
     "head_dim": 64,
     "max_position_embeddings": 256,
 }
+# Of 314 tokens, the second rank has places for six more.
+WRITTEN = {
+    "float": {},
+    "int8": {"values": "int8"},
+    "head": {"head": True, "vocab_size": 314, "tie_word_embeddings": True},
+}
 BAD = {"MLP": {"intermediate_size": 201}}
 CASES = [  # weights, ranks, compiled
     ("float", 1, False),
@@ -51,6 +57,9 @@ CASES = [  # weights, ranks, compiled
     ("float", 2, True),
     ("int8", 1, False),
     ("int8", 2, False),
+    ("head", 1, False),
+    ("head", 1, True),
+    ("head", 2, False),
 ]
 SERVED = [(1, True), (2, False), (2, True)]  # ranks, compiled: the guide's lines for vLLM's server
 MOVED = "import vllm.model_executor.layers.linear as hooks; del hooks.LinearMethodBase"
@@ -186,13 +195,13 @@ def tail(text: str, characters: int = 2000) -> str:
 
 
 def make_models(root: Path) -> dict[str, Path]:
-    """Directories: dense, with zeros; the same packed, with int8 values; and what ranks cannot share."""
+    """Directories: dense, with zeros; packed, with int8 values, in the output layer; and what ranks cannot share."""
     import torch
     from packed import write_packed
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    made = {name: write_packed(root / name, values, **SIZES) for name, values in (("float", None), ("int8", "int8"))}
+    made = {name: write_packed(root / name, **SIZES | how) for name, how in WRITTEN.items()}
     for name, folder in list(made.items()):
         twin = root / f"dense {name}"
         AutoModelForCausalLM.from_pretrained(folder).dequantize().save_pretrained(twin)
@@ -204,7 +213,7 @@ def make_models(root: Path) -> dict[str, Path]:
 
 def check(python: Path, models: dict[str, Path]) -> int:
     """Prints a line for each case; how many failed."""
-    wanted = {name: tokens(python, models[f"dense {name}"], 1, False)["tokens"] for name in ("float", "int8")}
+    wanted = {name: tokens(python, models[f"dense {name}"], 1, False)["tokens"] for name in WRITTEN}
     failed = 0
     for name, ranks, compiled in CASES:
         find = partial(tokens, python, models[name], ranks, compiled)

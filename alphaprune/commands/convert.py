@@ -20,18 +20,19 @@ def run(
     format: str | None,  # noqa: A002
     values: str | None,
     group: int | None,
+    head: str | None,
     negative_zeros: str | None,
     modifier: str | None,
     json: bool,
 ) -> None:
     if Path(old).is_file():
-        if format or values or group or negative_zeros:
+        if format or values or group or head or negative_zeros:
             raise ValueError(f"{old}: is a file, so a plan: it becomes a recipe, which has no --format or --values")
         _recipe(old, new, modifier, json)
         return
     if modifier is not None:
         raise ValueError("--modifier belongs to a plan that becomes a recipe of llm-compressor")
-    check_values(values, group, format)
+    check_values(values, group, format, head)
     if format == "dense" and negative_zeros is not None:
         raise ValueError("--negative-zeros is about packing: leave out --format dense")
     from alphaprune import convert, unfinished
@@ -40,7 +41,8 @@ def run(
     with bar(None, "check", "layer") as tick:
         source = convert.open_stored(old, tick)
     with bar(source.block_count(), "convert", "block") as tick:
-        done = convert.convert(source, new, format != "dense", values, group, negative_zeros != "drop", tick)
+        how = format != "dense", values, group, negative_zeros != "drop", tick, head is not None
+        done = convert.convert(source, new, *how)
     _report(done, json)
 
 

@@ -53,10 +53,12 @@ def _prune(
     format: str,  # noqa: A002
     values: str | None,
     group: int | None,
+    head: str | None,
     **options: Any,
 ) -> tuple[Any, float]:
     """What was written, and the sparsity of it."""
     from alphaprune import permute, pruning, ranks, unfinished
+    from alphaprune.checkpoint import Storage
 
     device = ranks.device(device)
     recipe = pruning.Recipe(_method(method, calibration), select, refit, prefix, device, channel_permute)
@@ -65,7 +67,8 @@ def _prune(
         what = f"--method {pruner.name}" if pruner.needs_calibration else "--refit"
         raise ValueError(f"{what} needs --calibration FILE, the text that the model should stay good at")
     _check_plan_options(plan, options)
-    check_values(values, group, format)
+    check_values(values, group, format, head)
+    storage = Storage(format == "sbt", values, group, head is not None)
     if channel_permute and plan is None and options["pattern"] == "unstructured":
         raise ValueError(permute.NEEDS_PATTERN)
     if ranks.world().leads:
@@ -73,9 +76,7 @@ def _prune(
     source = models.open_source(model)
     fingerprint, room = source.description().fingerprint, room_for(memory, spill, output)
     tokens, identity = None, {"method": pruner.name, "selection": select or pruner.selection, "refit": refit}
-    identity |= {"channel_permute": channel_permute, "prefix": prefix, "format": format}
-    if values is not None:
-        identity |= {"values": values, "group": group}
+    identity |= {"channel_permute": channel_permute, "prefix": prefix, **storage.identity()}
     if calibration is not None:
         tokens, read = calibration_windows(source, calibration, samples, window(length, source.config), seed)
         identity |= read
@@ -86,7 +87,7 @@ def _prune(
             permute.check(source.config, source.name, chosen.layers)
         identity |= {"model": fingerprint, "plan": hashlib.sha256(chosen.to_json().encode()).hexdigest()}
         ranks.agree({"plan": identity["plan"]})
-        written = _write(source, output, identity, chosen, recipe, tokens, room, values, group)
+        written = _write(source, output, identity, chosen, recipe, tokens, room, storage)
     if not ranks.world().leads:  # on a machine of its own, perhaps, where nobody else tidies up
         journal.delete(unfinished.place(output) / ANALYSIS)
         with suppress(OSError):
@@ -102,8 +103,7 @@ def _write(
     recipe: Any,
     tokens: Any,
     room: Any,
-    values: str | None,
-    group: int | None,
+    storage: Any,
 ) -> Any:
     """Prunes block by block and writes each when it is finished."""
     from alphaprune import __version__, checkpoint, pruning
@@ -114,7 +114,7 @@ def _write(
         def run(restore: Any, finish: Any) -> Iterator[Any]:
             return pruning.prune_blocks(source, chosen, recipe, tokens, restore, tick, finish, room=room)
 
-        return checkpoint.write_pruned(source, output, identity, made, run, identity["format"] == "sbt", values, group)
+        return checkpoint.write_pruned(source, output, identity, made, run, storage)
 
 
 def _report(written: Any, sparsity: float, json: bool) -> None:

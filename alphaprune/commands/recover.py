@@ -34,7 +34,7 @@ def run(
 ) -> None:
     import torch
 
-    from alphaprune import data, evaluate, hf, recovery, unfinished
+    from alphaprune import checkpoint, data, evaluate, hf, recovery, unfinished
 
     if distil and dense is None:
         raise ValueError("--distil learns from the dense model: give --dense MODEL")
@@ -51,13 +51,14 @@ def run(
     settings = recovery.Settings(steps=_steps(steps, epochs, len(tokens), options["batch"]), **options)
     settings.check()
     identity = {"calibration": read.sha256, "text": judged.sha256, "length": length}
+    storage = checkpoint.Storage(format == "sbt", values, group)
     compute = None if dtype == "auto" else getattr(torch, dtype)
     held_out = (judged, length, windows)
     whole = None if dense is None else hf.load(dense, "auto" if compute is None else compute, device)
     _check_vocabulary(folder, dense, whole)
     with bar(settings.steps, "recover", "step") as tick:
         found = recovery.write(
-            folder, output, tokens, held_out, identity, settings, compute, device, format == "sbt", values, group,
+            folder, output, tokens, held_out, identity, settings, compute, device, storage,
             save_seconds, tick, whole if distil else None,
         )  # fmt: skip
     if whole is not None:

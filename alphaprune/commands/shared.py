@@ -61,11 +61,17 @@ def room_for(memory: float | None, spill: str | None, output: str) -> Any:
     return Room(None if memory is None else int(memory * 1e9), folder)
 
 
-def check_values(values: str | None, group: int | None, format: str | None) -> None:  # noqa: A002
-    if group is not None and values is None:
-        raise ValueError(f"--group {group} belongs to --values int8")
-    if values is not None and format == "dense":
-        raise ValueError(f"--values {values} is a way to pack weights: leave out --format dense")
+def check_values(
+    values: str | None,
+    group: int | None,
+    format: str | None,  # noqa: A002
+    head: str | None = None,
+) -> None:
+    if group is not None and values is None and head is None:
+        raise ValueError(f"--group {group} belongs to --values int8 or --head int8")
+    for option, given in (("--values", values), ("--head", head)):
+        if given is not None and format == "dense":
+            raise ValueError(f"{option} {given} is a way to pack weights: leave out --format dense")
 
 
 def written_as_dict(written: Any) -> dict[str, Any]:
