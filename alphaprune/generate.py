@@ -4,7 +4,7 @@ import contextlib
 import queue
 import statistics
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from copy import deepcopy
 from time import perf_counter
 from typing import Any
@@ -196,13 +196,16 @@ def ends_of(settings: Any) -> frozenset[int]:
     return frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
 
 
-def decode_rate(model: nn.Module, prompt: int = 16, new: int = 48, repeats: int = 3, ours: bool = True) -> float:
-    """Tokens per second of greedy decoding after the prompt, median over `repeats`, after one warm-up.
+def decode_rates(
+    models: Sequence[nn.Module], prompt: int = 16, new: int = 48, repeats: int = 7, ours: bool = True
+) -> list[float]:
+    """Tokens per second of greedy decoding after the prompt, of each model the median over `repeats`, by turns.
 
-    Random prompt tokens. ours: through our decoder where it knows the model; otherwise through transformers' generate.
+    Random prompt tokens; one round of all is a warm-up. ours: through our decoder where it knows the model; otherwise
+    through transformers' generate.
     """
-    rates = [new / sum(step_seconds(model, prompt, new, ours)) for _ in range(repeats + 1)]
-    return statistics.median(rates[1:])
+    turns = [[new / sum(step_seconds(model, prompt, new, ours)) for model in models] for _ in range(repeats + 1)]
+    return [statistics.median(rates) for rates in zip(*turns[1:], strict=True)]
 
 
 def step_seconds(model: nn.Module, prompt: int = 16, new: int = 48, ours: bool = True) -> list[float]:

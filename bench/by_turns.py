@@ -13,6 +13,10 @@ def options(parser: argparse.ArgumentParser, what: str, gigabytes: float) -> Non
     """--gigabytes of `what`, --rounds and --out."""
     parser.add_argument("--gigabytes", type=float, default=gigabytes, help=f"of {what} that the calls go round")
     parser.add_argument("--rounds", type=int, default=5, help="times round them")
+    out(parser)
+
+
+def out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="put the rows into this file, in the place of this machine's")
 
 

@@ -182,6 +182,28 @@ def decode() -> str:
     return f"{table(columns, cells)}\n\n{note}"
 
 
+def head() -> str:
+    """Steps with an output layer in bfloat16 over those with one of int8 values, on the newest machine."""
+    every = newest(rows("head.jsonl"))
+    found, judged = ([row for row in every if (name in row)] for name in ("ratio", "loss"))
+    losses = ", ".join(f"{r['dense_loss']:.4f} to {r['loss']:.4f} at {r['sparsity']:.0%}" for r in judged)
+    sparsities = sorted({row["sparsity"] for row in found})
+    cells = []
+    for model, values in dict.fromkeys((row["model"], row["values"]) for row in found):
+        own = {row["sparsity"]: row for row in found if (row["model"], row["values"]) == (model, values)}
+        sizes = [f"{next(iter(own.values()))[name] / 1e9:.2f}" for name in ("dense_head_bytes", "head_bytes")]
+        cells.append([model, values, *sizes, *(f"{own[s]['ratio']:.2f}×" for s in sparsities)])
+    columns = ["model", "values", "GB in bfloat16", "GB in int8", *(f"{s:.0%}" for s in sparsities)]
+    speeds = [row["bandwidth"] / 1e9 for row in found]
+    note = (
+        f"How many times as fast a step is with an output layer of int8 values as with bfloat16, by the sparsity of "
+        f"the blocks; both in one process by turns, medians: `python bench/head.py`, {found[0]['machine']}, "
+        f"{found[0]['threads']} threads, which read {min(speeds):.0f} to {max(speeds):.0f} GB/s "
+        f"([rows](RESULTS/head.jsonl)). The loss of the embedded model goes from {losses} (nats per token)."
+    )
+    return f"{table(columns, cells)}\n\n{note}"
+
+
 def cubins() -> str:
     few = [row for row in rows("cubins.jsonl") if row["m"] == (1 if row["kernel"].startswith("delta") else 8)]
     fifths = "delta_spmv<Bfloat16, 1, true>"  # where deltas have five bits, from some 84 % on

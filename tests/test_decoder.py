@@ -11,7 +11,7 @@ from conftest import shared
 from alphaprune import data, hf, layer
 from alphaprune.decoder import Decoder, State, why_not
 from alphaprune.demo.run import MODEL
-from alphaprune.generate import continuation, decode_rate, greedy, step_seconds
+from alphaprune.generate import continuation, decode_rates, greedy, step_seconds
 from alphaprune.mask import keep_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -284,7 +284,7 @@ def test_what_it_does_not_run_has_a_reason() -> None:
 def test_steps_are_timed_one_by_one() -> None:
     model = build("llama")
     for way in (True, False):
-        assert len(step_seconds(model, 4, 3, way)) == 3 and decode_rate(model, 4, 3, 1, way) > 0
+        assert len(step_seconds(model, 4, 3, way)) == 3 and decode_rates([model, model], 4, 3, 1, way)[1] > 0
 
 
 def twenty(model, folder: Path, text: str) -> torch.Tensor:

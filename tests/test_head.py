@@ -1,12 +1,14 @@
 """The output layer with int8 values: in memory, in directories, tied or not, and in everything that reads them."""
 
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import family_models
 import pytest
 import torch
-from conftest import make_model, write_tokenizer
+from conftest import ROOT, make_model, write_tokenizer
 from family_models import KINDS, WHOLES
 from packed import DENSE, logits, write_packed, zeros_model
 from test_checkpoint import contents, write
@@ -288,3 +290,21 @@ def test_recovery_leaves_it_alone(run, tmp_path: Path) -> None:
     )
     moved = f"{DENSE.replace('k_proj', 'q_proj')}.weight"
     assert not torch.equal(old.tensor(moved), new.tensor(moved))
+
+
+def test_the_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    script = importlib.import_module("head")
+    try:
+        loss = {"model": "embedded", "sparsity": 0.0, "values": "bfloat16", "dense_loss": 2.0, "loss": 2.1}
+        monkeypatch.setattr(script, "judge", lambda: iter([loss]))
+        monkeypatch.setattr(script.by_turns, "here", lambda: {"machine": "here"})
+        given = ["--models=tiny", "--sparsity=0.5", "--values=int8", "--rounds=2", f"--out={tmp_path / 'rows'}"]
+        assert script.main(given) == 0
+    finally:
+        sys.modules.pop("head")
+    row, judged = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert judged == {"machine": "here", **loss}
+    assert row["seconds"] > 0 and row["ratio"] > 0 and row["tokens"] == 64
+    assert row["head_bytes"] < 0.7 * row["dense_head_bytes"] == 0.7 * 2 * 64 * 64
+    assert len((tmp_path / "rows").read_text().splitlines()) == 2
