@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = ("5.0.0", "5.8.1", "5.16.1", "newest")
-TESTS = ("hf", "hf_pack", "peft", "checkpoint", "checkpoint_int8", "package", "families", "experts")
+TESTS = ("hf", "hf_pack", "peft", "checkpoint", "checkpoint_int8", "package", "families", "experts", "head")
 PACKAGES = ("transformers", "huggingface_hub", "tokenizers", "peft", "torch")
 SHOWN = 25  # lines of a failure
 
