@@ -186,6 +186,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    options.heads = [None if head == "none" else head for head in options.head.split(",")]
     if options.activations and (reason := _no_bytes(options)):
         print(f"decode.py: --activations {options.activations}: {reason}", file=sys.stderr)
         return 2
@@ -211,8 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     if not options.json:
         print("  ".join(f"{name:>12}" for name in COLUMNS))
-    heads = [None if head == "none" else head for head in options.head.split(",")]
-    asked = itertools.product(options.values.split(","), map(float, options.sparsity.split(",")), heads)
+    asked = itertools.product(options.values.split(","), map(float, options.sparsity.split(",")), options.heads)
     pairs: dict[tuple[str, float, str | None], list] = {one: [] for one in asked}
     for pair in range(options.pairs):
         dense = [row | {"pair": pair} for row in in_process(options, None, "bfloat16")]

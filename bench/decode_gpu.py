@@ -10,6 +10,7 @@ machine, torch, cuda       where it ran
 command                    that made the row
 model, blocks, values      the shapes, and how many decoder blocks; dtype of weights and activations
 sparsity, pattern          of the packed weights; 0 for dense
+head                       int8 where the output layer has such values
 load, sequences            decode or prefill, and how many sequences or tokens
 decoder, how               alphaprune in graphs, compiled or eager, or a prompt by that kernel; transformers: its
                            generate, of the dense model
@@ -27,7 +28,7 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,21 +47,24 @@ class Case:
     model: str
     sparsity: float | None
     pattern: str = "unstructured"
+    head: str | None = None
 
     def __str__(self) -> str:
         if self.sparsity is None:
             return "dense"
-        return self.pattern if ":" in self.pattern else f"{self.sparsity:.0%}"
+        weights = self.pattern if ":" in self.pattern else f"{self.sparsity:.0%}"
+        return weights + (f", head in {self.head}" if self.head else "")
 
 
-def cases(models: str, sparsities: str) -> list[Case]:
+def cases(models: str, sparsities: str, heads: Sequence[str | None] = (None,)) -> list[Case]:
     """In the order in which they are measured: each model dense, then packed."""
     found = []
     for model in models.split(","):
         found.append(Case(model, None))
         for text in sparsities.split(","):
             keep, _, of = text.partition(":")
-            found.append(Case(model, 1 - int(keep) / int(of), text) if of else Case(model, float(text)))
+            kind = (1 - int(keep) / int(of), text) if of else (float(text), "unstructured")
+            found += [Case(model, *kind, head) for head in heads]
     return found
 
 
@@ -85,11 +89,11 @@ class Run:
         dtype = torch.bfloat16
         row = common | {"model": case.model, "values": "bfloat16"}
         row |= {"sparsity": case.sparsity or 0.0, "pattern": case.pattern}
+        row |= {"head": case.head} if case.head else {}
         print(f"{case.model}, {case}: {self.needs(case)}", file=sys.stderr, flush=True)
         try:
-            model = decoding.random_model(
-                case.model, case.sparsity, dtype, pattern=parse(case.pattern), device=self.device
-            )
+            how_stored = {"pattern": parse(case.pattern), "device": self.device, "rounded_head": case.head is not None}
+            model = decoding.random_model(case.model, case.sparsity, dtype, **how_stored)
         except (ValueError, torch.OutOfMemoryError) as error:
             self.write(row | {"skipped": str(error).splitlines()[0]})
             return
@@ -159,11 +163,14 @@ class Run:
 
 
 def only(model: Any, kernel: str, tokens: int) -> None:
-    """Has every packed layer multiply by this kernel; ValueError with the reason where it cannot, so many tokens."""
-    from alphaprune import SparseLinear
-    from alphaprune.kernels import base
+    """Has every packed layer of the blocks multiply by this kernel; ValueError with the reason where it cannot.
 
-    for layer in (module for module in model.modules() if isinstance(module, SparseLinear)):
+    tokens: that it is to take.
+    """
+    from alphaprune.kernels import base
+    from alphaprune.recovery_masks import packed_of
+
+    for layer in packed_of(model).values():
         prepared, packed, there = layer.prepared(), layer.packed, base.on(kernel, layer.packed.device)
         if reason := there.supports(packed.shape, tokens, packed.dtype, packed.dtype) or prepared.fits(there):
             raise ValueError(f"kernel {kernel} cannot run: {reason}")
@@ -172,7 +179,7 @@ def only(model: Any, kernel: str, tokens: int) -> None:
 
 def line(row: dict[str, Any]) -> str:
     """A row of the table."""
-    weights = kept(row)
+    weights = kept(row) + (f", head in {row['head']}" if row.get("head") else "")
     if "skipped" in row:
         return f"{row['model']}  {weights}  {row.get('load', '')}  not measured: {row['skipped']}"
     seconds, over, ratio = row.get("step_seconds") or row["prefill_seconds"], row.get("step_over_kernels"), row["ratio"]
@@ -194,7 +201,8 @@ def main(options: argparse.Namespace) -> int:
         print("decode.py: --device cuda, and torch sees no GPU; --dry-run goes through it on the CPU", file=sys.stderr)
         return 2
     try:
-        plan = cases(options.model or ("tiny" if options.dry_run else MODELS), options.sparsity or GPU_SPARSITY)
+        models = options.model or ("tiny" if options.dry_run else MODELS)
+        plan = cases(models, options.sparsity or GPU_SPARSITY, options.heads)
         for case in plan:
             decoding.config_of(case.model)
     except ValueError as error:

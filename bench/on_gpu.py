@@ -63,6 +63,8 @@ def checked(tool: str, *options: str) -> tuple[str, ...]:
 LLAMA = ["--device", "cuda", "--model", "llama2-7b"]
 DECODE = [*LLAMA, "--sparsity", "0.7,0.5,0.8,2:4", "--minutes", "2"]
 AHEAD = [*LLAMA, "--sparsity", "0.8,0.5", "--minutes", "1", "--decoder", "alphaprune", "--ahead", "0,4,12,24", "--json"]
+HEAD = ["--device", "cuda", "--model", "llama3-8b", "--sparsity", "0.7", "--head", "none,int8", "--sequences", "1"]
+HEAD += ["--decoder", "alphaprune", "--minutes", "1", "--json"]
 # The references in float64 take most of the time of the tests, a processor each; who hangs is seen.
 APART = ("-n", "6", "-o", "faulthandler_timeout=60") if importlib.util.find_spec("xdist") else ()
 SERVE = ["--device", "cuda", "--engine", "alphaprune", "--clients", "1,8", "--rounds", "1"]
@@ -71,6 +73,7 @@ STEPS = (
     Step("steps", 60, pytest(*APART, "tests/test_decoder_gpu.py")),
     Step("decode", 150, bench("decode.py", *DECODE), "decode_gpu.jsonl"),
     Step("ahead", 90, bench("decode.py", *AHEAD)),
+    Step("head", 90, bench("decode.py", *HEAD)),
     Step("ways", 45, bench("wide.py", "--seconds", "25"), "wide.jsonl"),
     Step("prompts", 45, bench("prompts.py", "--seconds", "25", "--json")),
     Step("where", 60, bench("where.py", "--sparsity", "2:4", "--json")),

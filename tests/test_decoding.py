@@ -137,6 +137,18 @@ def test_the_script_for_gpus_goes_through_everything_on_the_cpu(
     assert "no shapes of a model" in capsys.readouterr().err
 
 
+def test_output_layers_of_both_kinds_stand_beside_each_other_on_a_gpu(script: ModuleType, capsys) -> None:
+    small = ["--dry-run", "--new", "3", "--sequences", "1", "--prefill", "20", "--sparsity", "2:4"]
+    assert script.main([*small, "--decoder", "alphaprune", "--head", "none,int8", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    kept = [(row["sparsity"], row.get("head"), row["load"]) for row in rows if "skipped" not in row]
+    loads = ("decode", "prefill")
+    assert kept == [(s, head, load) for s, head in ((0.0, None), (0.5, None), (0.5, "int8")) for load in loads]
+    assert rows[-2]["weight_bytes"] < rows[2]["weight_bytes"]
+    assert script.main([*small, "--decoder", "alphaprune", "--head", "int8"]) == 0
+    assert capsys.readouterr().out.count("2:4, head in int8") == 3
+
+
 def test_steps_that_look_ahead_stand_beside_those_that_do_not(script: ModuleType, capsys) -> None:
     small = ["--dry-run", "--new", "3", "--sequences", "1,3", "--prefill", "20", "--sparsity", "0.7"]
     assert script.main([*small, "--decoder", "alphaprune", "--ahead", "0,4", "--json"]) == 0
