@@ -179,7 +179,7 @@ def only(model: Any, kernel: str, tokens: int) -> None:
 
 def line(row: dict[str, Any]) -> str:
     """A row of the table."""
-    weights = kept(row) + (f", head in {row['head']}" if row.get("head") else "")
+    weights = kept(row)
     if "skipped" in row:
         return f"{row['model']}  {weights}  {row.get('load', '')}  not measured: {row['skipped']}"
     seconds, over, ratio = row.get("step_seconds") or row["prefill_seconds"], row.get("step_over_kernels"), row["ratio"]

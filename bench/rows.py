@@ -23,10 +23,11 @@ def command(script: str, arguments: list[str]) -> str:
 
 
 def kept(row: dict[str, Any]) -> str:
-    """Of a row with sparsity and pattern: dense, the pattern, or which share of the weights are zeros."""
+    """Of a row with sparsity and pattern: dense, the pattern, or which share of the weights are zeros; its head."""
     if not row["sparsity"]:
         return "dense"
-    return row["pattern"] if ":" in row["pattern"] else f"{row['sparsity']:.0%}"
+    weights = row["pattern"] if ":" in row["pattern"] else f"{row['sparsity']:.0%}"
+    return weights + (f", head in {row['head']}" if row.get("head") else "")
 
 
 def append(file: "str | Path", row: dict[str, Any]) -> None:
