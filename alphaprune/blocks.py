@@ -28,10 +28,11 @@ class Projections:
     """
 
     def __init__(self, layernorm: nn.Module, product: Group, packed: "Packed | None", act: Act | None = None) -> None:
-        self.norm, self.product, self.packed, self.act = norm(layernorm), product, packed, act
+        self.norm, self.product, self.packed = norm(layernorm), product, packed
         self._norm = (layernorm.weight, layernorm.variance_epsilon)
         self.fused = packed is not None and packed.weights[0].device.type == "cuda"
         self.swiglu = self.fused and act is neighbours.swiglu
+        self.act = partial(neighbours.swiglu, isa=cpu.best()) if act is neighbours.swiglu else act
 
     def __call__(self, h: Tensor, delta: Tensor | None) -> Sequence[Tensor]:
         """[y [M, N], …] of h [M, hidden], which first takes delta [M, hidden] in place, if there is one."""

@@ -154,13 +154,20 @@ class Dense {
   const Isa& isa_;
 };
 
-void norm(Address h, Address delta, Address weight, Address out, int64_t rows, int64_t cols, int32_t dtype,
-          float epsilon, const std::string& isa) {
+void rms_norm(Address h, Address delta, Address weight, Address out, int64_t rows, int64_t cols, int32_t dtype,
+              float epsilon, const std::string& isa) {
   const Norm p{at<void>(h), at<const void>(delta), at<const void>(weight), at<void>(out), rows, cols, float_of(dtype),
                epsilon};
-  const StepLoops& loops = *isa_named(isa).loops;
+  const Isa& named = isa_named(isa);
   const py::gil_scoped_release release;
-  loops.norm(p);
+  alphaprune::norm(named, p);
+}
+
+void gate(Address gate, Address up, Address out, int64_t count, int32_t dtype, const std::string& isa) {
+  const Swiglu p{at<const void>(gate), at<const void>(up), at<void>(out), count, float_of(dtype)};
+  const Isa& named = isa_named(isa);
+  const py::gil_scoped_release release;
+  swiglu(named, p);
 }
 
 // Attention of a step over a cache of one layout, which may move: its address comes with each call.
@@ -245,7 +252,8 @@ PYBIND11_MODULE(_native, m) {
     const py::gil_scoped_release release;
     unpack_mask(at<const uint32_t>(mask), rows, cols, at<uint8_t>(keep));
   });
-  m.def("rms_norm", norm);
+  m.def("rms_norm", rms_norm);
+  m.def("swiglu", gate);
   m.def("fault", fault, "(code, tile) of the first fault of mask and offsets");
   m.def("count_bits", [](Address words, int64_t count) {
     const py::gil_scoped_release release;

@@ -1,4 +1,4 @@
-"""What stands between the products of a step: one Triton kernel each on a GPU, plain torch elsewhere, but for the norm.
+"""What stands between the products of a step: one Triton kernel each on a GPU, elsewhere one call of ours, or torch.
 
 Their cost is launches and passes over memory, not arithmetic: on a GPU a step of a 7B model has some 30 products per
 millisecond, and four more launches beside each of them would take as long as the products.
@@ -14,7 +14,6 @@ from alphaprune.formats import native
 from alphaprune.kernels import cpu, portable
 
 NATIVE = (torch.bfloat16, torch.float16, torch.float32)  # dtypes that csrc/cpu/norm.h knows
-MOST_ROWS = 16  # that it takes, in one thread
 
 
 @functools.cache
@@ -62,22 +61,36 @@ def add_norm(
 
 
 def _native_norm(h: Tensor, delta: Tensor | None, weight: Tensor) -> bool:
-    """Whether the norm is one call of ours: of a few rows on a CPU, where torch's is a dozen."""
-    if h.device.type != "cpu" or h.dtype not in NATIVE or h.dim() != 2 or len(h) > MOST_ROWS:
+    """Whether the norm is one call of ours, on a CPU, where torch's is a dozen."""
+    if h.dim() != 2 or not _native([h, weight] if delta is None else [h, weight, delta]):
         return False
-    alike = [h, weight] if delta is None else [h, weight, delta]
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(one.requires_grad for one in alike)):
-        return False
-    plain = all(one.dtype == h.dtype and one.is_contiguous() for one in alike)
-    return plain and len(weight) == h.shape[1] and (delta is None or delta.shape == h.shape)
+    return len(weight) == h.shape[1] and (delta is None or delta.shape == h.shape)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up, [M, K]; silu rounded to the dtype before the product, as in transformers. May reuse `gate`."""
+def _native(alike: list[Tensor]) -> bool:
+    """Whether a native call takes these, which go together."""
+    first = alike[0]
+    if first.device.type != "cpu" or first.dtype not in NATIVE or torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled() and any(one.requires_grad for one in alike):
+        return False
+    return all(one.dtype == first.dtype and one.is_contiguous() for one in alike)
+
+
+def swiglu(gate: Tensor, up: Tensor, isa: str | None = None) -> Tensor:
+    """silu(gate) · up, [M, K]; silu rounded to the dtype before the product, as in transformers. May reuse `gate`.
+
+    isa: as add_norm has it.
+    """
     if fused(gate):
         from alphaprune.kernels import triton_neighbours
 
         return triton_neighbours.swiglu(gate, up)
+    module = native.load()
+    if module is not None and gate.shape == up.shape and _native([gate, up]):
+        out, addresses = gate.data_ptr(), (gate.data_ptr(), up.data_ptr())
+        module.swiglu(*addresses, out, gate.numel(), native.DTYPES[gate.dtype], isa or cpu.best())
+        return gate
     return functional.silu(gate, inplace=True).mul_(up)
 
 

@@ -22,6 +22,6 @@ struct Half : Lanes<8, 8> {
 
 }  // namespace
 
-const StepLoops kStepAvx2 = {AnyLoop<Half>::rotate, AnyLoop<Half>::chunk, AnyLoop<Half>::norm};
+const StepLoops kStepAvx2 = {AnyLoop<Half>::rotate, AnyLoop<Half>::chunk, AnyLoop<Half>::norm, AnyLoop<Half>::swiglu};
 
 }  // namespace alphaprune

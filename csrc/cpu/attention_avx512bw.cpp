@@ -25,6 +25,7 @@ struct Wide : Lanes<16, 16> {
 
 }  // namespace
 
-const StepLoops kStepAvx512bw = {AnyLoop<Wide>::rotate, AnyLoop<Wide>::chunk, AnyLoop<Wide>::norm};
+const StepLoops kStepAvx512bw = {AnyLoop<Wide>::rotate, AnyLoop<Wide>::chunk, AnyLoop<Wide>::norm,
+                                 AnyLoop<Wide>::swiglu};
 
 }  // namespace alphaprune

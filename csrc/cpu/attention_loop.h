@@ -369,6 +369,33 @@ struct NormLoop {
   }
 };
 
+template <class L, class T>
+struct SwigluLoop {
+  using V = typename L::V;
+  using U = typename L::U;
+  static constexpr int64_t kLanes = L::kLanes;
+
+  // By e^-|g|, which does not overflow: g / (1 + e^-g), or g e^g / (1 + e^g) where g is negative.
+  static V gated(V gate, V up) {
+    const V e = L::exp(reinterpret_cast<V>(reinterpret_cast<U>(gate) | 0x80000000u)), one = L::splat(1.0f);
+    const V upper = gate < V{} ? e : one;
+    return L::round(L::round(gate * (upper / (one + e)), T{}) * up, T{});
+  }
+  static void run(const Swiglu& p) {
+    const T *gate = static_cast<const T*>(p.gate), *up = static_cast<const T*>(p.up);
+    T* out = static_cast<T*>(p.out);
+    const int64_t whole = p.count / kLanes * kLanes;
+    for (int64_t i = 0; i < whole; i += kLanes) L::store(out + i, gated(L::load(gate + i), L::load(up + i)));
+    if (whole == p.count) return;
+    T some[2][kLanes] = {};
+    const size_t left = static_cast<size_t>(p.count - whole) * sizeof(T);
+    std::memcpy(some[0], gate + whole, left);
+    std::memcpy(some[1], up + whole, left);
+    L::store(some[0], gated(L::load(some[0]), L::load(some[1])));
+    std::memcpy(out + whole, some[0], left);
+  }
+};
+
 // call(a number of the dtype).
 template <class Call>
 void by_dtype(Dtype dtype, const Call& call) {
@@ -384,6 +411,9 @@ struct AnyLoop {
     by_dtype(p.dtype, [&](auto number) {
       for (int64_t row = 0; row < p.rows; ++row) NormLoop<L, decltype(number)>::row(p, row);
     });
+  }
+  static void swiglu(const Swiglu& p) {
+    by_dtype(p.dtype, [&](auto number) { SwigluLoop<L, decltype(number)>::run(p); });
   }
   static void rotate(const Attention& p, int64_t sequence, int64_t key_head, float* q) {
     by_dtype(p.dtype, [&](auto number) { Loop<L, decltype(number)>::rotate(p, sequence, key_head, q); });

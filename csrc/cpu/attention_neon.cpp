@@ -29,6 +29,6 @@ struct Neon : Lanes<4, 16> {
 
 }  // namespace
 
-const StepLoops kStepNeon = {AnyLoop<Neon>::rotate, AnyLoop<Neon>::chunk, AnyLoop<Neon>::norm};
+const StepLoops kStepNeon = {AnyLoop<Neon>::rotate, AnyLoop<Neon>::chunk, AnyLoop<Neon>::norm, AnyLoop<Neon>::swiglu};
 
 }  // namespace alphaprune

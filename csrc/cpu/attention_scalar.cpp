@@ -3,6 +3,7 @@
 
 namespace alphaprune {
 
-const StepLoops kStepScalar = {AnyLoop<Lanes<4, 8>>::rotate, AnyLoop<Lanes<4, 8>>::chunk, AnyLoop<Lanes<4, 8>>::norm};
+const StepLoops kStepScalar = {AnyLoop<Lanes<4, 8>>::rotate, AnyLoop<Lanes<4, 8>>::chunk, AnyLoop<Lanes<4, 8>>::norm,
+                               AnyLoop<Lanes<4, 8>>::swiglu};
 
 }  // namespace alphaprune

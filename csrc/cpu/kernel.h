@@ -48,8 +48,9 @@ inline void known(int64_t tokens, const Call& call) {
 
 struct Attention;  // attention.h
 struct Norm;       // norm.h
+struct Swiglu;     // norm.h
 
-// Of what stands between the products of a decode step. It needs no more of an ISA than the
+// Of what stands between the products of a step. It needs no more of an ISA than the
 // width of its vectors, so that ISAs share it.
 struct StepLoops {
   // Rotates the queries of one key head of one sequence, after their norm, into floats [queries of the head][dim], each
@@ -60,6 +61,7 @@ struct StepLoops {
   void (*chunk)(const Attention&, int64_t sequence, int64_t key_head, const float* q, int64_t count, int64_t first,
                 int64_t last, float* sums);
   void (*norm)(const Norm&);
+  void (*swiglu)(const Swiglu&);
 };
 
 // What a dense product wants of x: nothing, as it does not take the dtype; the caller's own rows; rows of float32.
