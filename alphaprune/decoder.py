@@ -128,10 +128,12 @@ class _Heads:
         found = functional.scaled_dot_product_attention(
             self.q, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=self.shared
         )
+        return self.joined(found[:, :, 0] if self.twice else found)
+
+    def joined(self, found: Tensor) -> Tensor:
+        """[tokens, heads × dim] of what attention gives."""
         if self.tokens > 1:
             found = found.transpose(1, 2)
-        elif self.twice:
-            found = found[:, :, 0]
         return found.reshape(self.batch * self.tokens, -1)
 
 
@@ -157,25 +159,31 @@ class _Pass:
     def __init__(
         self, heads: _Heads, state: State, start: int, end: int, rope: tuple[Tensor, Tensor], windows: set[int | None]
     ) -> None:
-        self.heads, self.rope = heads, rope
+        self.heads, self.rope, self.start = heads, rope, start
+        self.ours = cpu_attention.takes_prompts(heads.rows, end - start, end)
         self.slots = state.cache[:, :, :, :, start:end].unbind(0)  # per block [2, batch, key heads, count, dim]
         self.contexts = {window: self._context(state, start, end, window) for window in windows}
 
     def __call__(self, index: int, block: Block, h: Tensor, delta: Tensor | None) -> Tensor:
         """[tokens, heads × dim] of h + delta in the block of that number."""
-        keys, values, mask, causal = self.contexts[block.window]
+        keys, values, first, mask, causal = self.contexts[block.window]
         self.heads.take(block, h, delta, self.rope)
         self.slots[index].copy_(self.heads.kv)
+        if self.ours:
+            found = cpu_attention.attend_prompt(
+                self.heads.q, keys[index], values[index], self.start, first, block.window
+            )
+            return self.heads.joined(found)
         return self.heads.attend(keys[index], values[index], mask, causal)
 
-    @staticmethod
-    def _context(state: State, start: int, end: int, window: int | None) -> tuple:
-        """Keys and values of each block that they see, the mask if one is needed, causal."""
+    def _context(self, state: State, start: int, end: int, window: int | None) -> tuple:
+        """Keys and values of each block that they see, the first position, the mask if one is needed, causal."""
         first = 0 if window is None else max(0, start - window + 1)
         seen = state.cache[:, :, :, :, first:end]
         plain = start == first == 0 and (window is None or end <= window)
-        mask = None if end - start == 1 or plain else visible(first, start, end, window, state.cache.device)
-        return (*(part.unbind(0) for part in seen.unbind(1)), mask, plain and end > 1)
+        needed = not (end - start == 1 or plain or self.ours)
+        mask = cpu_attention.visible(first, start, end, window, state.cache.device) if needed else None
+        return (*(part.unbind(0) for part in seen.unbind(1)), first, mask, plain and end > 1)
 
 
 class Decoder:
@@ -283,9 +291,3 @@ class Decoder:
     def logits(self, h: Tensor, delta: Tensor | None = None) -> Tensor:
         """Logits [M, vocabulary] of hidden states [M, hidden] behind the last block; h takes `delta` in place."""
         return self._head(self._norm(h, delta))
-
-
-def visible(first: int, start: int, end: int, window: int | None, device: torch.device) -> Tensor:
-    """Which of the keys [first, end) each query in [start, end) sees: bool [end - start, end - first]."""
-    distance = torch.arange(start, end, device=device)[:, None] - torch.arange(first, end, device=device)
-    return distance >= 0 if window is None else (distance >= 0) & (distance < window)

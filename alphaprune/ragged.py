@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from alphaprune import decoder as decoders
 from alphaprune import memory
 from alphaprune import pages as huge
 from alphaprune.blocks import Block
 from alphaprune.decoder import Decoder
-from alphaprune.kernels import attention, neighbours
+from alphaprune.kernels import attention, cpu_attention, neighbours
 
 PAGE = 32  # positions
 Choose = Callable[[Tensor, Tensor, Tensor], Tensor]  # logits [M, vocabulary], slots, positions → tokens [M]
@@ -225,6 +224,10 @@ class _Prompts:
             begin += end - start
             seen = cache[:, rows] if isinstance(rows, slice) else cache.index_select(1, rows)
             keys, values = seen.transpose(1, 2)[:, None]  # [1, key heads, end, dim]
+            if cpu_attention.takes_prompts(q, end - start, end):
+                out = cpu_attention.attend_prompt(queries, keys, values, start, 0, window)
+                found.append(out[0].transpose(0, 1).flatten(1))
+                continue
             mask = self._mask(place, start, end, window, q.device)
             shared = q.shape[1] // cache.shape[2]
             if mask is not None and shared > 1:  # no fused kernel takes both a mask and fewer key heads
@@ -242,7 +245,7 @@ class _Prompts:
         if start == 0 and (window is None or end <= window):
             return None
         if (place, window) not in self._masks:
-            self._masks[place, window] = decoders.visible(0, start, end, window, device)
+            self._masks[place, window] = cpu_attention.visible(0, start, end, window, device)
         return self._masks[place, window]
 
 
