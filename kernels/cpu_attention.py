@@ -16,6 +16,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # that csrc/cpu/attenti
 HeadNorm = tuple[Tensor, float]  # weight [dim], epsilon
 LEAST = 1 << 13  # queries times keys, below which torch's own attention is as fast
 QUERIES = 64  # of a prompt that meet their keys together: fewer would be small products, more see keys in vain
+SCORES = 64 << 13  # of a head in memory at once, unless the keys are so many that 16 queries have more
 
 
 def takes(q: Tensor, cache: Tensor) -> bool:
@@ -96,8 +97,9 @@ def attend_prompt(q: Tensor, k: Tensor, v: Tensor, start: int, first: int = 0, w
     batch, heads, count, dim = q.shape
     groups = batch * k.shape[1]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    for begin in range(0, count, QUERIES):
-        end = min(count, begin + QUERIES)
+    together = max(16, min(QUERIES, SCORES // k.shape[2]))
+    for begin in range(0, count, together):
+        end = min(count, begin + together)
         oldest = first if window is None else max(first, start + begin - window + 1)
         keys, values = (part[:, :, oldest - first : start + end - first].flatten(0, 1) for part in (k, v))
         rows = q[:, :, begin:end].reshape(groups, -1, dim)  # [groups, heads of a key head × queries, dim]

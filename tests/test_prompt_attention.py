@@ -50,6 +50,20 @@ def test_any_prompt(batch, key_heads, shared, dim, count, start, window, dtype, 
     assert ((found.double() - exact).abs() <= allowed).all()
 
 
+def test_many_keys_meet_fewer_queries_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (torch.randn(1, 2, count, 32).bfloat16() for count in (90, 400, 400))
+    wanted = cpu_attention.attend_prompt(q, k, v, 310)
+    sizes, product = [], torch.bmm
+    monkeypatch.setattr(cpu_attention.torch, "bmm", lambda a, b: sizes.append(a.shape[1]) or product(a, b))
+    monkeypatch.setattr(cpu_attention, "SCORES", 32 * 400)
+    found = cpu_attention.attend_prompt(q, k, v, 310)
+    assert sizes == [32, 32, 26]
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)
+    monkeypatch.setattr(cpu_attention, "SCORES", 1)
+    cpu_attention.attend_prompt(q, k, v, 310)
+    assert sizes[3:] == [16] * 5 + [10]
+
+
 def test_what_is_hidden_may_hold_anything() -> None:
     """Keys of later positions, NaN among them in the same tile of a product, are not seen."""
     q, k, v = (torch.randn(1, 2, 130, 32).bfloat16() for _ in range(3))
