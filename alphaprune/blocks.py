@@ -31,8 +31,9 @@ class Projections:
         self.norm, self.product, self.packed = norm(layernorm), product, packed
         self._norm = (layernorm.weight, layernorm.variance_epsilon)
         self.fused = packed is not None and packed.weights[0].device.type == "cuda"
-        self.swiglu = self.fused and act is neighbours.swiglu
-        self.act = partial(neighbours.swiglu, isa=cpu.best()) if act is neighbours.swiglu else act
+        self.gated = act is neighbours.swiglu
+        self.swiglu = self.fused and self.gated
+        self.act = partial(neighbours.swiglu, isa=cpu.best()) if self.gated else act
 
     def __call__(self, h: Tensor, delta: Tensor | None) -> Sequence[Tensor]:
         """[y [M, N], …] of h [M, hidden], which first takes delta [M, hidden] in place, if there is one."""

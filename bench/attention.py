@@ -9,6 +9,11 @@ least two, whichever is faster: one row of half precision takes it three times a
 Rows, one JSON object each, seconds and bytes: machine, threads, torch; heads, key_heads, dim, sequences, context;
 seconds, paged_seconds, torch_seconds, medians of calls on caches in distinct memory on huge pages; ratio, torch's over
 ours; bytes of keys and values; bandwidth of the moment.
+
+python bench/attention.py --prompts 64,128,256,512,1024 --out bench/results/prompt_attention.jsonl
+
+Instead: a prompt of so many new tokens, which see each other and those before; rows of machine, threads, torch, model,
+prompt, seconds, torch_seconds, ratio.
 """
 
 import argparse
@@ -88,14 +93,40 @@ class Case:
         return medians | {"ratio": medians["torch_seconds"] / medians["seconds"]}
 
 
+def prompts(model: str, counts: list[int], rounds: int) -> list[dict[str, float]]:
+    """Ours beside torch's for prompts of these lengths; medians of calls by turns."""
+    heads, key_heads, dim = MODELS[model]
+    made = []
+    for count in counts:
+        draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+        q = draw(1, count, heads, dim).bfloat16().transpose(1, 2)  # as a decoder has it
+        k, v = (draw(1, key_heads, count, dim).bfloat16() for _ in range(2))
+        how = {"is_causal": True, "enable_gqa": heads > key_heads}
+        torchs = functools.partial(functional.scaled_dot_product_attention, q, k, v, **how)
+        ours = functools.partial(cpu_attention.attend_prompt, q, k, v, 0)
+        medians = by_turns.medians({"seconds": [ours], "torch_seconds": [torchs]}, rounds)
+        ratio = medians["torch_seconds"] / medians["seconds"]
+        made.append({"model": model, "prompt": count, **medians, "ratio": ratio})
+    return made
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--sequences", default="1,8")
     parser.add_argument("--context", default="32,512,2048")
+    parser.add_argument("--prompts", help="lengths of prompts, instead of steps")
     by_turns.options(parser, "keys and values", 0.5)
     options = parser.parse_args(arguments)
     common = by_turns.here()
+    if options.prompts:
+        counts = list(map(int, options.prompts.split(",")))
+        made = [common | row for name in options.models.split(",") for row in prompts(name, counts, options.rounds)]
+        for row in made:
+            print(json.dumps(row), flush=True)
+        if options.out:
+            replace(options.out, made, "machine")
+        return 0
     numbers = [list(map(int, given.split(","))) for given in (options.sequences, options.context)]
     made = []
     for model, sequences, context in itertools.product(options.models.split(","), *numbers):

@@ -12,12 +12,26 @@ from figures import ROOT
 from gpu_figures import gpu, gpu_decode, gpus, pairs, prompts, wide
 from quality_figures import analyze, compared, demo, model, quality, quality_stories, recovered
 from scale_figures import in_vllm, scale
-from speed_figures import attention, cubins, decode, dense, head, linear, linears, load, peers, serve
+from speed_figures import attention, cubins, decode, dense, head, linear, linears, load, peers, prompt_attention, serve
 
 PAGES = {
     "docs/compressions.md": (compressions, compression_ways),
     "README.md": (demo, quality, linear, gpu, model),
-    "docs/speed.md": (linears, peers, decode, head, dense, attention, gpus, wide, pairs, prompts, gpu_decode, cubins),
+    "docs/speed.md": (
+        linears,
+        peers,
+        decode,
+        head,
+        dense,
+        attention,
+        prompt_attention,
+        gpus,
+        wide,
+        pairs,
+        prompts,
+        gpu_decode,
+        cubins,
+    ),
     "docs/quality.md": (quality_stories, compared, recovered, analyze),
     "docs/serving.md": (load, serve),
     "docs/prune.md": (scale,),

@@ -158,6 +158,22 @@ def attention() -> str:
     return f"{table(columns, cells)}\n\n{note}"
 
 
+def prompt_attention() -> str:
+    """torch's time over ours for prompts of some lengths."""
+    found = newest(rows("prompt_attention.jsonl"))
+    counts = sorted({row["prompt"] for row in found})
+    cells = []
+    for model in dict.fromkeys(row["model"] for row in found):
+        own = {row["prompt"]: row for row in found if row["model"] == model}
+        cells.append([model, *(f"{1e3 * own[n]['seconds']:.2f} ({own[n]['ratio']:.1f}×)" for n in counts)])
+    note = (
+        f"Milliseconds of the attention of a prompt of so many tokens in a block, and torch's over it: "
+        f"`python bench/attention.py --prompts {','.join(map(str, counts))}`, {found[0]['machine']}, "
+        f"{found[0]['threads']} threads ([rows](RESULTS/prompt_attention.jsonl))."
+    )
+    return f"{table(['block of', *map(str, counts)], cells)}\n\n{note}"
+
+
 def decode() -> str:
     """Whole models: the summary of every packed one, on the newest machine."""
     found = newest(rows("decode.jsonl"))

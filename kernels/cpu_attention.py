@@ -1,5 +1,5 @@
 """Attention on a CPU: of a decode step norms of heads, rotation, store and softmax of all sequences in one call, and of
-prompts in half precision the products of torch, for which its own attention is 2 to 4 times slower.
+prompts in half precision the products of torch, whose own attention takes two to three times as long.
 """
 
 import functools

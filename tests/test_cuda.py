@@ -333,7 +333,7 @@ def as_on_a_gpu(decoder: Decoder) -> Decoder:
     for block in decoder.blocks:
         for part in (block.qkv, block.out, block.inside, block.down):
             part.fused = part.packed is not None
-        block.inside.swiglu = block.inside.fused and block.inside.act is neighbours.swiglu
+        block.inside.swiglu = block.inside.fused and block.inside.gated
     return decoder
 
 
