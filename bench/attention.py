@@ -19,12 +19,12 @@ prompt, seconds, torch_seconds, ratio.
 import argparse
 import functools
 import itertools
-import json
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import by_turns
 import torch
-from rows import replace
 from torch import Tensor
 from torch.nn import functional
 
@@ -121,24 +121,22 @@ def main(arguments: list[str] | None = None) -> int:
     common = by_turns.here()
     if options.prompts:
         counts = list(map(int, options.prompts.split(",")))
-        made = [common | row for name in options.models.split(",") for row in prompts(name, counts, options.rounds)]
-        for row in made:
-            print(json.dumps(row), flush=True)
-        if options.out:
-            replace(options.out, made, "machine")
+        found = (row for name in options.models.split(",") for row in prompts(name, counts, options.rounds))
+        by_turns.tell((common | row for row in found), options.out)
         return 0
+    by_turns.tell((common | row for row in steps(options)), options.out)
+    return 0
+
+
+def steps(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows of decode steps."""
     numbers = [list(map(int, given.split(","))) for given in (options.sequences, options.context)]
-    made = []
     for model, sequences, context in itertools.product(options.models.split(","), *numbers):
         heads, key_heads, dim = MODELS[model]
         case = Case(heads, key_heads, dim, sequences, context, int(options.gigabytes * (1 << 30)))
         what = {"model": model, "heads": heads, "key_heads": key_heads, "dim": dim}
-        row = {**common, **what, "sequences": sequences, "context": context, "bytes": case.bytes}
-        made.append(row | case.measure(options.rounds))
-        print(json.dumps(made[-1]), flush=True)
-    if options.out:
-        replace(options.out, made, "machine")
-    return 0
+        row = {**what, "sequences": sequences, "context": context, "bytes": case.bytes}
+        yield row | case.measure(options.rounds)
 
 
 if __name__ == "__main__":

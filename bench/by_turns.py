@@ -1,10 +1,13 @@
 """What benchmarks of calls on a CPU share that go round copies in distinct memory: options, facts, medians by turns."""
 
 import argparse
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from rows import replace
 
 from alphaprune import timing
 
@@ -18,6 +21,16 @@ def options(parser: argparse.ArgumentParser, what: str, gigabytes: float) -> Non
 
 def out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="put the rows into this file, in the place of this machine's")
+
+
+def tell(rows: Iterable[dict[str, Any]], file: Path | None) -> None:
+    """Prints rows as they come, and puts them into the file, if there is one, in the place of their machine's."""
+    made = []
+    for row in rows:
+        made.append(row)
+        print(json.dumps(row), flush=True)
+    if file:
+        replace(file, made, "machine")
 
 
 def here() -> dict[str, Any]:

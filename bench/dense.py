@@ -11,13 +11,13 @@ moment. Rows without a dtype are of bfloat16.
 import argparse
 import functools
 import itertools
-import json
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import by_turns
 import held
 import torch
-from rows import replace
 from torch.nn import functional
 
 from alphaprune import timing
@@ -45,19 +45,21 @@ def main(arguments: list[str] | None = None) -> int:
     by_turns.options(parser, "weights", 1)
     options = parser.parse_args(arguments)
     held.hold(options.held)
-    common, made = by_turns.here(), []
+    common = by_turns.here()
     common["machine"] = held.named(common["machine"], options.held)
+    by_turns.tell((common | row for row in products(options)), options.out)
+    return 0
+
+
+def products(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows of every dtype, shape and number of tokens."""
     wanted = (given.split(",") for given in (options.dtype, options.shape, options.tokens))
     for dtype, shape, tokens in itertools.product(*wanted):
         n, k = map(int, shape.split("x"))
         total = int(options.gigabytes * (1 << 30))
         row = measure((n, k), getattr(torch, dtype), int(tokens), total, options.rounds)
         row["ratio"] = row["torch_seconds"] / row["seconds"]
-        made.append({**common, "dtype": dtype, "shape": [n, k], "tokens": int(tokens), **row})
-        print(json.dumps(made[-1]), flush=True)
-    if options.out:
-        replace(options.out, made, "machine")
-    return 0
+        yield {"dtype": dtype, "shape": [n, k], "tokens": int(tokens), **row}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ the other, dense and pruned as `alphaprune demo` does it.
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 from collections.abc import Iterator
@@ -23,7 +22,6 @@ from typing import Any
 
 import by_turns
 import torch
-from rows import replace
 
 from alphaprune import analysis, data, decoding, evaluate, hf, layer, pages, planning, pruning
 from alphaprune.decoder import Decoder
@@ -86,20 +84,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=40, help="steps of each")
     by_turns.out(parser)
     options = parser.parse_args(arguments)
-    made = []
+    by_turns.tell(itertools.chain(times(options), (by_turns.here() | row for row in judge())), options.out)
+    return 0
+
+
+def times(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows of steps."""
     for model, values, sparsity in itertools.product(
         filter(None, options.models.split(",")), options.values.split(","), map(float, options.sparsity.split(","))
     ):
         what = {"model": model, "sparsity": sparsity, "values": values}
         what["tokens"] = decoding.config_of(model).vocab_size
-        made.append(by_turns.here() | what | measure(model, sparsity, values, options.rounds))
-        print(json.dumps(made[-1]), flush=True)
-    for row in judge():
-        made.append(by_turns.here() | row)
-        print(json.dumps(made[-1]), flush=True)
-    if options.out:
-        replace(options.out, made, "machine")
-    return 0
+        yield by_turns.here() | what | measure(model, sparsity, values, options.rounds)
 
 
 if __name__ == "__main__":
